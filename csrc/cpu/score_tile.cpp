@@ -1,0 +1,129 @@
+#include "cpu/score_tile.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "sdtp/gelu.h"
+
+// A portable build runs everywhere and still uses wide vectors where they are: the loader picks the clone.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+#define SDTP_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SDTP_VECTOR_CLONES
+#endif
+// A helper must be inlined to be compiled for its caller's target.
+#define SDTP_INLINE inline __attribute__((always_inline))
+
+namespace sdtp::cpu {
+namespace {
+
+// Sums run in this many independent partial sums, on every machine: strict IEEE semantics forbid the compiler to
+// reorder one sum, and a fixed order keeps a token's score independent of what is computed beside it.
+constexpr int kLanes = 32;
+
+SDTP_INLINE float from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+SDTP_INLINE float to_float(float value) { return value; }
+
+SDTP_INLINE float to_float(BFloat16 value) { return from_bits(uint32_t{value.bits} << 16); }
+
+SDTP_INLINE float to_float(Half value) {
+    const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
+    const uint32_t magnitude = value.bits & 0x7fffu;
+    // Exponent and mantissa move into place, and the product corrects the exponent's bias, subnormals included.
+    const float finite = from_bits(magnitude << 13) * 0x1p112f;
+    uint32_t bits;
+    std::memcpy(&bits, &finite, sizeof(bits));
+    const uint32_t special = 0x7f800000u | magnitude << 13;
+    return from_bits(sign | (magnitude >= 0x7c00u ? special : bits));
+}
+
+SDTP_INLINE void store(float value, float& to) { to = value; }
+SDTP_INLINE void store(BFloat16 value, BFloat16& to) { to = value; }
+SDTP_INLINE void store(Half value, float& to) { to = to_float(value); }
+
+SDTP_INLINE float sum_lanes(const float* lanes) {
+    float sum[kLanes];
+    std::memcpy(sum, lanes, sizeof(sum));
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int lane = 0; lane < width; ++lane) sum[lane] += sum[lane + width];
+    }
+    return sum[0];
+}
+
+template <typename From, typename To>
+SDTP_INLINE void load_tile_impl(const From* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size,
+                                float rms_eps, To* tile, float* inv_rms) {
+    for (int64_t token = 0; token < num_tokens; ++token) {
+        const From* row = rows + token * stride;
+        To* to = tile + token * hidden_size;
+        for (int64_t d = 0; d < hidden_size; ++d) store(row[d], to[d]);
+        if (inv_rms == nullptr) continue;
+        float squares[kLanes] = {};
+        int64_t d = 0;
+        for (; d + kLanes <= hidden_size; d += kLanes) {
+            for (int lane = 0; lane < kLanes; ++lane) {
+                const float value = to_float(to[d + lane]);
+                squares[lane] += value * value;
+            }
+        }
+        for (int lane = 0; d < hidden_size; ++d, ++lane) squares[lane] += to_float(to[d]) * to_float(to[d]);
+        inv_rms[token] = 1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(hidden_size) + rms_eps);
+    }
+}
+
+template <typename Product>
+SDTP_INLINE void finish_tile_impl(const Product* products, const float* inv_rms, int64_t num_tokens, const Head& head,
+                                  float* scores) {
+    for (int64_t token = 0; token < num_tokens; ++token) {
+        const Product* row = products + token * head.pruner_size;
+        const float scale = inv_rms == nullptr ? 1.0f : inv_rms[token];
+        float sums[kLanes] = {};
+        int64_t h = 0;
+        for (; h + kLanes <= head.pruner_size; h += kLanes) {
+            for (int lane = 0; lane < kLanes; ++lane) {
+                const float activation = gelu(to_float(row[h + lane]) * scale + head.b1[h + lane]);
+                sums[lane] += activation * head.w2[h + lane];
+            }
+        }
+        for (int lane = 0; h < head.pruner_size; ++h, ++lane) {
+            sums[lane] += gelu(to_float(row[h]) * scale + head.b1[h]) * head.w2[h];
+        }
+        scores[token] = sum_lanes(sums) + head.b2;
+    }
+}
+
+}  // namespace
+
+// One non-template function for each element type: target_clones does not apply to templates.
+
+SDTP_VECTOR_CLONES void load_tile(const float* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size,
+                                  float rms_eps, float* tile, float* inv_rms) {
+    load_tile_impl(rows, stride, num_tokens, hidden_size, rms_eps, tile, inv_rms);
+}
+
+SDTP_VECTOR_CLONES void load_tile(const BFloat16* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size,
+                                  float rms_eps, BFloat16* tile, float* inv_rms) {
+    load_tile_impl(rows, stride, num_tokens, hidden_size, rms_eps, tile, inv_rms);
+}
+
+SDTP_VECTOR_CLONES void load_tile(const Half* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size,
+                                  float rms_eps, float* tile, float* inv_rms) {
+    load_tile_impl(rows, stride, num_tokens, hidden_size, rms_eps, tile, inv_rms);
+}
+
+SDTP_VECTOR_CLONES void finish_tile(const float* products, const float* inv_rms, int64_t num_tokens, const Head& head,
+                                    float* scores) {
+    finish_tile_impl(products, inv_rms, num_tokens, head, scores);
+}
+
+SDTP_VECTOR_CLONES void finish_tile(const BFloat16* products, const float* inv_rms, int64_t num_tokens,
+                                    const Head& head, float* scores) {
+    finish_tile_impl(products, inv_rms, num_tokens, head, scores);
+}
+
+}  // namespace sdtp::cpu

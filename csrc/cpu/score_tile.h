@@ -1,0 +1,38 @@
+// The parts of token scoring around the matmul, on one tile of tokens.
+#pragma once
+
+#include <cstdint>
+
+namespace sdtp::cpu {
+
+// Bits of 16-bit floats, which C++17 has no types for.
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Half {
+    uint16_t bits;
+};
+
+// Copies `num_tokens` rows of `hidden_size` contiguous elements, `stride` elements apart, to the dense `tile`. Float16
+// is widened: no CPU matmul library is fast in it. Where `inv_rms` is given, it gets 1 / rms of each row.
+void load_tile(const float* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size, float rms_eps, float* tile,
+               float* inv_rms);
+void load_tile(const BFloat16* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size, float rms_eps,
+               BFloat16* tile, float* inv_rms);
+void load_tile(const Half* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size, float rms_eps, float* tile,
+               float* inv_rms);
+
+// The pruner behind its first matmul, float32.
+struct Head {
+    const float* b1;  // [pruner_size]
+    const float* w2;  // [pruner_size]
+    float b2;
+    int64_t pruner_size;
+};
+
+// scores = w2 . GELU(products * inv_rms + b1) + b2 for `num_tokens` rows of the dense `products`. A null `inv_rms`
+// is 1.
+void finish_tile(const float* products, const float* inv_rms, int64_t num_tokens, const Head& head, float* scores);
+void finish_tile(const BFloat16* products, const float* inv_rms, int64_t num_tokens, const Head& head, float* scores);
+
+}  // namespace sdtp::cpu

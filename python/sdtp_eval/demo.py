@@ -1,0 +1,466 @@
+"""``sdtp demo``: a real model reads a real long text with and without pruning."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sdtp_eval.flops import prefill_flops, scoring_flops, tokens_per_layer
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Mapping
+
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from sdtp_kernels import PrefillReport, PruningSchedule, SdtpHandle, TokenPruner
+
+QUESTION = "Which programming language does this text describe?"
+DTYPES = ("float32", "bfloat16", "float16")
+MIN_REPEATS = 3
+# Keeps every token of up to a million, yet is less than 1; see _run.
+KEEP_ALL = 1 - 1e-8
+
+
+def add_command(subparsers: Any) -> None:
+    """Add ``demo`` to the parsers of ``sdtp``."""
+    parser = subparsers.add_parser("demo", help="prefill a real long text with and without pruning, and compare")
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="a Qwen2 checkpoint (default: SmolLM2-135M-Instruct)")
+    method = parser.add_mutually_exclusive_group()
+    method.add_argument("--pruner", metavar="FILE", help="trained pruners of this model")
+    method.add_argument(
+        "--scorer", metavar="NAME", help="a training-free scorer instead: attention (default), recent, norm, random"
+    )
+    parser.add_argument("--keep", type=float, default=0.9, help="share of tokens that each stage keeps (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="length of the prompt, with the question (%(default)s)"
+    )
+    parser.add_argument("--text", metavar="FILE", help="the text to read (default: Python's language reference)")
+    parser.add_argument("--question", default=QUESTION, help="asked behind the text (%(default)s)")
+    parser.add_argument("--budget", default="global", help="global or block (%(default)s)")
+    parser.add_argument("--block-size", type=int, default=512, help="tokens of a block (%(default)s)")
+    parser.add_argument("--backend", default="auto", help="who runs the ops; see 'sdtp doctor' (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=48, help="longest answer (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed prefills of each kind, at least 3 (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the results there as well")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo with these arguments; see :func:`add_command`."""
+    from sdtp_kernels import BackendUnavailableError
+    from sdtp_kernels.cli import CommandError
+
+    try:
+        result = measure(args)
+    except (ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError) as error:
+        raise CommandError(str(error)) from error
+    _print_table(result)
+    if args.json:
+        try:
+            _write_json(result, Path(args.json))
+        except OSError as error:
+            raise CommandError(f"--json {args.json}: cannot be written ({error.strerror})") from None
+    return 0
+
+
+class GateError(ValueError):
+    """The patched model does not compute what it must, so its speed is of no interest."""
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Prefill dense and pruned, alternating, and answer the question both ways.
+
+    Batch size 1, logits of the last token only. Nothing is timed before the patched model has been shown to equal the
+    unpatched one bit for bit where it keeps every token, and to keep the tokens the schedule says.
+
+    Parameters
+    ----------
+    args : Namespace
+        Of the parser that :func:`add_command` makes.
+
+    Returns
+    -------
+    dict
+        What ``--json`` writes: ``tokens``, ``kept_per_stage``, ``mean_keep``, ``prefill_s`` (medians, seconds),
+        ``prefill_s_all`` (every repetition, in order), ``speedup``, ``ideal`` (dense over pruned FLOPs),
+        ``share_of_ideal``, ``flops``, ``kv_bytes``, ``answers``, ``scorer``, ``backend``, ``note`` (why nothing was
+        pruned, or empty), ``notes``, ``settings``, ``machine``, ``versions``, ``date``. Where both kinds exist the
+        value is ``{"dense": ..., "pruned": ...}``.
+
+    Raises
+    ------
+    ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError
+        For settings, files, models and machines that cannot work.
+    GateError
+        If a check fails; no figures then.
+    """
+    _check_settings(args)
+    import torch
+
+    from sdtp_eval import texts
+    from sdtp_eval.checkpoints import default_checkpoint, load_checkpoint
+
+    text = texts.read_text(args.text) if args.text else texts.language_reference()
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
+        raise ValueError("--device cuda: torch finds no GPU here; 'sdtp doctor' tells more")
+    device = torch.device(args.device or ("cuda" if has_gpu else "cpu"))
+    model_path = args.model or default_checkpoint()
+    model, tokenizer = load_checkpoint(model_path, getattr(torch, args.dtype))
+    model = model.to(device)
+    prompt, notes = build_prompt(tokenizer, text, args.question, args.tokens)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and len(prompt) > longest:
+        notes.append(f"the prompt is longer than the {longest} tokens that the model was made for")
+    pruners, schedule = _method(args, model.config)
+    trial = _Trial(model, tokenizer, torch.tensor([prompt], device=device), pruners, schedule, args.backend)
+    trial.patched().remove()  # refuses now what it would refuse later
+
+    with torch.inference_mode():
+        measured = _run(trial, args.repeats, args.new_tokens)
+    lengths = tokens_per_layer(schedule, len(prompt), model.config.num_hidden_layers)
+    flops = {
+        "dense": prefill_flops(model.config, [len(prompt)] * len(lengths)),
+        "pruned": prefill_flops(model.config, lengths) + scoring_flops(model.config, schedule, len(prompt), pruners),
+    }
+    medians = {kind: statistics.median(values) for kind, values in measured["prefill_s_all"].items()}
+    speedup, ideal = medians["dense"] / medians["pruned"], flops["dense"] / flops["pruned"]
+    return {
+        "tokens": len(prompt),
+        "kept_per_stage": [] if measured["note"] else [lengths[layer] for layer in schedule.layers],
+        "mean_keep": sum(lengths) / (len(lengths) * len(prompt)),
+        "prefill_s": medians,
+        "speedup": speedup,
+        "ideal": ideal,
+        "share_of_ideal": speedup / ideal,
+        "flops": flops,
+        **measured,
+        "scorer": pruners if isinstance(pruners, str) else f"pruners of {args.pruner}",
+        "notes": notes,
+        "settings": {**_settings(args), "model": str(model_path), "device": str(device), "layers": schedule.layers},
+        "machine": _machine(device),
+        "versions": _versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def build_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, question: str, num_tokens: int
+) -> tuple[list[int], list[str]]:
+    """The first part of `text` with the question behind it, `num_tokens` tokens in all.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        Its chat template is used where it has one.
+    text, question : str
+    num_tokens : int
+        Tokens of the whole prompt, template and question included.
+
+    Returns
+    -------
+    list of int
+        Token ids; fewer than `num_tokens` where the text is too short.
+    list of str
+        Remarks for the reader: that the text was too short.
+
+    Raises
+    ------
+    ValueError
+        If the question alone takes all the tokens.
+    """
+    mark = "\N{OBJECT REPLACEMENT CHARACTER}text\N{OBJECT REPLACEMENT CHARACTER}"
+    prompt = f"{mark}\n\n{question}"
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    before, after = prompt.split(mark)
+    # A template writes the special tokens itself; without one the tokenizer adds those of a beginning.
+    head = tokenizer(before, add_special_tokens=not tokenizer.chat_template).input_ids
+    tail = tokenizer(after, add_special_tokens=False).input_ids
+    room = num_tokens - len(head) - len(tail)
+    if room < 1:
+        raise ValueError(
+            f"--tokens {num_tokens}: the question and its template take {len(head) + len(tail)} tokens; ask for more"
+        )
+    body: list[int] = []
+    for characters in (16 * room, len(text)):  # a long text need not be tokenised whole
+        body = tokenizer(text[:characters], add_special_tokens=False).input_ids[:room]
+        if len(body) == room:
+            break
+    notes = []
+    if len(body) < room:
+        notes.append(f"the text has only {len(body)} tokens: the prompt has {len(head) + len(body) + len(tail)}")
+    return [*head, *body, *tail], notes
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all keys and values that a cache of transformers holds."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+# ------------------------------------------------------------------------------------------------------ settings
+
+
+def _check_settings(args: argparse.Namespace) -> None:
+    for name, least in (("tokens", 1), ("new_tokens", 1), ("repeats", MIN_REPEATS)):
+        if getattr(args, name) < least:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} {getattr(args, name)}: expected at least {least}")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no such directory")
+
+
+def _method(args: argparse.Namespace, config: Any) -> tuple[Mapping[int, TokenPruner] | str, PruningSchedule]:
+    from sdtp_kernels import PruningSchedule, load_pruners
+
+    settings = {"keep_ratio": args.keep, "budget": args.budget, "block_size": args.block_size}
+    if args.pruner:
+        stack = load_pruners(args.pruner)
+        return stack, PruningSchedule(layers=tuple(sorted(stack)), **settings)
+    return args.scorer or "attention", PruningSchedule.every(config.num_hidden_layers, **settings)
+
+
+# ----------------------------------------------------------------------------------------------------- measuring
+
+
+class _Trial(NamedTuple):
+    """One prompt, one model, one way to prune it."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    input_ids: torch.Tensor
+    pruners: Mapping[int, TokenPruner] | str
+    schedule: PruningSchedule
+    backend: str
+
+    def patched(self, **changes: Any) -> SdtpHandle:
+        """The model, pruning by the schedule with these changes."""
+        from sdtp_kernels import apply_sdtp
+
+        return apply_sdtp(self.model, self.pruners, dataclasses.replace(self.schedule, **changes), self.backend)
+
+    def prefill(self) -> Any:
+        return self.model(self.input_ids, use_cache=True, logits_to_keep=1)
+
+    def seconds(self) -> float:
+        """Time of one prefill."""
+        import torch
+
+        on_gpu = self.input_ids.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        self.prefill()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    def answer(self, new_tokens: int) -> str:
+        """Greedy continuation of at most `new_tokens` tokens."""
+        import torch
+        from transformers import GenerationConfig
+
+        own = self.model.generation_config
+        # Greedy, whatever sampling the checkpoint prefers: the two answers are to be compared.
+        settings = GenerationConfig(
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=own.eos_token_id,
+            pad_token_id=own.pad_token_id if own.pad_token_id is not None else self.tokenizer.eos_token_id,
+        )
+        output = self.model.generate(
+            self.input_ids, attention_mask=torch.ones_like(self.input_ids), generation_config=settings
+        )
+        new = output[0, self.input_ids.shape[1] :]
+        return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+def _run(trial: _Trial, repeats: int, new_tokens: int) -> dict[str, Any]:
+    """Check, measure, answer, with a progress bar on stderr."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    # Without a refreshing thread: nothing else runs while a prefill is timed.
+    with Progress(*columns, TimeElapsedColumn(), console=_console(stderr=True), auto_refresh=False) as progress:
+        task = progress.add_task("", total=6 + 2 * repeats)
+
+        def step(description: str, work: Callable[..., Any], *arguments: Any) -> Any:
+            progress.update(task, description=description)
+            progress.refresh()
+            done = work(*arguments)
+            progress.advance(task)
+            return done
+
+        dense = step("dense, warming up", trial.prefill)
+        # At a keep ratio of exactly 1 the patch hands the prompt to the original forward, which proves little. A little
+        # less goes through scoring, selection, gather and the pruned loop, and keeps every token all the same.
+        for keep_ratio in (1.0, KEEP_ALL):
+            with trial.patched(keep_ratio=keep_ratio):
+                _check_equal(step("check: all kept is dense", trial.prefill).logits, dense.logits, keep_ratio)
+        with trial.patched() as handle:
+            pruned = step("pruned, warming up", trial.prefill)
+            report = handle.report()
+        _check_kept(trial, report, pruned)
+        kv_bytes = {"dense": cache_bytes(dense.past_key_values), "pruned": cache_bytes(pruned.past_key_values)}
+        del dense, pruned
+
+        seconds: dict[str, list[float]] = {"dense": [], "pruned": []}
+        gc.collect()  # a collection costs more than many a prefill: not while the clock runs
+        for repeat in range(repeats):
+            # Alternating order, so that a drift of the machine's speed falls on both alike.
+            for kind in ("dense", "pruned") if repeat % 2 == 0 else ("pruned", "dense"):
+                with trial.patched() if kind == "pruned" else contextlib.nullcontext():
+                    seconds[kind].append(step(f"{kind}, prefill {repeat + 1}", trial.seconds))
+
+        answers = {"dense": step("dense, answering", trial.answer, new_tokens)}
+        with trial.patched():
+            answers["pruned"] = step("pruned, answering", trial.answer, new_tokens)
+    return {
+        "prefill_s_all": seconds,
+        "kv_bytes": kv_bytes,
+        "answers": answers,
+        "backend": report.backend or trial.backend,
+        "note": report.note,
+    }
+
+
+def _check_equal(logits: torch.Tensor, dense: torch.Tensor, keep_ratio: float) -> None:
+    import torch
+
+    if not torch.equal(logits, dense):
+        raise GateError(
+            f"no figures: with keep ratio {keep_ratio} the patched model must equal the unpatched one bit for bit, but "
+            f"its logits differ by {(logits - dense).abs().max().item():.3g}. Please report it with the output of "
+            "'sdtp doctor --json'"
+        )
+
+
+def _check_kept(trial: _Trial, report: PrefillReport, output: Any) -> None:
+    import torch
+
+    layers = output.past_key_values.layers
+    cached = [layer.keys.shape[-2] for layer in layers]
+    expected = tokens_per_layer(trial.schedule, trial.input_ids.shape[1], len(layers))
+    reported = [layer.tokens_out for layer in report.layers] or expected  # empty where nothing was pruned
+    if not cached == expected == reported:
+        raise GateError(f"no figures: the schedule keeps {expected} tokens per layer, the cache holds {cached}")
+    if not torch.isfinite(output.logits).all():
+        raise GateError("no figures: the pruned model's logits are not finite; try --dtype float32")
+
+
+# ----------------------------------------------------------------------------------------------------- reporting
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name not in ("run", "command", "json")}
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    import torch
+
+    processor = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not a Linux on x86: the architecture has to do
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "system": platform.platform(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    import sdtp_kernels
+
+    return {
+        "sdtp-kernels": sdtp_kernels.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _console(*, stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(file=sys.stderr if stderr else sys.stdout, highlight=False)
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    def spread(kind: str) -> str:
+        values = result["prefill_s_all"][kind]
+        return f"{result['prefill_s'][kind]:.3f}  ({min(values):.3f} to {max(values):.3f})"
+
+    kept = ", ".join(map(str, result["kept_per_stage"])) or f"all: {result['note']}"
+    kv = result["kv_bytes"]
+    settings, machine, versions = result["settings"], result["machine"], result["versions"]
+    table = Table(box=box.SIMPLE_HEAD, title="SDTP demo", title_justify="left")
+    table.add_column("")
+    table.add_column("dense", overflow="fold")
+    table.add_column("pruned", overflow="fold")
+    rows = [
+        ("tokens in", str(result["tokens"]), str(result["tokens"])),
+        ("kept per stage", "", kept),
+        ("mean kept per layer", "100.0 %", f"{result['mean_keep']:.1%}".replace("%", " %")),
+        ("prefill, seconds: median (range)", spread("dense"), spread("pruned")),
+        ("speed-up", "", f"{result['speedup']:.2f}"),
+        ("ideal: FLOPs dense / pruned", "", f"{result['ideal']:.2f}"),
+        ("share of the ideal", "", f"{result['share_of_ideal']:.0%}".replace("%", " %")),
+        ("KV cache, bytes", f"{kv['dense']:,}", f"{kv['pruned']:,}  ({kv['pruned'] / kv['dense']:.0%})"),
+        ("scorer", "", result["scorer"]),
+        ("backend", "", result["backend"]),
+        ("answer", result["answers"]["dense"], result["answers"]["pruned"]),
+    ]
+    for row in rows:
+        table.add_row(*map(Text, row))  # as text: an answer may hold what looks like markup
+    console = _console()
+    console.print(table)
+    remarks = [
+        f"question: {settings['question']}",
+        *result["notes"],
+        "the ideal counts matrix products, half of the attention square (causal), one row of logits and the scorer; "
+        "where the attention kernel computes the whole square, the share can exceed 100 %",
+        f"{settings['model']}, {settings['dtype']} on {machine['gpu'] or machine['processor']}, {machine['threads']} "
+        f"threads, torch {versions['torch']}, {settings['repeats']} repetitions, {result['date']}",
+    ]
+    for remark in remarks:
+        console.print(Text(remark), style="dim")
+
+
+def _write_json(result: dict[str, Any], path: Path) -> None:
+    handle, draft = tempfile.mkstemp(dir=path.absolute().parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        os.replace(draft, path)
+    finally:
+        Path(draft).unlink(missing_ok=True)

@@ -1,0 +1,86 @@
+"""Floating-point operations of a prefill: the ideal that a measured speed-up is held against.
+
+Counted are the matrix products, a multiply-add as two operations. Norms, activations, rotary embeddings, biases,
+softmax and the copies of pruning are not: they are what an implementation has to make negligible.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sdtp_kernels import PruningSchedule, TokenPruner
+
+
+def prefill_flops(config: Any, tokens_per_layer: Sequence[int]) -> int:
+    """Operations of one prefill at batch size 1 with logits for the last token only.
+
+    Parameters
+    ----------
+    config : transformers config
+        Of a Qwen2 model: grouped-query attention and a gated MLP.
+    tokens_per_layer : sequence of int
+        Tokens that each decoder layer computes, ``n_l``.
+
+    Returns
+    -------
+    int
+        ``sum_l (2 P n_l + 2 n_l^2 heads head_dim) + 2 D V`` with P the weights of a layer's matrices. The attention
+        term is the two products QK^T and PV, ``2 n^2 heads head_dim`` each, of which causality needs half. A kernel
+        that computes the full square does more than this, and pruning then saves more than the ideal says.
+    """
+    hidden, heads, kv_heads, head_dim = _sizes(config)
+    attention_weights = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim  # q and o, k and v
+    layer_weights = attention_weights + 3 * hidden * config.intermediate_size
+    layers = sum(2 * layer_weights * n + 2 * n * n * heads * head_dim for n in tokens_per_layer)
+    return int(layers + 2 * hidden * config.vocab_size)
+
+
+def tokens_per_layer(schedule: PruningSchedule, length: int, num_layers: int) -> list[int]:
+    """Tokens that each layer computes for a prompt of `length` tokens, ``n_l``."""
+    return [schedule.num_keep(length, sum(start <= i for start in schedule.layers)) for i in range(num_layers)]
+
+
+def scoring_flops(config: Any, schedule: PruningSchedule, length: int, pruners: Mapping[int, TokenPruner] | str) -> int:
+    """Operations of all scorers in one prefill.
+
+    Parameters
+    ----------
+    config : transformers config
+    schedule : PruningSchedule
+    length : int
+        Tokens of the prompt.
+    pruners : mapping of int to TokenPruner, or str
+        As :func:`sdtp_kernels.apply_sdtp` takes them. A pruner costs ``2 n H (D + 1)``; ``attention`` costs its key
+        projection of n tokens, its query projection and logits of the last window; the other names are counted as
+        free.
+
+    Returns
+    -------
+    int
+    """
+    from sdtp_kernels.scorers import ATTENTION_WINDOW
+
+    if length < schedule.min_prompt:
+        return 0
+    hidden, heads, kv_heads, head_dim = _sizes(config)
+    total = 0
+    for stage, layer in enumerate(schedule.layers, 1):
+        if not schedule.drops(stage):
+            continue
+        n = schedule.num_keep(length, stage - 1)
+        if pruners == "attention":
+            window = min(ATTENTION_WINDOW, n)
+            projections = n * hidden * kv_heads * head_dim + window * hidden * heads * head_dim
+            total += 2 * (projections + window * n * heads * head_dim)
+        elif not isinstance(pruners, str):
+            total += 2 * n * pruners[layer].intermediate_size * (hidden + 1)
+    return total
+
+
+def _sizes(config: Any) -> tuple[int, int, int, int]:
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.hidden_size, heads, config.num_key_value_heads, head_dim

@@ -1,0 +1,34 @@
+"""SDTP: saliency-driven dynamic token pruning of long prompts (arXiv 2504.04514)."""
+
+__version__ = "0.1.0"
+
+try:
+    from .backends import BackendStatus, BackendUnavailableError, explain_backends
+    from .models import PrefillReport, SdtpHandle, apply_sdtp
+    from .ops import PrunedTokens, gather_tokens, prune_tokens, score_tokens, select_tokens
+    from .pruner import PrunerStack, TokenPruner, load_pruners, save_pruners
+    from .schedule import PruningSchedule, StagePlan
+except ModuleNotFoundError as error:
+    # Without torch nothing above can work, but `sdtp doctor` must be able to say so.
+    if error.name != "torch":
+        raise
+
+__all__ = [
+    "BackendStatus",
+    "BackendUnavailableError",
+    "PrefillReport",
+    "PrunedTokens",
+    "PrunerStack",
+    "PruningSchedule",
+    "SdtpHandle",
+    "StagePlan",
+    "TokenPruner",
+    "apply_sdtp",
+    "explain_backends",
+    "gather_tokens",
+    "load_pruners",
+    "prune_tokens",
+    "save_pruners",
+    "score_tokens",
+    "select_tokens",
+]

@@ -1,0 +1,111 @@
+"""Who can run the ops, why not, and the choice.
+
+A backend is a module with the four ops of :mod:`sdtp_kernels.reference` and ``unavailable_reason(device, dtype)``. It
+is imported when it is first asked for. The choice is made inside the ops, where Dynamo does not look.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger("sdtp_kernels")
+
+# Best first: "auto" takes the first that can run.
+_MODULES = {
+    "cpu": "sdtp_kernels.backends.cpu",
+    "reference": "sdtp_kernels.reference",
+}
+
+BACKEND_NAMES = ("auto", *_MODULES)
+
+
+class Backend(Protocol):
+    score_tokens: Callable[..., torch.Tensor]
+    select_tokens: Callable[..., torch.Tensor]
+    gather_tokens: Callable[..., list[torch.Tensor]]
+    prune_tokens: Callable[..., tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]]
+    unavailable_reason: Callable[..., str | None]
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was named that cannot run; the message lists every backend with its reason."""
+
+
+class BackendStatus(NamedTuple):
+    """One backend as :func:`explain_backends` sees it."""
+
+    name: str
+    available: bool
+    reason: str
+    """Empty where it can run."""
+    chosen: bool
+    """Whether ``backend="auto"`` takes it."""
+
+
+def explain_backends(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> list[BackendStatus]:
+    """Every backend, whether it can run on `device` (with `dtype`, where given), and why not.
+
+    Parameters
+    ----------
+    device : torch.device or str, default "cpu"
+    dtype : torch.dtype, optional
+        Dtype of the hidden states.
+
+    Returns
+    -------
+    list of BackendStatus
+        Best first; exactly one is `chosen`.
+    """
+    device = torch.device(device)
+    reasons = {name: _load(name).unavailable_reason(device, dtype) for name in _MODULES}
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    return [BackendStatus(name, reason is None, reason or "", name == chosen) for name, reason in reasons.items()]
+
+
+def check_name(name: str) -> None:
+    """Refuse a backend name that does not exist."""
+    if name not in BACKEND_NAMES:
+        raise ValueError(f"backend={name!r} does not exist; known: {', '.join(BACKEND_NAMES)}")
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Backend:
+    """The backend called `name`, or the best that can run where it is ``"auto"``.
+
+    Raises
+    ------
+    ValueError
+        If no backend has that name.
+    BackendUnavailableError
+        If the named one cannot run there: a name never falls back.
+    """
+    check_name(name)
+    if name == "auto":
+        name = _best(device.type, dtype)
+    backend = _load(name)
+    if backend.unavailable_reason(device, dtype) is not None:
+        lines = [f"  {s.name}: {s.reason or 'can run'}" for s in explain_backends(device, dtype)]
+        raise BackendUnavailableError(
+            f"backend={name!r} cannot run on {device} with {dtype}. Name another one or use backend='auto':\n"
+            + "\n".join(lines)
+        )
+    return backend
+
+
+@functools.cache
+def _best(device_type: str, dtype: torch.dtype | None) -> str:
+    best = next(status.name for status in explain_backends(device_type, dtype) if status.chosen)
+    logger.info("backend 'auto' is %r on %s", best, device_type)
+    return best
+
+
+@functools.cache
+def _load(name: str) -> Any:
+    return importlib.import_module(_MODULES[name])

@@ -1,0 +1,50 @@
+"""Loads the compiled libraries, or records why not.
+
+The schemas stand here and the C++ only implements them (``STABLE_TORCH_LIBRARY_IMPL(sdtp_native, <device>, ...)``):
+one schema, one library a device. Nothing but :mod:`sdtp_kernels.backends` calls these ops.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+_SELECTION = "int num_keep, int sink, int recent, int? block_size, Tensor? rows"
+_PRUNER = "Tensor w1, Tensor b1, Tensor w2, Tensor b2"
+
+_library = torch.library.Library("sdtp_native", "DEF")
+for _schema in (
+    f"score_tokens(Tensor hidden_states, {_PRUNER}, Tensor? score_bias, float? rms_eps) -> Tensor",
+    f"select_tokens(Tensor scores, {_SELECTION}) -> Tensor",
+    "gather_tokens(Tensor[] tensors, Tensor indices) -> Tensor[]",
+    f"prune_tokens(Tensor[] tensors, {_PRUNER}, {_SELECTION}, Tensor? score_bias, float? rms_eps) -> (Tensor[], Tensor)",
+):
+    _library.define(_schema)
+
+
+def build_info() -> dict[str, Any]:
+    """What was built, how and with what, as the build wrote it; empty where nothing was."""
+    path = _PACKAGE / "build_info.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@functools.cache
+def load_error(device: str) -> str | None:
+    """Load the library for `device`, once; the reason where that fails, ``None`` where it works."""
+    path = _PACKAGE / f"libsdtp_{device}.so"
+    if not path.is_file():
+        return (
+            f"{path.name} was not built; 'pip install .' with a C++ compiler builds it "
+            f"(build_info: {build_info() or 'none'})"
+        )
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load under torch {torch.__version__}: {error} (built with: {build_info()})"
+    return None

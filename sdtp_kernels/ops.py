@@ -1,0 +1,524 @@
+"""The operators: schema, shapes, gradients and the public functions.
+
+``torch.ops.sdtp`` holds four ops. They are opaque to ``torch.compile``; the backend is chosen inside them. All are
+functional, none reads a tensor's value on the host, and output shapes follow from input shapes and ``num_keep`` alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from . import backends, reference
+from .reference import token_dim
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["PrunedTokens", "gather_tokens", "prune_tokens", "score_tokens", "select_tokens"]
+
+_PRUNER = "Tensor w1, Tensor b1, Tensor w2, Tensor b2"
+_SELECTION = "SymInt num_keep, SymInt sink=0, SymInt recent=0, SymInt? block_size=None, Tensor? rows=None"
+_SCORING = "Tensor? score_bias=None, float? rms_eps=None"
+_SCHEMAS = (
+    f'score_tokens(Tensor hidden_states, {_PRUNER}, {_SCORING}, str backend="auto") -> Tensor',
+    f'select_tokens(Tensor scores, {_SELECTION}, str backend="auto") -> Tensor',
+    'gather_tokens(Tensor[] tensors, Tensor indices, str backend="auto") -> Tensor[]',
+    f"prune_tokens(Tensor hidden_states, Tensor[] tensors, {_PRUNER}, {_SELECTION}, {_SCORING}, "
+    'str backend="auto") -> (Tensor, Tensor[], Tensor)',
+)
+
+# Module-level: a Library takes its definitions with it when it is collected.
+_library = torch.library.Library("sdtp", "DEF")
+for _schema in _SCHEMAS:
+    # needs_exact_strides: Inductor hands over the strides that eager would, so layouts are decided in one place.
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class PrunedTokens(NamedTuple):
+    """Result of :func:`prune_tokens`."""
+
+    hidden_states: torch.Tensor
+    """``[B, K, D]``"""
+    tensors: list[torch.Tensor]
+    """The further tensors, with K tokens each."""
+    indices: torch.Tensor
+    """``[B, K]`` int64, ascending, -1 where a row has fewer than K tokens."""
+
+
+def score_tokens(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    *,
+    score_bias: torch.Tensor | None = None,
+    rms_eps: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Score every token with the pruner's MLP, SDTP equation (1) in its one-logit form.
+
+    ``score = w2 . GELU(w1 x + b1) + b2 (+ score_bias)`` with the exact (erf) GELU, accumulated in float32. `x` is the
+    hidden state, divided by its root mean square where `rms_eps` is given.
+
+    Parameters
+    ----------
+    hidden_states : Tensor [B, N, D]
+        float32, bfloat16, float16 (or float64, reference backend only).
+    w1 : Tensor [H, D]
+        First layer, in the dtype of `hidden_states`; a gain of the RMS norm belongs into it.
+    b1, w2 : Tensor [H]
+        First bias and second layer, float32 (float64 with float64 hidden states).
+    b2 : Tensor []
+        Second bias, same dtype as `b1`.
+    score_bias : Tensor [B, N], optional
+        Added to the scores, float32: what the hidden state does not hold, such as a last-window attention term.
+    rms_eps : float, optional
+        Epsilon of the RMS normalisation of `x`; without it `x` is the raw hidden state.
+    backend : str, default "auto"
+        A name from :func:`explain_backends`; a name never falls back to another backend.
+
+    Returns
+    -------
+    Tensor [B, N], float32
+        Equal across backends up to rounding (bfloat16 backends may round the pre-activation to bfloat16). A token's
+        score does not depend on the other tokens or rows of the batch.
+
+    Raises
+    ------
+    ValueError
+        If shapes, dtypes or devices do not fit.
+    BackendUnavailableError
+        If the named backend cannot run on these inputs.
+    """
+    return torch.ops.sdtp.score_tokens(  # type: ignore[no-any-return]
+        hidden_states, w1, b1, w2, b2, score_bias, rms_eps, backend
+    )
+
+
+def select_tokens(
+    scores: torch.Tensor,
+    num_keep: int,
+    *,
+    sink: int = 0,
+    recent: int = 0,
+    block_size: int | None = None,
+    rows: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Choose the tokens that go on.
+
+    The last `recent` tokens of a row are kept. The tokens before them form one block, or blocks of `block_size`; every
+    block keeps ``(num_keep - recent) / number of blocks`` tokens: first the forced ones (the row's first `sink` tokens
+    and, where `block_size` is given, the last token of each block), then the highest scores. Equal scores: the lower
+    index wins. NaN ranks below every number, -0 equals +0.
+
+    Parameters
+    ----------
+    scores : Tensor [B, N], float32
+    num_keep : int
+        Tokens to keep, K. With `rows`, the width of the result: at least the largest count in it.
+    sink, recent : int, default 0
+        Tokens always kept at the start and at the end of the row.
+    block_size : int, optional
+        Tokens in a block. ``N - recent`` must be a multiple of it.
+    rows : Tensor [B, 3], int64, optional
+        For left-padded rows: valid tokens, tokens to keep and trailing tokens always kept, of each row, replacing `N`,
+        `num_keep` and `recent`. See :meth:`PruningSchedule.plan_rows`. Its values are not checked on the host.
+    backend : str, default "auto"
+        As in :func:`score_tokens`.
+
+    Returns
+    -------
+    Tensor [B, K], int64
+        Columns of `scores`, ascending in each row; a row that keeps fewer than K tokens is left-padded with -1.
+        Identical in every bit across backends, and to the row alone.
+
+    Raises
+    ------
+    ValueError
+        If `num_keep` exceeds N or is less than the forced tokens, or shapes, dtypes or devices do not fit.
+    BackendUnavailableError
+        If the named backend cannot run on these inputs.
+    """
+    return torch.ops.sdtp.select_tokens(  # type: ignore[no-any-return]
+        scores, num_keep, sink, recent, block_size, rows, backend
+    )
+
+
+def gather_tokens(
+    tensors: Sequence[torch.Tensor], indices: torch.Tensor, *, backend: str = "auto"
+) -> list[torch.Tensor]:
+    """Copy the chosen tokens of any number of tensors.
+
+    Parameters
+    ----------
+    tensors : sequence of Tensor
+        Any dtype; tokens are dimension 1 of ``[B, N]`` and ``[B, N, D]`` and dimension 2 of ``[B, heads, N, D]``.
+    indices : Tensor [B, K], int64
+        Tokens to copy, each in ``[-1, N)``; -1 gives zeros. Values are not checked on the host.
+    backend : str, default "auto"
+        As in :func:`score_tokens`.
+
+    Returns
+    -------
+    list of Tensor
+        Contiguous, with K in place of N; identical in every bit across backends. Differentiable: the gradient is
+        scattered back to the copied rows.
+
+    Raises
+    ------
+    ValueError
+        If shapes or devices do not fit.
+    BackendUnavailableError
+        If the named backend cannot run on these inputs.
+    """
+    return torch.ops.sdtp.gather_tokens(list(tensors), indices, backend)  # type: ignore[no-any-return]
+
+
+def prune_tokens(
+    hidden_states: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    num_keep: int,
+    *,
+    sink: int = 0,
+    recent: int = 0,
+    block_size: int | None = None,
+    rows: torch.Tensor | None = None,
+    score_bias: torch.Tensor | None = None,
+    rms_eps: float | None = None,
+    backend: str = "auto",
+) -> PrunedTokens:
+    """Score, select and gather in one call; equal to :func:`score_tokens`, :func:`select_tokens`,
+    :func:`gather_tokens` in turn on the same backend.
+
+    Parameters are those of the three. `tensors` are gathered beside `hidden_states` (position embeddings, keys and
+    values).
+
+    Returns
+    -------
+    PrunedTokens
+
+    Raises
+    ------
+    ValueError, BackendUnavailableError
+        As the three functions.
+    RuntimeError
+        If gradients of the pruner or of `score_bias` are asked for: a hard selection has none. Pass detached weights,
+        or train through :meth:`TokenPruner.forward`.
+    """
+    return PrunedTokens(
+        *torch.ops.sdtp.prune_tokens(
+            hidden_states, list(tensors), w1, b1, w2, b2,
+            num_keep, sink, recent, block_size, rows, score_bias, rms_eps, backend,
+        )
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- argument checks
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def _check_pruner(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    score_bias: torch.Tensor | None,
+) -> None:
+    _check(
+        hidden_states.dim() == 3 and hidden_states.dtype in _FLOATS,
+        f"hidden_states: expected [B, N, D] of a floating dtype, got {_describe(hidden_states)}",
+    )
+    hidden_size = hidden_states.shape[2]
+    _check(
+        w1.dim() == 2 and w1.shape[1] == hidden_size and w1.dtype == hidden_states.dtype,
+        f"w1: expected [H, {hidden_size}] in the dtype of hidden_states, {hidden_states.dtype}, got {_describe(w1)}; "
+        "TokenPruner.weights(dtype) casts it",
+    )
+    wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    for name, tensor, shape in (("b1", b1, [w1.shape[0]]), ("w2", w2, [w1.shape[0]]), ("b2", b2, [])):
+        _check(
+            list(tensor.shape) == shape and tensor.dtype == wide,
+            f"{name}: expected {shape} {wide}, got {_describe(tensor)}",
+        )
+    tensors = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    if score_bias is not None:
+        shape = list(hidden_states.shape[:2])
+        _check(
+            list(score_bias.shape) == shape and score_bias.dtype == torch.float32,
+            f"score_bias: expected {shape} torch.float32, got {_describe(score_bias)}",
+        )
+        tensors["score_bias"] = score_bias
+    for name, tensor in tensors.items():
+        _check(
+            tensor.device == hidden_states.device,
+            f"{name} is on {tensor.device}, hidden_states on {hidden_states.device}: move one of them",
+        )
+
+
+def _check_selection(
+    shape: torch.Size,
+    device: torch.device,
+    num_keep: int,
+    sink: int,
+    recent: int,
+    block_size: int | None,
+    rows: torch.Tensor | None,
+) -> None:
+    batch, length = shape[0], shape[1]
+    _check(
+        min(sink, recent) >= 0 and (block_size is None or block_size >= 1),
+        f"sink={sink}, recent={recent}, block_size={block_size}: expected counts >= 0 and a block of at least one token",
+    )
+    _check(0 <= num_keep <= length, f"num_keep={num_keep}: expected 0 to {length}, the number of tokens")
+    if rows is not None:
+        _check(
+            list(rows.shape) == [batch, 3] and rows.dtype == torch.int64 and rows.device == device,
+            f"rows: expected [{batch}, 3] torch.int64 on {device}, got {_describe(rows)}",
+        )
+        return
+    before_tail = length - recent
+    _check(before_tail >= 0, f"recent={recent}: more than the {length} tokens there are")
+    if block_size is None:
+        forced = min(sink, before_tail) + recent
+        _check(num_keep >= forced, f"num_keep={num_keep}: less than the {forced} forced tokens (sink and recent)")
+        return
+    num_blocks = before_tail // block_size
+    _check(
+        num_blocks * block_size == before_tail,
+        f"{before_tail} tokens before the last {recent} do not fill whole blocks of {block_size}: pass recent="
+        f"{length % block_size}, or another multiple",
+    )
+    per_block = (num_keep - recent) // max(num_blocks, 1)
+    _check(
+        per_block * num_blocks == num_keep - recent,
+        f"num_keep={num_keep}: expected recent={recent} plus a multiple of the {num_blocks} blocks",
+    )
+    forced = min(sink + 1, block_size)
+    _check(
+        num_blocks == 0 or forced <= per_block <= block_size,
+        f"num_keep={num_keep}: {per_block} tokens a block, expected {forced} (forced) to {block_size}",
+    )
+
+
+def _check_gather(tensors: Sequence[torch.Tensor], indices: torch.Tensor) -> None:
+    _check(
+        indices.dim() == 2 and indices.dtype == torch.int64,
+        f"indices: expected [B, K] torch.int64, got {_describe(indices)}",
+    )
+    for i, tensor in enumerate(tensors):
+        _check(
+            2 <= tensor.dim() <= 4 and tensor.shape[0] == indices.shape[0] and tensor.device == indices.device,
+            f"tensors[{i}]: expected [B, N], [B, N, D] or [B, heads, N, D] with B={indices.shape[0]} on "
+            f"{indices.device}, got {_describe(tensor)}; expand a shared batch dimension first",
+        )
+
+
+# ----------------------------------------------------------------------------------------------- implementations
+
+
+def _score(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    score_bias: torch.Tensor | None = None,
+    rms_eps: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    _check_pruner(hidden_states, w1, b1, w2, b2, score_bias)
+    chosen = backends.choose(backend, hidden_states.device, hidden_states.dtype)
+    return chosen.score_tokens(hidden_states, w1, b1, w2, b2, score_bias, rms_eps)
+
+
+def _select(
+    scores: torch.Tensor,
+    num_keep: int,
+    sink: int = 0,
+    recent: int = 0,
+    block_size: int | None = None,
+    rows: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    _check(
+        scores.dim() == 2 and scores.dtype == torch.float32,
+        f"scores: expected [B, N] torch.float32, got {_describe(scores)}",
+    )
+    _check_selection(scores.shape, scores.device, num_keep, sink, recent, block_size, rows)
+    chosen = backends.choose(backend, scores.device)
+    return chosen.select_tokens(scores, num_keep, sink, recent, block_size, rows)
+
+
+def _gather(tensors: list[torch.Tensor], indices: torch.Tensor, backend: str = "auto") -> list[torch.Tensor]:
+    _check_gather(tensors, indices)
+    return backends.choose(backend, indices.device).gather_tokens(tensors, indices)
+
+
+def _prune(
+    hidden_states: torch.Tensor,
+    tensors: list[torch.Tensor],
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    num_keep: int,
+    sink: int = 0,
+    recent: int = 0,
+    block_size: int | None = None,
+    rows: torch.Tensor | None = None,
+    score_bias: torch.Tensor | None = None,
+    rms_eps: float | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    _check_pruner(hidden_states, w1, b1, w2, b2, score_bias)
+    _check_selection(hidden_states.shape, hidden_states.device, num_keep, sink, recent, block_size, rows)
+    for i, tensor in enumerate(tensors):
+        _check(
+            2 <= tensor.dim() <= 4
+            and tensor.device == hidden_states.device
+            and (tensor.shape[0], tensor.shape[token_dim(tensor)]) == tuple(hidden_states.shape[:2]),
+            f"tensors[{i}]: expected the batch and tokens of hidden_states {_describe(hidden_states)}, got "
+            f"{_describe(tensor)}; expand a shared batch dimension first",
+        )
+    chosen = backends.choose(backend, hidden_states.device, hidden_states.dtype)
+    return chosen.prune_tokens(
+        hidden_states, tensors, w1, b1, w2, b2, num_keep, sink, recent, block_size, rows, score_bias, rms_eps
+    )
+
+
+for _name, _implementation in (
+    ("score_tokens", _score),
+    ("select_tokens", _select),
+    ("gather_tokens", _gather),
+    ("prune_tokens", _prune),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+
+# --------------------------------------------------------------------------------- shapes, for tracing and export
+
+
+@torch.library.register_fake("sdtp::score_tokens", lib=_library)
+def _score_fake(hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
+    return hidden_states.new_empty(hidden_states.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("sdtp::select_tokens", lib=_library)
+def _select_fake(scores: torch.Tensor, num_keep: int, *_: Any) -> torch.Tensor:
+    return scores.new_empty((scores.shape[0], num_keep), dtype=torch.int64)
+
+
+@torch.library.register_fake("sdtp::gather_tokens", lib=_library)
+def _gather_fake(tensors: list[torch.Tensor], indices: torch.Tensor, *_: Any) -> list[torch.Tensor]:
+    return [_empty_rows(tensor, indices.shape[1]) for tensor in tensors]
+
+
+@torch.library.register_fake("sdtp::prune_tokens", lib=_library)
+def _prune_fake(
+    hidden_states: torch.Tensor,
+    tensors: list[torch.Tensor],
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    num_keep: int,
+    *_: Any,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    indices = hidden_states.new_empty((hidden_states.shape[0], num_keep), dtype=torch.int64)
+    return _empty_rows(hidden_states, num_keep), [_empty_rows(tensor, num_keep) for tensor in tensors], indices
+
+
+def _empty_rows(tensor: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    shape = list(tensor.shape)
+    shape[token_dim(tensor)] = num_tokens
+    return tensor.new_empty(shape)
+
+
+# ----------------------------------------------------------------------------------------------------- gradients
+
+
+def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.rms_eps, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _score_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    # Recomputed through the oracle: nothing of the size [N, H] is kept between forward and backward.
+    with torch.enable_grad():
+        inputs = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        scores = reference.score_tokens(*inputs, rms_eps=ctx.rms_eps)
+        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if t is not None and needed]
+        found = iter(torch.autograd.grad(scores, wanted, grad))
+    grads = [
+        next(found) if t is not None and needed else None
+        for t, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+    ]
+    return (*grads, None, None)
+
+
+def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    tensors, indices, _ = inputs
+    ctx.shapes = [tensor.shape for tensor in tensors]
+    ctx.save_for_backward(indices)
+
+
+def _gather_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
+    (indices,) = ctx.saved_tensors
+    return [_scatter_rows(g, indices, shape) for g, shape in zip(grads, ctx.shapes, strict=True)], None, None
+
+
+def _scatter_rows(grad: torch.Tensor | None, indices: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+    if grad is None or not grad.is_floating_point():
+        return None
+    dim = max(1, len(shape) - 2)
+    rows = indices.view(*[indices.shape[0], 1][:dim], -1, *[1] * (len(shape) - dim - 1))
+    grad = grad.masked_fill(rows < 0, 0)
+    return grad.new_zeros(shape).scatter_add(dim, rows.clamp(min=0).expand(grad.shape), grad)
+
+
+def _prune_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    hidden_states, tensors, w1, b1, w2, b2, *_, score_bias, _eps, _backend = inputs
+    for name, tensor in {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "score_bias": score_bias}.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"prune_tokens has no gradient for {name}: a hard selection is not differentiable. Pass detached "
+                "weights (TokenPruner.weights() are), or train through TokenPruner.forward"
+            )
+    ctx.shapes = [hidden_states.shape, *(tensor.shape for tensor in tensors)]
+    ctx.save_for_backward(output[2])
+
+
+def _prune_backward(
+    ctx: Any, grad: torch.Tensor, grads: list[torch.Tensor | None], _indices_grad: torch.Tensor | None
+) -> tuple[Any, ...]:
+    (indices,) = ctx.saved_tensors
+    first, *others = (
+        _scatter_rows(g, indices, shape) for g, shape in zip([grad, *grads], ctx.shapes, strict=True)
+    )
+    return (first, others, *[None] * 12)
+
+
+torch.library.register_autograd("sdtp::score_tokens", _score_backward, setup_context=_score_setup, lib=_library)
+torch.library.register_autograd("sdtp::gather_tokens", _gather_backward, setup_context=_gather_setup, lib=_library)
+torch.library.register_autograd("sdtp::prune_tokens", _prune_backward, setup_context=_prune_setup, lib=_library)
+# A selection has no gradient; its int64 output says so to autograd by itself.
+_library.impl("select_tokens", torch.library.fallthrough_kernel, "Autograd")

@@ -1,0 +1,255 @@
+"""The pruner MLP and its file format.
+
+A file holds the pruners of one model: a safetensors file with ``layers.<l>.{w1,b1,w2,b2}`` and one metadata entry
+``sdtp``, a JSON header. Files with two output logits (``w2 [2, H]``, ``b2 [2]``, the form of the paper) are folded on
+load into the one-logit form that the ops take.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FORMAT = "sdtp-pruners"
+FORMAT_VERSION = 1
+
+
+class PrunerWeights(NamedTuple):
+    """The weights in the form that the ops take; see :func:`sdtp_kernels.score_tokens`."""
+
+    w1: torch.Tensor
+    b1: torch.Tensor
+    w2: torch.Tensor
+    b2: torch.Tensor
+
+
+class TokenPruner(nn.Module):
+    """Scores tokens from their hidden states: ``w2 . GELU(w1 x + b1) + b2``, SDTP equation (1).
+
+    Parameters
+    ----------
+    hidden_size : int
+        Width of the model, D.
+    intermediate_size : int, optional
+        Width of the MLP, H; a quarter of `hidden_size` by default, as in the paper.
+    rms_norm : bool, default True
+        Divide `x` by its root mean square first. A gain would be redundant with ``w1``.
+    rms_eps : float, default 1e-6
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int | None = None,
+        *,
+        rms_norm: bool = True,
+        rms_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size or max(1, hidden_size // 4)
+        self.rms_norm = rms_norm
+        self.rms_eps = rms_eps
+        self.w1 = nn.Parameter(torch.empty(self.intermediate_size, hidden_size))
+        self.b1 = nn.Parameter(torch.zeros(self.intermediate_size))
+        self.w2 = nn.Parameter(torch.empty(self.intermediate_size))
+        self.b2 = nn.Parameter(torch.zeros(()))
+        nn.init.normal_(self.w1, std=hidden_size**-0.5)
+        nn.init.normal_(self.w2, std=self.intermediate_size**-0.5)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Scores of any batch of tokens, differentiable: the form that training uses.
+
+        Parameters
+        ----------
+        hidden_states : Tensor [..., D]
+
+        Returns
+        -------
+        Tensor [...], float32 (or wider, where the weights are)
+        """
+        x = hidden_states.to(self.w1.dtype)
+        if self.rms_norm:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.rms_eps)
+        return F.gelu(F.linear(x, self.w1, self.b1)) @ self.w2 + self.b2
+
+    def weights(self, dtype: torch.dtype = torch.float32) -> PrunerWeights:
+        """Detached weights for the ops: ``w1`` in `dtype`, that of the hidden states, the others in float32."""
+        wide = torch.promote_types(dtype, torch.float32)
+        w1, b1, w2, b2 = (p.detach() for p in (self.w1, self.b1, self.w2, self.b2))
+        return PrunerWeights(w1.to(dtype).contiguous(), b1.to(wide), w2.to(wide), b2.to(wide))
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size} -> {self.intermediate_size} -> 1, rms_norm={self.rms_norm}"
+
+
+@dataclass(frozen=True)
+class PrunerHeader:
+    """What a pruner file says of itself.
+
+    `model_type`, `hidden_size` and `num_hidden_layers` are those of the model the pruners were trained for; `training`
+    holds free facts (data, target, metrics).
+    """
+
+    hidden_size: int
+    layers: list[int]
+    rms_norm: bool
+    rms_eps: float
+    model_type: str | None = None
+    num_hidden_layers: int | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class PrunerStack(dict[int, TokenPruner]):
+    """The pruners of one model by decoder layer, with the header of the file they come from."""
+
+    def __init__(self, pruners: Mapping[int, TokenPruner], header: PrunerHeader) -> None:
+        super().__init__(pruners)
+        self.header = header
+
+
+def save_pruners(
+    pruners: Mapping[int, TokenPruner],
+    path: str | os.PathLike[str],
+    *,
+    config: Any = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the pruners of one model to one file.
+
+    Parameters
+    ----------
+    pruners : mapping of int to TokenPruner
+        By decoder layer.
+    path : path
+        Written whole or not at all.
+    config : transformers config, optional
+        Of the model they belong to; loading then checks that they fit. Taken from ``pruners.header`` where that exists.
+    training : mapping, optional
+        Facts of the training, JSON-serialisable.
+
+    Raises
+    ------
+    ValueError
+        If the mapping is empty, a weight is NaN or infinite, or the pruners disagree on size or normalisation.
+    """
+    from safetensors.torch import save_file
+
+    if not pruners:
+        raise ValueError("no pruners to save: expected a mapping of decoder layer to TokenPruner")
+    shared = {(p.hidden_size, p.rms_norm, p.rms_eps) for p in pruners.values()}
+    if len(shared) != 1:
+        raise ValueError(f"pruners of one file share (hidden_size, rms_norm, rms_eps), got {sorted(shared)}")
+    check_finite(pruners)
+    ((hidden_size, rms_norm, rms_eps),) = shared
+    known = getattr(pruners, "header", None)
+    header = PrunerHeader(
+        hidden_size=hidden_size,
+        layers=sorted(pruners),
+        rms_norm=rms_norm,
+        rms_eps=rms_eps,
+        model_type=config.model_type if config is not None else getattr(known, "model_type", None),
+        num_hidden_layers=config.num_hidden_layers if config is not None else getattr(known, "num_hidden_layers", None),
+        training=dict(training) if training is not None else getattr(known, "training", {}),
+    )
+    tensors = {
+        f"layers.{layer}.{name}": parameter.detach().cpu().contiguous()
+        for layer, pruner in pruners.items()
+        for name, parameter in pruner.named_parameters()
+    }
+    metadata = {"sdtp": json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(header)})}
+    path = Path(path)
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    os.close(handle)
+    try:
+        save_file(tensors, draft, metadata)
+        os.replace(draft, path)
+    finally:
+        Path(draft).unlink(missing_ok=True)
+
+
+def load_pruners(path: str | os.PathLike[str]) -> PrunerStack:
+    """Read a pruner file.
+
+    Returns
+    -------
+    PrunerStack
+        Mapping of decoder layer to :class:`TokenPruner` (float32, on the CPU), with the file's header.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is no pruner file, truncated, of a later format version, incomplete, or holds NaN or infinite weights.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such pruner file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); it may be truncated or of another kind") from None
+    header = _parse_header(path, metadata)
+
+    pruners = {}
+    for layer in header.layers:
+        names = {name: f"layers.{layer}.{name}" for name in PrunerWeights._fields}
+        missing = sorted(set(names.values()) - set(tensors))
+        if missing:
+            raise ValueError(f"{path}: the header lists layer {layer}, but {', '.join(missing)} is missing")
+        w1, b1, w2, b2 = (tensors.pop(name).float() for name in names.values())
+        if w2.dim() == 2 and w2.shape[0] == 2:
+            w2, b2 = w2[0] - w2[1], b2[0] - b2[1]  # keep logit minus drop logit: the same order, half the work
+        sizes = [list(t.shape) for t in (w1, b1, w2, b2)]
+        if sizes != [[len(b1), header.hidden_size], [len(b1)], [len(b1)], []]:
+            raise ValueError(
+                f"{path}: layer {layer} has w1, b1, w2, b2 of shapes {sizes}; expected [H, {header.hidden_size}], [H], "
+                "[H] (or [2, H] with b2 [2]), []"
+            )
+        pruner = TokenPruner(header.hidden_size, len(b1), rms_norm=header.rms_norm, rms_eps=header.rms_eps)
+        pruner.load_state_dict({"w1": w1, "b1": b1, "w2": w2, "b2": b2})
+        pruners[layer] = pruner
+    if tensors:
+        raise ValueError(f"{path}: tensors that the header does not list: {', '.join(sorted(tensors))}")
+    check_finite(pruners)
+    return PrunerStack(pruners, header)
+
+
+def check_finite(pruners: Mapping[int, nn.Module]) -> None:
+    """Refuse NaN and infinite weights, by layer and name. Done here because inside the op it would be a host sync."""
+    for layer, pruner in pruners.items():
+        for name, parameter in pruner.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"pruner of layer {layer}: {name} has NaN or infinite weights; train or load it again")
+
+
+def _parse_header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> PrunerHeader:
+    try:
+        header = json.loads(metadata["sdtp"])
+        found = header.pop("format"), header.pop("format_version")
+    except (KeyError, ValueError, AttributeError):
+        raise ValueError(f"{path}: a safetensors file without the '{FORMAT}' header; save_pruners writes it") from None
+    if found[0] != FORMAT or found[1] > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format {found[0]!r} version {found[1]}; this version of sdtp-kernels reads {FORMAT!r} up to "
+            f"version {FORMAT_VERSION}"
+        )
+    try:
+        return PrunerHeader(**header)
+    except TypeError as error:
+        raise ValueError(f"{path}: malformed header ({error})") from None

@@ -1,0 +1,118 @@
+"""The oracle: every op in plain PyTorch, written to be read beside the paper and never optimised.
+
+Argument conventions, shapes and promises are those of :mod:`sdtp_kernels.ops`, which checks the arguments before any
+backend sees them. Everything here is tensor arithmetic, so it runs on any device without a host sync.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def score_tokens(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    score_bias: torch.Tensor | None = None,
+    rms_eps: float | None = None,
+) -> torch.Tensor:
+    """``w2 . GELU(w1 x + b1) + b2 (+ score_bias)``, SDTP equation (1), in float64."""
+    x = hidden_states.double()
+    if rms_eps is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + rms_eps)
+    activation = F.gelu(F.linear(x, w1.double(), b1.double()))
+    scores = activation @ w2.double() + b2.double()
+    if score_bias is not None:
+        scores = scores + score_bias
+    return scores.float()
+
+
+def select_tokens(
+    scores: torch.Tensor,
+    num_keep: int,
+    sink: int = 0,
+    recent: int = 0,
+    block_size: int | None = None,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Keep the forced tokens, then the best scores of each block; see :func:`sdtp_kernels.select_tokens`."""
+    batch, width = scores.shape
+    if rows is None:
+        length, keep, tail = (torch.full((batch, 1), n, device=scores.device) for n in (width, num_keep, recent))
+    else:
+        length, keep, tail = rows.to(torch.int64).unsqueeze(-1).unbind(1)
+
+    # Rows are right-aligned: index in the row = column - padding of the row.
+    column = torch.arange(width, device=scores.device)
+    index = column - (width - length)
+    is_valid = index >= 0
+    is_tail = index >= length - tail
+
+    # What stands before the tail is cut into blocks; without a block size it is one block.
+    per_block = (length - tail).clamp(min=1) if block_size is None else torch.full_like(length, block_size)
+    num_blocks = (length - tail) // per_block
+    quota = (keep - tail) // num_blocks.clamp(min=1)
+    block = index.clamp(min=0) // per_block
+    is_forced = (index < sink) | (index % per_block == per_block - 1 if block_size is not None else False)
+
+    # Order inside a block: forced, then by value descending, then NaN; equal ones by index. Stable sorts from the last
+    # criterion to the first do exactly that. Adding 0.0 turns -0 into +0.
+    value = torch.where(scores.isnan(), -torch.inf, scores + 0.0)
+    by_value = value.argsort(dim=-1, descending=True, stable=True)
+    group = 3 * block + torch.where(is_forced, 0, torch.where(scores.isnan(), 2, 1))
+    group = torch.where(is_valid & ~is_tail, group, torch.iinfo(torch.int64).max)  # padding and tail: behind all blocks
+    order = by_value.gather(-1, group.gather(-1, by_value).argsort(dim=-1, stable=True))
+    rank = torch.empty_like(order).scatter_(-1, order, column.expand_as(order)) - block * per_block
+
+    is_kept = is_valid & (is_tail | (rank < quota))
+    kept_columns = torch.where(is_kept, column, -1).sort(dim=-1).values
+    return kept_columns[:, width - num_keep :].contiguous()
+
+
+def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[torch.Tensor]:
+    """Rows `indices` of every tensor along its token dimension; index -1 gives zeros."""
+    gathered = []
+    for tensor in tensors:
+        # Token dimension first behind the batch: [B, N, ...].
+        tokens = tensor.movedim(token_dim(tensor), 1)
+        batch = torch.arange(indices.shape[0], device=indices.device).unsqueeze(-1)
+        rows = tokens[batch, indices.clamp(min=0)]
+        is_padding = (indices < 0).reshape(*indices.shape, *[1] * (rows.dim() - 2))
+        rows = rows.masked_fill(is_padding, 0)
+        gathered.append(rows.movedim(1, token_dim(tensor)).contiguous())
+    return gathered
+
+
+def prune_tokens(
+    hidden_states: torch.Tensor,
+    tensors: list[torch.Tensor],
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    num_keep: int,
+    sink: int = 0,
+    recent: int = 0,
+    block_size: int | None = None,
+    rows: torch.Tensor | None = None,
+    score_bias: torch.Tensor | None = None,
+    rms_eps: float | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Score, select and gather, one after the other."""
+    scores = score_tokens(hidden_states, w1, b1, w2, b2, score_bias, rms_eps)
+    indices = select_tokens(scores, num_keep, sink, recent, block_size, rows)
+    kept_hidden_states, *kept = gather_tokens([hidden_states, *tensors], indices)
+    return kept_hidden_states, kept, indices
+
+
+def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why this backend cannot run there; it always can."""
+    return None
+
+
+def token_dim(tensor: torch.Tensor) -> int:
+    """Dimension of the tokens: 1 in ``[B, N]`` and ``[B, N, D]``, 2 in ``[B, heads, N, D]``."""
+    return max(1, tensor.dim() - 2)

@@ -1,0 +1,275 @@
+"""Which layers prune, and how many tokens stay.
+
+This is the one place where a keep ratio becomes a number: the ops, the model patches, the tests and the reports all
+call it. Every count is exact integer arithmetic, and the same expressions run on Python ints, on the symbolic sizes of
+``torch.compile`` and on ``int64`` tensors of row lengths, so a padded row is counted exactly like the row alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Length = TypeVar("Length", int, torch.Tensor)
+
+# Shares are stored as fractions whose denominator does not exceed this (see `_exact_pair`), which makes
+# the counts exact for every prompt up to this many tokens while `length * numerator` still fits in int64.
+MAX_PROMPT = 2**30
+
+
+class StagePlan(NamedTuple):
+    """What one pruning stage asks of :func:`sdtp_kernels.select_tokens`, for one prompt length."""
+
+    num_keep: int
+    """Tokens that go on."""
+    sink: int
+    """Leading tokens that are always kept."""
+    recent: int
+    """Trailing tokens that are always kept, outside any block."""
+    block_size: int | None
+    """Tokens a complete block holds when the stage begins; ``None`` for the global budget."""
+
+
+@dataclass(frozen=True)
+class PruningSchedule:
+    """When to prune and how much to keep.
+
+    Stage ``s`` (counted from 1) prunes the input of decoder layer ``layers[s - 1]``. With ``r^s`` the product of the
+    first ``s`` keep ratios, a prompt of ``N`` tokens keeps ``max(forced, ceil(N * r^s))`` tokens after stage ``s``
+    (SDTP section 3.3 has ``r = 0.9``, the first stage at layer 4, then every third layer).
+
+    Parameters
+    ----------
+    layers : sequence of int
+        Decoder layers whose input is pruned, strictly increasing, each at least 1: layer 0 is never pruned, so its
+        cache keeps the logical length that ``generate()`` relies on.
+    keep_ratio : float or sequence of float, default 0.9
+        Share of the current tokens that each stage keeps, in ``(0, 1]``; one number, or one per stage. Read as the
+        decimal that is written: 0.9 means exactly 9/10.
+    sink : int, default 4
+        Leading prompt tokens that are always kept.
+    recent : float, default 0.1
+        Share of the *original* prompt length that is always kept at its end, in ``[0, 1]``; the last token always is.
+        Used by the global budget only: it would make a token's fate depend on where the prompt ends.
+    budget : {"global", "block"}, default "global"
+        ``"global"`` ranks the whole prompt at each stage. ``"block"`` ranks each complete block of `block_size`
+        prompt tokens by itself and keeps the same count in every block, its last token included; the unfinished block
+        at the end keeps everything. With a causal score a block's result then depends on nothing after it.
+    block_size : int, default 512
+        Prompt tokens in a block, by original position.
+    min_prompt : int, default 64
+        Prompts shorter than this are not pruned.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range; the message says what was got and what is allowed.
+    """
+
+    layers: tuple[int, ...]
+    keep_ratio: float | tuple[float, ...] = 0.9
+    sink: int = 4
+    recent: float = 0.1
+    budget: Literal["global", "block"] = "global"
+    block_size: int = 512
+    min_prompt: int = 64
+
+    def __post_init__(self) -> None:
+        layers = tuple(self.layers)
+        if not layers or any(not isinstance(layer, int) for layer in layers):
+            raise ValueError(f"layers={self.layers!r}: expected at least one decoder layer index, e.g. layers=(4, 7)")
+        if layers[0] < 1 or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+            raise ValueError(
+                f"layers={layers}: expected strictly increasing layer indices >= 1; layer 0 cannot be pruned because "
+                "its cache holds the logical length of the prompt"
+            )
+        ratios = self.keep_ratio if isinstance(self.keep_ratio, (tuple, list)) else (self.keep_ratio,) * len(layers)
+        if len(ratios) != len(layers):
+            raise ValueError(f"keep_ratio has {len(ratios)} numbers for {len(layers)} layers: give one, or one per layer")
+        for ratio in ratios:
+            if not 0 < ratio <= 1:  # also refuses NaN
+                raise ValueError(f"keep_ratio={ratio}: expected a share in (0, 1]; 1.0 keeps every token")
+        if self.budget not in ("global", "block"):
+            raise ValueError(f"budget={self.budget!r}: expected 'global' or 'block'")
+        if not isinstance(self.sink, int) or self.sink < 0:
+            raise ValueError(f"sink={self.sink!r}: expected a count of tokens >= 0")
+        if not 0 <= self.recent <= 1:
+            raise ValueError(f"recent={self.recent!r}: expected a share of the prompt in [0, 1]")
+        if self.budget == "block" and self.block_size <= self.sink:
+            raise ValueError(f"block_size={self.block_size}: expected more than the {self.sink} sink tokens of a block")
+        if self.min_prompt < 1:
+            raise ValueError(f"min_prompt={self.min_prompt}: expected a length >= 1")
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "keep_ratio", tuple(ratios) if isinstance(self.keep_ratio, list) else self.keep_ratio)
+        shares = [Fraction(1)]
+        for ratio in ratios:
+            shares.append(shares[-1] * _decimal(ratio))
+        # Plain pairs of ints, so that torch.compile sees arithmetic on constants.
+        object.__setattr__(self, "_shares", tuple(map(_exact_pair, shares)))
+        object.__setattr__(self, "_recent_share", _exact_pair(_decimal(self.recent)))
+
+    @classmethod
+    def every(cls, num_layers: int, first: int = 4, step: int = 3, **settings: object) -> PruningSchedule:
+        """Stages at layers ``first, first + step, ...`` of a model with `num_layers` layers (the paper's pattern)."""
+        return cls(layers=tuple(range(first, num_layers, step)), **settings)  # type: ignore[arg-type]
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.layers)
+
+    def drops(self, stage: int) -> bool:
+        """Whether stage `stage` can drop anything; a stage whose own keep ratio is 1 never does."""
+        return self._share(stage) != self._share(stage - 1)
+
+    def num_keep(self, length: Length, stage: int) -> Length:
+        """Tokens left after `stage` stages of a prompt of `length` tokens.
+
+        Parameters
+        ----------
+        length : int, SymInt or int64 tensor
+            Length of the prompt, without padding.
+        stage : int
+            0 (nothing pruned yet) to ``num_stages``.
+
+        Returns
+        -------
+        Same type as `length`.
+        """
+        if stage == 0:
+            return length
+        if self.budget == "block":
+            finished = length // self.block_size
+            kept = length - finished * (self.block_size - self.block_keep(stage))
+        else:
+            forced = _min(length, self.sink + self.num_recent(length))
+            kept = _max(forced, _ceil_share(length, self._share(stage)))
+        return self._unless_short(length, kept)
+
+    def num_recent(self, length: Length) -> Length:
+        """Trailing tokens that every stage keeps of a prompt of `length` tokens."""
+        if self.budget == "block":
+            recent = length - length // self.block_size * self.block_size
+        else:
+            recent = _max(_min(length, 1), _ceil_share(length, self._recent_share))  # type: ignore[attr-defined]
+        return self._unless_short(length, recent)
+
+    def block_keep(self, stage: int) -> int:
+        """Tokens that a complete block still holds after `stage` stages."""
+        forced = self.sink + 1  # the sink falls into the first block, and every block keeps its last token
+        return max(min(self.block_size, forced), _ceil_share(self.block_size, self._share(stage)))
+
+    def max_keep(self, length: int, stage: int) -> int:
+        """Most tokens that any prompt of at most `length` tokens has left after `stage` stages.
+
+        This is the width of a left-padded batch, known from shapes alone. It can exceed ``num_keep(length, stage)``:
+        an unfinished block keeps more than a finished one, and short prompts are not pruned.
+        """
+        widest = _max(self.num_keep(length, stage), _min(length, self.min_prompt - 1))
+        if self.budget == "block" and stage > 0:
+            finished = length // self.block_size
+            almost_finished = (finished - 1) * self.block_keep(stage) + self.block_size - 1
+            widest = _max(widest, _min(almost_finished, length))
+        return widest
+
+    def plan(self, length: int, stage: int, keep_last: int = 0, *, padded: bool = False) -> StagePlan:
+        """Arguments of the selection at `stage` for a prompt of `length` tokens.
+
+        Parameters
+        ----------
+        length : int or SymInt
+            Tokens of the prompt; of the longest row that fits where `padded`.
+        stage : int
+            1 to ``num_stages``.
+        keep_last : int, default 0
+            Further tokens behind the prompt that are kept whatever happens and count as no part of it.
+        padded : bool, default False
+            Whether rows may be shorter than `length`; their own counts then come from :meth:`plan_rows`.
+        """
+        num_keep = self.max_keep(length, stage) if padded else self.num_keep(length, stage)
+        block_size = self.block_keep(stage - 1) if self.budget == "block" else None
+        return StagePlan(num_keep + keep_last, self.sink, self.num_recent(length) + keep_last, block_size)
+
+    def plan_rows(self, lengths: torch.Tensor, stage: int, keep_last: int = 0) -> torch.Tensor:
+        """Per-row counts of a padded batch, computed on its device.
+
+        Parameters
+        ----------
+        lengths : int64 tensor [B]
+            Prompt length of each row, without padding and without the `keep_last` tokens.
+        stage, keep_last
+            As in :meth:`plan`.
+
+        Returns
+        -------
+        int64 tensor [B, 3]
+            Columns: valid tokens when the stage begins, tokens to keep, trailing tokens always kept.
+        """
+        counts = (self.num_keep(lengths, stage - 1), self.num_keep(lengths, stage), self.num_recent(lengths))
+        return torch.stack(counts, dim=-1) + keep_last
+
+    def mean_keep(self, length: int, num_layers: int) -> float:
+        """Mean kept tokens per layer over the prompt's length, ``B = sum_l n_l / (L * n)``: the budget's unit."""
+        kept = sum(self.num_keep(length, sum(start <= layer for start in self.layers)) for layer in range(num_layers))
+        return kept / (num_layers * length)
+
+    def _share(self, stage: int) -> tuple[int, int]:
+        shares: tuple[tuple[int, int], ...] = self._shares  # type: ignore[attr-defined]
+        return shares[stage]
+
+    def _unless_short(self, length: Length, pruned: Length) -> Length:
+        if isinstance(length, torch.Tensor):
+            return torch.where(length < self.min_prompt, length, pruned)
+        return length if length < self.min_prompt else pruned
+
+
+def _decimal(value: float) -> Fraction:
+    # The decimal a person wrote, not its binary neighbour: ceil(10 * 0.9) is 9 and ceil(1000 * 0.1) is 100.
+    return Fraction(repr(float(value)))
+
+
+def _exact_pair(value: Fraction, limit: int = MAX_PROMPT) -> tuple[int, int]:
+    """Numerator and denominator of the smallest fraction >= `value` whose denominator is <= `limit`.
+
+    ``ceil(n * value)`` is the least ``j`` with ``j / n >= value``. For ``n <= limit`` every ``j / n`` has a denominator
+    <= `limit`, so none lies between `value` and the result: both give the same ceiling. r^9 of a long decimal has a
+    denominator far beyond int64; this one always fits.
+    """
+    if value.denominator <= limit:
+        return value.numerator, value.denominator
+    # Stern-Brocot descent for value in (0, 1), each run of equal turns taken at once: low < value < high.
+    low, high = (0, 1), (1, 1)
+    while True:
+        p, q = value.numerator, value.denominator
+        # Steps of low towards high that stay below value, then of high towards low that stay above it.
+        steps = math.ceil(Fraction(p * low[1] - q * low[0], q * high[0] - p * high[1])) - 1
+        steps = min(steps, (limit - low[1]) // high[1])
+        low = (low[0] + steps * high[0], low[1] + steps * high[1])
+        back = math.ceil(Fraction(q * high[0] - p * high[1], p * low[1] - q * low[0])) - 1
+        back = min(back, (limit - high[1]) // low[1])
+        high = (high[0] + back * low[0], high[1] + back * low[1])
+        if low[1] + high[1] > limit:
+            return high
+
+
+def _ceil_share(length: Length, share: tuple[int, int]) -> Length:
+    numerator, denominator = share
+    return (length * numerator + (denominator - 1)) // denominator
+
+
+def _max(a: Length, b: Length) -> Length:
+    if isinstance(a, torch.Tensor):
+        return torch.maximum(a, torch.as_tensor(b, device=a.device))
+    return torch.sym_max(a, b)  # type: ignore[no-any-return]
+
+
+def _min(a: Length, b: Length | int) -> Length:
+    if isinstance(a, torch.Tensor):
+        return torch.clamp(a, max=b)
+    return torch.sym_min(a, b)  # type: ignore[no-any-return]

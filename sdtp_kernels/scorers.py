@@ -1,0 +1,95 @@
+"""Training-free scorers: the baselines that a learned pruner has to beat.
+
+A scorer is a function of a :class:`StageInput` that returns one score per token. It plugs in where a
+:class:`~sdtp_kernels.TokenPruner` does, so every method runs through the same patch, selection and cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ATTENTION_WINDOW = 32  # SnapKV's window of last queries
+ATTENTION_POOLING = 7  # and its max-pooling width, so that a hit keeps its neighbours
+
+
+class StageInput(NamedTuple):
+    """What a scorer may look at: the input of the decoder layer that the stage stands before."""
+
+    hidden_states: torch.Tensor
+    """``[B, n, D]``"""
+    layer: Any
+    """The decoder layer itself."""
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    """cos and sin of the kept tokens' original positions, ``[1 or B, n, head_dim]``."""
+    token_index: torch.Tensor
+    """``[B, n]`` index in the row's own prompt, negative for padding."""
+    keep_last: int
+    """Tokens behind the prompt that are kept whatever their score."""
+
+
+Scorer = "Callable[[StageInput], torch.Tensor]"
+
+
+def random_score(stage: StageInput, seed: int = 0) -> torch.Tensor:
+    """A fixed pseudo-random number per token index: the same in every stage, row and run."""
+    x = stage.token_index + (seed + 1) * 0x9E3779B9
+    for _ in range(2):  # a multiply-xorshift hash on 31 bits, which stays exact in int64
+        x = ((x ^ (x >> 16)) & 0x7FFFFFFF) * 0x45D9F3B
+    return ((x >> 8) & 0xFFFFFF).float()
+
+
+def recent_score(stage: StageInput) -> torch.Tensor:
+    """The later the better: what remains is the sink and the end of the prompt (StreamingLLM, progressively)."""
+    return stage.token_index.float()
+
+
+def norm_score(stage: StageInput) -> torch.Tensor:
+    """L2 norm of the hidden state."""
+    return stage.hidden_states.float().norm(dim=-1)
+
+
+def attention_score(stage: StageInput) -> torch.Tensor:
+    """Attention of the prompt's last queries, as in SnapKV (arXiv 2404.14469).
+
+    The layer's own query and key projections, softmax per query, mean over the last 32 queries, max-pooling over 7
+    neighbours, mean over heads.
+    """
+    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+    attention = stage.layer.self_attn
+    end = stage.hidden_states.shape[1] - stage.keep_last
+    begin = max(end - ATTENTION_WINDOW, 0)
+    normed = stage.layer.input_layernorm(stage.hidden_states)
+    cos, sin = stage.position_embeddings
+
+    def heads(projection: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return projection(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    query, _ = apply_rotary_pos_emb(*[heads(attention.q_proj, normed[:, begin:end])] * 2, cos[:, begin:end], sin[:, begin:end])
+    key, _ = apply_rotary_pos_emb(*[heads(attention.k_proj, normed)] * 2, cos, sin)
+    # Query heads that share a key head side by side: [B, kv_heads, groups * window, n].
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    logits = (grouped @ key.transpose(-1, -2)).float() * attention.scaling
+    logits = logits.unflatten(2, (-1, end - begin))
+
+    index = stage.token_index
+    is_visible = (index[:, None, :] <= index[:, begin:end, None]) & (index[:, None, :] >= 0)
+    # A window position that is padding sees nothing; it must not become NaN.
+    probabilities = logits.masked_fill(~is_visible[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+    per_head = probabilities.sum(3).flatten(1, 2)
+    pooled = F.max_pool1d(per_head, ATTENTION_POOLING, stride=1, padding=ATTENTION_POOLING // 2)
+    return pooled.mean(1)
+
+
+SCORERS: dict[str, Callable[[StageInput], torch.Tensor]] = {
+    "random": random_score,
+    "recent": recent_score,
+    "norm": norm_score,
+    "attention": attention_score,
+}

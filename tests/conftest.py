@@ -1,0 +1,61 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask a network
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison_empty_memory():
+    """Memory that a kernel forgets to write shows up as NaN instead of as old, plausible values."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_qwen2(num_layers=6, hidden_size=64, attention="sdpa", **settings):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=256,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        attn_implementation=attention,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=None,
+        **settings,
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).eval()
+    for parameter in model.parameters():  # the default 0.02 leaves attention uniform: masks would hardly matter
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=2 * parameter.shape[1] ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    return make_qwen2()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real checkpoint: SmolLM2-135M-Instruct as a Qwen2, with its tokenizer."""
+    checkpoints = pytest.importorskip("sdtp_eval.checkpoints", reason="python/ is not installed")
+    return checkpoints.load_checkpoint(checkpoints.default_checkpoint())

@@ -1,0 +1,99 @@
+"""The oracle for models: a pruned forward must equal this dense one.
+
+Every token goes through every layer. From each stage on, the tokens that were dropped are masked as keys, and what they
+compute is ignored. Nothing of the package is used but the pruners' own ``forward``: the counts are written out with
+fractions, the selection is a sort of a Python list, rows of a batch are run alone and without padding, and there is no
+cache. ``generate(use_cache=False)`` on it is therefore an independent reference for every way of decoding.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from fractions import Fraction
+
+import torch
+from transformers import Qwen2ForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+def naive_select(scores, num_keep, sink, recent, block_size=None):
+    """Kept indices of one row, straight from the text of the contract."""
+    before_tail = len(scores) - recent
+    per_block = before_tail if block_size is None else block_size
+    kept = set(range(before_tail, len(scores)))
+    for begin in range(0, before_tail, max(per_block, 1)):
+        block = range(begin, begin + per_block)
+        quota = (num_keep - recent) // (before_tail // per_block)
+        forced = {i for i in block if i < sink or (block_size is not None and i == block[-1])}
+
+        def order(i, forced=forced):
+            score = scores[i]
+            is_nan = math.isnan(score)
+            return (i not in forced, is_nan, 0.0 if is_nan else -score, i)
+
+        kept.update(sorted(block, key=order)[:quota])
+    return sorted(kept)
+
+
+def naive_keep(schedule, length, stage):
+    """Tokens, trailing tokens always kept, and tokens a complete block holds, after `stage` stages."""
+    ratios = schedule.keep_ratio if isinstance(schedule.keep_ratio, tuple) else (schedule.keep_ratio,) * len(schedule.layers)
+    share = math.prod((Fraction(str(r)) for r in ratios[:stage]), start=Fraction(1))
+    if length < schedule.min_prompt:
+        return length, length, None
+    if schedule.budget == "block":
+        per_block = max(math.ceil(schedule.block_size * share), min(schedule.sink + 1, schedule.block_size))
+        blocks, unfinished = divmod(length, schedule.block_size)
+        return blocks * per_block + unfinished, unfinished, per_block
+    recent = max(1, math.ceil(length * Fraction(str(schedule.recent))))
+    forced = min(length, schedule.sink + recent)
+    return max(forced, math.ceil(length * share)), recent, None
+
+
+class MaskedDense(Qwen2ForCausalLM):
+    """A Qwen2 that computes what the pruned one must, from the whole sequence, every time.
+
+    Set ``pruners``, ``schedule`` and ``prompt_columns`` (columns of ``input_ids`` that are the prompt) after making it.
+    """
+
+    @classmethod
+    def of(cls, model, pruners, schedule, prompt_columns):
+        oracle = copy.deepcopy(model)
+        oracle.__class__ = cls
+        oracle.pruners, oracle.schedule, oracle.prompt_columns = pruners, schedule, prompt_columns
+        return oracle
+
+    def forward(self, input_ids, attention_mask=None, logits_to_keep=0, **_):
+        last = []
+        for row in range(input_ids.shape[0]):
+            padding = 0 if attention_mask is None else int((attention_mask[row] == 0).sum())
+            logits, _ = self.row(input_ids[row, padding:], self.prompt_columns - padding)
+            last.append(logits[-1:])
+        return CausalLMOutputWithPast(logits=torch.stack(last))
+
+    def row(self, ids, prompt_length):
+        """Logits ``[T, V]`` of one row without padding, and its kept prompt tokens after each stage."""
+        decoder, schedule, length = self.model, self.schedule, ids.shape[0]
+        hidden = decoder.embed_tokens(ids[None])
+        positions = torch.arange(length)[None]
+        embeddings = decoder.rotary_emb(hidden, positions)
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        alive = list(range(prompt_length))
+        history = []
+        for i, layer in enumerate(decoder.layers):
+            if i in schedule.layers and prompt_length >= schedule.min_prompt:
+                stage = schedule.layers.index(i) + 1
+                num_keep, recent, _ = naive_keep(schedule, prompt_length, stage)
+                per_block = naive_keep(schedule, prompt_length, stage - 1)[2]
+                scores = self.pruners[i](hidden[0, alive]).tolist()
+                kept = naive_select(scores, num_keep, schedule.sink, recent, per_block)
+                alive = [alive[k] for k in kept]
+                history.append(alive)
+            visible = torch.zeros(length, dtype=torch.bool)
+            visible[alive] = True
+            visible[prompt_length:] = True
+            allowed = causal & (visible[None] | torch.eye(length, dtype=torch.bool))  # a row must not be empty
+            mask = torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)[None, None]
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=embeddings, use_cache=False)
+        return self.lm_head(decoder.norm(hidden))[0], history

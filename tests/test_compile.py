@@ -1,0 +1,113 @@
+"""Prefill under torch.compile: one graph wherever the dense model gives one, few compilations, no host sync of ours."""
+
+import contextlib
+
+import pytest
+import torch
+from conftest import make_qwen2
+from test_ops import NoHostSync
+from transformers import DynamicCache
+
+from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
+
+LENGTHS = (300, 257, 411, 512, 700)
+SCHEDULES = {
+    "global": PruningSchedule(layers=(1, 2), keep_ratio=0.7),
+    "block": PruningSchedule(layers=(1, 2), keep_ratio=0.7, budget="block", block_size=64),
+}
+
+
+def call_settings(mask=None, batch=1, cache=None, embeds=False):
+    return {"mask": mask, "batch": batch, "cache": cache, "embeds": embeds}
+
+
+CALLS = {
+    "no cache": call_settings(),
+    "new cache": call_settings(cache="new"),
+    "given cache": call_settings(cache="given"),
+    "batch": call_settings(batch=2, cache="given"),
+    "padded": call_settings(batch=2, mask=20, cache="given"),
+    "mask of ones": call_settings(mask=0, cache="given"),
+    "embeddings": call_settings(embeds=True, cache="given"),
+}
+
+
+def arguments(model, tokens, mask, batch, cache, embeds):
+    ids = torch.randint(1, 256, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids)} if embeds else {"input_ids": ids}
+    if mask is not None:
+        inputs["attention_mask"] = torch.ones_like(ids)
+        inputs["attention_mask"][-1, :mask] = 0
+    if cache == "given":
+        inputs["past_key_values"] = DynamicCache(config=model.config)
+    return {**inputs, "use_cache": cache is not None, "logits_to_keep": 1}
+
+
+def compilations(model, call, apply):
+    """Graphs compiled for five lengths, each result checked against the eager one."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad(), apply:
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        for tokens in LENGTHS:
+            eager = model(**arguments(model, tokens, **call))
+            got = compiled(**arguments(model, tokens, **call))
+            torch.testing.assert_close(got.logits, eager.logits, atol=1e-4, rtol=0)
+            if call["cache"]:
+                for a, b in zip(got.past_key_values.layers, eager.past_key_values.layers, strict=True):
+                    torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=0)
+    return len(graphs)
+
+
+@pytest.mark.parametrize(
+    ("attention", "call"), [*(("sdpa", call) for call in CALLS), ("eager", "no cache"), ("eager", "padded")]
+)
+def test_fullgraph_wherever_the_dense_model_has_one(attention, call):
+    call = CALLS[call]
+    model = make_qwen2(num_layers=3, attention=attention)
+    dense = compilations(model, call, contextlib.nullcontext())
+    assert dense <= 2, "the premise: the dense model compiles"
+    pruners = {1: TokenPruner(64), 2: TokenPruner(64)}
+    for schedule in SCHEDULES.values():
+        assert compilations(model, call, apply_sdtp(model, pruners, schedule)) <= 2
+
+
+@pytest.mark.parametrize("scorer", ["random", "attention"])
+def test_scorers_compile(scorer):
+    model = make_qwen2(num_layers=3)
+    assert compilations(model, CALLS["given cache"], apply_sdtp(model, scorer, SCHEDULES["global"])) <= 2
+
+
+def test_inductor():
+    torch._dynamo.reset()
+    model = make_qwen2(num_layers=3)
+    with torch.no_grad(), apply_sdtp(model, {1: TokenPruner(64), 2: TokenPruner(64)}, SCHEDULES["global"]):
+        compiled = torch.compile(model, fullgraph=True)
+        for tokens in LENGTHS[:2]:
+            inputs = arguments(model, tokens, **CALLS["padded"])
+            got = compiled(**inputs).logits
+            inputs = arguments(model, tokens, **CALLS["padded"])
+            torch.testing.assert_close(got, model(**inputs).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@torch.no_grad()
+def test_no_host_sync_in_the_patched_loop(backend, schedule):
+    """Padded and not, prefill and decode. transformers itself looks whether a mask is all ones; that is not ours."""
+    model = make_qwen2(num_layers=3)
+    pruners = {1: TokenPruner(64), 2: TokenPruner(64)}
+    with apply_sdtp(model, pruners, schedule, backend):
+        for call in ("given cache", "padded"):
+            inputs = arguments(model, 300, **CALLS[call])
+            with NoHostSync(outside="transformers/masking_utils.py"):
+                model(**inputs)
+                inputs["input_ids"] = inputs["input_ids"][:, :2]
+                if "attention_mask" in inputs:
+                    inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+                model(**inputs)

@@ -1,0 +1,267 @@
+"""``sdtp demo`` on a tiny model: its numbers agree with the schedule, and every mistake gets an answer."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from sdtp_eval import demo, texts
+from sdtp_eval.flops import prefill_flops, scoring_flops, tokens_per_layer
+from sdtp_kernels import PruningSchedule, TokenPruner, cli, save_pruners
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LAYERS, HIDDEN, HEADS, KV_HEADS, INNER = 8, 32, 4, 2, 48
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant]"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 whose tokens are bytes."""
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = TEMPLATE
+    config = Qwen2Config(
+        vocab_size=len(alphabet),
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=2048,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    # Real checkpoints of other tokenizers do the same; see sdtp_eval.checkpoints.
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "unused.Unused"]}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other make a tiny model slow wherever the cores have other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def sdtp(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs ``sdtp demo`` on the tiny checkpoint and returns its status."""
+    point = metadata.EntryPoint("demo", "sdtp_eval.demo:add_command", cli.GROUP)
+    monkeypatch.setattr(cli, "plugin_commands", lambda: {"demo": point})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*options: object) -> int:
+        defaults = {"--model": checkpoint, "--tokens": 400, "--new-tokens": 4, "--repeats": 3}
+        given = {str(option) for option in options}
+        words = [str(word) for pair in defaults.items() if pair[0] not in given for word in pair]
+        return cli.main(["demo", *words, *map(str, options)])
+
+    return run
+
+
+def test_json_agrees_with_the_schedule(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    assert sdtp("--keep", 0.8, "--json", path) == 0
+    result = json.loads(path.read_text())
+    schedule = PruningSchedule(layers=(4, 7), keep_ratio=0.8)
+    assert result["tokens"] == 400
+    assert result["kept_per_stage"] == [320, 256] == [schedule.num_keep(400, s) for s in (1, 2)]
+    assert result["mean_keep"] == pytest.approx((4 * 400 + 3 * 320 + 256) / (8 * 400))
+    row = 2 * KV_HEADS * (HIDDEN // HEADS) * 4
+    assert result["kv_bytes"] == {"dense": 8 * 400 * row, "pruned": (4 * 400 + 3 * 320 + 256) * row}
+    for kind in ("dense", "pruned"):
+        seconds = result["prefill_s_all"][kind]
+        assert len(seconds) == 3
+        assert result["prefill_s"][kind] == sorted(seconds)[1] > 0
+        assert isinstance(result["answers"][kind], str)
+    assert result["speedup"] == pytest.approx(result["prefill_s"]["dense"] / result["prefill_s"]["pruned"])
+    assert result["ideal"] == pytest.approx(result["flops"]["dense"] / result["flops"]["pruned"])
+    assert result["share_of_ideal"] == pytest.approx(result["speedup"] / result["ideal"])
+    assert result["scorer"] == "attention"
+    assert {"machine", "versions", "settings", "date", "backend"} <= set(result)
+    assert [item.name for item in tmp_path.iterdir()] == ["result.json"]
+
+    streams = capsys.readouterr()
+    for row_name in ("tokens in", "kept per stage", "speed-up", "share of the ideal", "KV cache", "answer"):
+        assert row_name in streams.out
+    assert "320, 256" in streams.out
+    assert "answering" in streams.err
+    assert "answering" not in streams.out
+
+
+@pytest.mark.parametrize("scorer", ["random", "recent", "norm", "attention"])
+def test_scorers_and_block_budget(sdtp, tmp_path: Path, scorer: str) -> None:
+    path = tmp_path / "result.json"
+    blocks = ("--budget", "block", "--block-size", 64)
+    assert sdtp("--scorer", scorer, *blocks, "--backend", "reference", "--json", path) == 0
+    result = json.loads(path.read_text())
+    schedule = PruningSchedule(layers=(4, 7), keep_ratio=0.9, budget="block", block_size=64)
+    assert result["kept_per_stage"] == [schedule.num_keep(400, s) for s in (1, 2)]
+    assert result["backend"] == "reference"
+
+
+def test_pruner_file(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fits, other = tmp_path / "fits.safetensors", tmp_path / "other.safetensors"
+    save_pruners({3: TokenPruner(HIDDEN), 5: TokenPruner(HIDDEN)}, fits)
+    save_pruners({3: TokenPruner(64)}, other)
+    assert sdtp("--pruner", fits, "--json", tmp_path / "result.json") == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["settings"]["layers"] == [3, 5]
+    assert result["kept_per_stage"] == [360, 324]
+    capsys.readouterr()
+    assert sdtp("--pruner", other) == 2
+    assert "64" in capsys.readouterr().err
+    other.write_bytes(fits.read_bytes()[:100])
+    assert sdtp("--pruner", other) == 2
+    assert "safetensors" in capsys.readouterr().err
+
+
+def test_text_file_and_its_end(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Straße and so on. " * 10, encoding="utf-8")
+    assert sdtp("--text", text, "--question", "why?", "--json", tmp_path / "result.json") == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    size = len(text.read_bytes()) + len("[user] \n\nwhy?\n[assistant]")
+    assert result["tokens"] == size
+    assert "the text has only 190 tokens" in result["notes"][0]
+    assert "the text has only 190 tokens" in " ".join(capsys.readouterr().out.split())
+
+
+def test_short_prompt_runs_unpruned_and_says_so(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sdtp("--tokens", 50, "--question", "why?", "--json", tmp_path / "result.json") == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["kept_per_stage"] == []
+    assert "shorter than min_prompt" in result["note"]
+    assert result["ideal"] == 1.0
+    assert result["kv_bytes"]["dense"] == result["kv_bytes"]["pruned"]
+    assert result["answers"]["dense"] == result["answers"]["pruned"]
+    assert "shorter than min_prompt" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--keep", 1.5), "keep_ratio=1.5"),
+        (("--keep", "nan"), "keep_ratio=nan"),
+        (("--keep", 0), "keep_ratio=0"),
+        (("--scorer", "magic"), "known: random, recent, norm, attention"),
+        (("--backend", "magic"), "backend='magic' does not exist"),
+        (("--budget", "magic"), "'global' or 'block'"),
+        (("--tokens", 30), "ask for more"),
+        (("--tokens", -1), "--tokens -1"),
+        (("--repeats", 2), "at least 3"),
+        (("--new-tokens", 0), "at least 1"),
+        (("--text", "nowhere.txt"), "nowhere.txt: cannot be read"),
+        (("--pruner", "nowhere.safetensors"), "no such pruner file"),
+        (("--model", "nowhere/at/all"), "no checkpoint"),
+        (("--model", "some.gguf"), "sdtp import-gguf"),
+        (("--json", "nowhere/result.json"), "no such directory"),
+    ],
+)
+def test_mistakes_get_one_message(
+    sdtp,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sdtp(*options) == 2
+    streams = capsys.readouterr()
+    assert message in streams.err
+    assert "Traceback" not in streams.err
+    assert streams.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_that_is_not_there(sdtp, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sdtp("--device", "cuda") == 2
+    assert "torch finds no GPU" in capsys.readouterr().err
+
+
+def test_no_figures_from_a_wrong_model(
+    sdtp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "KEEP_ALL", 0.5)  # so that the check meets a model that lost tokens
+    assert sdtp("--json", tmp_path / "result.json") == 2
+    streams = capsys.readouterr()
+    assert "no figures" in streams.err
+    assert streams.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompt_has_the_asked_length_and_ends_with_the_question(checkpoint: Path) -> None:
+    from sdtp_eval.checkpoints import load_checkpoint
+
+    _, tokenizer = load_checkpoint(checkpoint)
+    prompt, notes = demo.build_prompt(tokenizer, texts.language_reference(), "Why?", 321)
+    assert (len(prompt), notes) == (321, [])
+    assert tokenizer.decode(prompt).startswith("[user] " + texts.language_reference()[:100])
+    assert tokenizer.decode(prompt).endswith("\n\nWhy?\n[assistant]")
+    tokenizer.chat_template = None
+    prompt, _ = demo.build_prompt(tokenizer, texts.language_reference(), "Why?", 321)
+    assert len(prompt) == 321
+    assert tokenizer.decode(prompt).endswith("\n\nWhy?")
+
+
+def test_built_in_text_is_long_and_fixed() -> None:
+    text = texts.language_reference()
+    assert len(text) > 300_000
+    assert text == texts.language_reference()
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"", "holds no text"), (b"\xff\xfe", "not UTF-8")])
+def test_unreadable_texts(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        texts.read_text(tmp_path / "text")
+
+
+def test_flops_by_hand() -> None:
+    config = Qwen2Config(
+        vocab_size=100,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    # A layer's weights: q 8*8, k 8*4, v 8*4, o 8*8, three of 8*12: 480. Attention of 10 tokens: Q K^T over the
+    # lower half of 10*10, 2*4*2 operations a pair and the same for P V: 10*10/2 * 16 * 2 = 1600. Head: 2*8*100.
+    assert prefill_flops(config, [10]) == 2 * 480 * 10 + 1600 + 1600
+    assert prefill_flops(config, [10, 5]) == (9600 + 1600) + (4800 + 400) + 1600
+
+    schedule = PruningSchedule(layers=(1, 2), keep_ratio=0.5, sink=0, recent=0.0, min_prompt=1)
+    assert tokens_per_layer(schedule, 100, 3) == [100, 50, 25]
+    pruners = {1: TokenPruner(8, 3), 2: TokenPruner(8, 3)}
+    # 2*8*3 for w1 and 2*3 for w2 a token, on the 100 and then 50 tokens that the stages see.
+    assert scoring_flops(config, schedule, 100, pruners) == (48 + 6) * 150
+    # Keys 8*4 a token, queries 8*8 for the window of 32, logits 32 * n * 4 heads * 2.
+    assert scoring_flops(config, schedule, 100, "attention") == sum(
+        2 * (n * 32 + 32 * 64 + 32 * n * 8) for n in (100, 50)
+    )
+    assert scoring_flops(config, schedule, 100, "recent") == 0
+    short = PruningSchedule(layers=(1, 2), keep_ratio=0.5, min_prompt=101)
+    assert scoring_flops(config, short, 100, pruners) == 0
+    assert tokens_per_layer(short, 100, 3) == [100, 100, 100]

@@ -1,0 +1,147 @@
+"""Bad input: an error that names the fix, raised before anything is changed."""
+
+import pytest
+import torch
+from conftest import make_qwen2
+from transformers import DynamicCache, Qwen2Config, Qwen2ForSequenceClassification, StaticCache
+
+from sdtp_kernels import BackendUnavailableError, PruningSchedule, TokenPruner, apply_sdtp, load_pruners, save_pruners
+
+SCHEDULE = PruningSchedule(layers=(1, 3), keep_ratio=0.8)
+
+
+@pytest.fixture
+def model():
+    model = make_qwen2()
+    before = [dict(module.__dict__) for module in model.modules()]
+    yield model
+    assert [module.__dict__ for module in model.modules()] == before, "the model was left patched"
+
+
+def pruners(hidden_size=64):
+    return {1: TokenPruner(hidden_size), 3: TokenPruner(hidden_size)}
+
+
+def ids(batch=1, tokens=100):
+    return torch.randint(1, 256, (batch, tokens))
+
+
+def with_nan():
+    stack = pruners()
+    stack[3].w2.data[5] = torch.nan
+    return stack
+
+
+@pytest.mark.parametrize(
+    ("make", "schedule", "backend", "error", "message"),
+    [
+        (pruners, PruningSchedule(layers=(1, 6)), "auto", ValueError, r"prunes at layer 6, .* 0 to 5"),
+        (pruners, PruningSchedule(layers=(1, 4)), "auto", ValueError, r"no pruner for layers \[4\]"),
+        (lambda: pruners(32), SCHEDULE, "auto", ValueError, "hidden_size=32, the model 64"),
+        (with_nan, SCHEDULE, "auto", ValueError, "layer 3: w2 has NaN"),
+        (pruners, SCHEDULE, "gpu", ValueError, "'gpu' does not exist; known: auto, cpu, reference"),
+        (lambda: "saliency", SCHEDULE, "auto", ValueError, "known: random, recent, norm, attention"),
+        (lambda: {1: TokenPruner(64), 3: 4}, SCHEDULE, "auto", ValueError, "layer 3: expected a module"),
+        (lambda: TokenPruner(64), SCHEDULE, "auto", ValueError, r"expected \{layer: module\}"),
+    ],
+)
+def test_apply_refuses(model, make, schedule, backend, error, message):
+    with pytest.raises(error, match=message):
+        apply_sdtp(model, make(), schedule, backend)
+
+
+def test_backend_that_cannot_run_lists_every_reason(model):
+    model.double()
+    with pytest.raises(BackendUnavailableError, match=r"(?s)cpu: computes in .*reference: can run"):
+        apply_sdtp(model, pruners(), SCHEDULE, backend="cpu")
+
+
+def test_twice(model):
+    with apply_sdtp(model, pruners(), SCHEDULE):
+        with pytest.raises(RuntimeError, match=r"handle.remove\(\) first"):
+            apply_sdtp(model, pruners(), SCHEDULE)
+        model(ids())
+
+
+def test_models_that_are_not_supported():
+    classifier = Qwen2ForSequenceClassification(make_qwen2().config)
+    with pytest.raises(NotImplementedError, match="use Qwen2ForCausalLM"):
+        apply_sdtp(classifier, pruners(), SCHEDULE)
+    with pytest.raises(NotImplementedError, match="supported: qwen2"):
+        apply_sdtp(torch.nn.Linear(2, 2), pruners(), SCHEDULE)
+    sliding = make_qwen2(use_sliding_window=True, sliding_window=16, max_window_layers=2)
+    with pytest.raises(NotImplementedError, match="use_sliding_window=False"):
+        apply_sdtp(sliding, pruners(), SCHEDULE)
+    flex = make_qwen2()
+    flex.config._attn_implementation = "flex_attention"
+    with pytest.raises(NotImplementedError, match="supported are sdpa, eager"):
+        apply_sdtp(flex, pruners(), SCHEDULE)
+
+
+def test_untested_transformers(model, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "6.1.0")
+    with pytest.raises(NotImplementedError, match=r"transformers 6.1.0: .* tested on >= 5"):
+        apply_sdtp(model, pruners(), SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ({"labels": ids()}, NotImplementedError, "labels: .* logits_to_keep=k"),
+        ({"output_hidden_states": True}, NotImplementedError, "output_hidden_states: .* remove"),
+        ({"output_attentions": True}, NotImplementedError, "output_attentions"),
+        ({"logits_to_keep": torch.tensor([3])}, NotImplementedError, "count of last tokens"),
+        ({"attention_mask": torch.ones(1, 1, 100, 100).bool().tril()}, NotImplementedError, "padding mask"),
+        ({"position_ids": torch.arange(100)[None], "use_cache": False}, NotImplementedError, "packed sequences"),
+    ],
+)
+@torch.no_grad()
+def test_calls_that_cannot_be_right(model, inputs, error, message):
+    with apply_sdtp(model, pruners(), SCHEDULE), pytest.raises(error, match=message):
+        model(ids(), **inputs)
+
+
+@torch.no_grad()
+def test_labels_by_position(model):
+    with apply_sdtp(model, pruners(), SCHEDULE), pytest.raises(NotImplementedError, match="labels"):
+        model(ids(), None, None, None, None, ids())
+
+
+@pytest.mark.parametrize("zeros", [slice(90, 100), slice(40, 50)], ids=["right", "hole"])
+@torch.no_grad()
+def test_padding_on_the_wrong_side(model, zeros):
+    mask = torch.ones(2, 100, dtype=torch.long)
+    mask[1, zeros] = 0
+    with apply_sdtp(model, pruners(), SCHEDULE), pytest.raises(RuntimeError, match="padding_side='left'"):
+        model(ids(2), attention_mask=mask)
+
+
+@torch.no_grad()
+def test_caches_that_cannot_hold_a_length_per_layer():
+    model = make_qwen2()  # its own: generate() leaves notes on the model before it gets to us
+    with apply_sdtp(model, pruners(), SCHEDULE):
+        with pytest.raises(NotImplementedError, match=r"StaticLayer.*DynamicCache\(\)"):
+            model(ids(), past_key_values=StaticCache(config=model.config, max_cache_len=200))
+        with pytest.raises(NotImplementedError, match="no cache_implementation"):
+            model.generate(ids(), cache_implementation="static", max_new_tokens=4)
+        with pytest.raises(NotImplementedError, match="prefill_chunk_size=None"):
+            model.generate(ids(), prefill_chunk_size=32, max_new_tokens=4)
+
+
+@torch.no_grad()
+def test_padded_cache_without_its_mask(model):
+    mask = torch.ones(2, 100, dtype=torch.long)
+    mask[1, :20] = 0
+    cache = DynamicCache(config=model.config)
+    with apply_sdtp(model, pruners(), SCHEDULE):
+        model(ids(2), attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+        with pytest.raises(ValueError, match="pass the attention_mask"):
+            model(ids(2, 3), past_key_values=cache)
+
+
+def test_file_of_another_model(model, tmp_path):
+    path = tmp_path / "pruners.safetensors"
+    other = Qwen2Config(hidden_size=64, num_hidden_layers=9)
+    save_pruners(pruners(), path, config=other)
+    with pytest.raises(ValueError, match=r"another model \(num_hidden_layers: file 9, model 6\)"):
+        apply_sdtp(model, load_pruners(path), SCHEDULE)

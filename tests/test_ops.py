@@ -1,0 +1,416 @@
+"""The op contract, for every backend that this machine can run."""
+
+import math
+import traceback
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from oracle import naive_select
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sdtp_kernels import (
+    BackendUnavailableError,
+    PruningSchedule,
+    TokenPruner,
+    explain_backends,
+    gather_tokens,
+    prune_tokens,
+    score_tokens,
+    select_tokens,
+)
+
+BACKENDS = ("reference", "cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Relative to the spread of the scores: float32 is a different order of summation, bfloat16 and float16 inputs are
+# exact in float32, and a bfloat16 matmul may round the pre-activation once.
+SCORE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-2}
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def pruner_inputs(tokens, hidden_size=48, intermediate_size=20, dtype=torch.float32, batch=1, scale=3.0):
+    pruner = TokenPruner(hidden_size, intermediate_size)
+    torch.nn.init.normal_(pruner.b1)
+    pruner.b2.data.fill_(0.7)
+    return (torch.randn(batch, tokens, hidden_size) * scale).to(dtype), pruner.weights(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- which backend
+
+
+def test_every_backend_runs_here():
+    status = {s.name: s for s in explain_backends("cpu", torch.float32)}
+    assert [name for name in status if status[name].available] == ["cpu", "reference"], status["cpu"].reason
+    assert status["cpu"].chosen
+
+
+def test_a_named_backend_never_falls_back():
+    hidden_states, weights = pruner_inputs(5, dtype=torch.float64)
+    assert score_tokens(hidden_states, *weights).dtype == torch.float32  # auto: the reference takes float64
+    with pytest.raises(BackendUnavailableError, match=r"(?s)'cpu' cannot run on cpu with torch.float64.*reference: can run"):
+        score_tokens(hidden_states, *weights, backend="cpu")
+    with pytest.raises(ValueError, match="known: auto, cpu, reference"):
+        score_tokens(hidden_states, *weights, backend="cuda-but-misspelt")
+    assert explain_backends("meta")[0].reason.startswith("runs on cpu tensors")
+
+
+# ------------------------------------------------------------------------------------------------------------ score
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rms_eps", [None, 1e-6])
+@pytest.mark.parametrize(("tokens", "hidden_size", "intermediate_size"), [(1, 8, 1), (300, 64, 16), (777, 100, 33)])
+def test_score(backend, dtype, rms_eps, tokens, hidden_size, intermediate_size):
+    hidden_states, weights = pruner_inputs(tokens, hidden_size, intermediate_size, dtype, batch=2)
+    bias = torch.randn(2, tokens)
+    w1, b1, w2, b2 = (w.double() for w in weights)
+    x = hidden_states.double()
+    if rms_eps is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + rms_eps).sqrt()
+    pre = x @ w1.T + b1
+    expected = (0.5 * pre * (1 + torch.erf(pre / math.sqrt(2)))) @ w2 + b2 + bias
+    got = score_tokens(hidden_states, *weights, score_bias=bias, rms_eps=rms_eps, backend=backend)
+    assert got.dtype == torch.float32
+    tolerance = SCORE_TOLERANCE[dtype] * max(1.0, expected.std().item()) if tokens > 1 else 0.1
+    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=0)
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_score_does_not_depend_on_the_company(backend, dtype):
+    hidden_states, weights = pruner_inputs(700, 64, 16, dtype, batch=3)
+    together = score_tokens(hidden_states, *weights, rms_eps=1e-6, backend=backend)
+    for row, length in ((0, 700), (1, 513), (2, 1), (1, 256), (0, 300)):  # rows are right-aligned
+        alone = score_tokens(hidden_states[row : row + 1, 700 - length :], *weights, rms_eps=1e-6, backend=backend)
+        assert torch.equal(alone[0], together[row, 700 - length :])
+
+
+@backends
+def test_score_layouts_and_nan(backend):
+    hidden_states, weights = pruner_inputs(90, 64, 16, batch=2)
+    expected = score_tokens(hidden_states, *weights, backend=backend)
+    strided = torch.full((2, 180, 130), torch.nan)[:, ::2, :128:2].copy_(hidden_states)
+    transposed = hidden_states.transpose(1, 2).contiguous().transpose(1, 2)
+    for layout in (strided, transposed):
+        assert torch.equal(score_tokens(layout, *weights, backend=backend), expected)
+    hidden_states[1, 40, 3] = torch.nan
+    scores = score_tokens(hidden_states, *weights, backend=backend)
+    assert scores.isnan().nonzero().tolist() == [[1, 40]]
+    assert torch.equal(scores[0], expected[0])
+
+
+# ----------------------------------------------------------------------------------------------------------- select
+
+special = st.sampled_from([0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, 1e-45, -1e-45, 1.0, 1.0 + 2**-23])
+values = special | st.floats(width=32)
+
+
+@st.composite
+def selections(draw):
+    """A batch of score rows and what to keep of each: uneven lengths, blocks or none, every kind of value."""
+    block_size = draw(st.none() | st.integers(1, 12))
+    sink = draw(st.integers(0, 3))
+    per_block = draw(st.integers(min(sink + 1, block_size), block_size)) if block_size else None
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        tail = draw(st.integers(0, 12))
+        if block_size:
+            blocks = draw(st.integers(0, 5))
+            length, keep = blocks * block_size + tail, blocks * per_block + tail
+        else:
+            length = tail + draw(st.integers(0, 60))
+            keep = draw(st.integers(min(sink, length - tail) + tail, length))
+        pool = draw(st.sampled_from([values, special, st.just(0.5), st.sampled_from([0.25, 0.5])]))
+        rows.append((draw(st.lists(pool, min_size=length, max_size=length)), keep, tail))
+    return rows, sink, block_size
+
+
+@given(selections())
+@example(([([1.0], 1, 0)], 0, None))  # N = 1
+@example(([([], 0, 0)], 0, None))
+@example(([([float(-i) for i in range(3000)], 2500, 100)], 4, None))  # reversed, several histogram buckets
+@example(([([0.5] * 3000, 2500, 100)], 4, None))  # all equal
+@example(([([math.nan] * 50, 30, 5)], 4, None))
+@example(([([0.0, -0.0] * 20, 13, 0)], 0, None))
+def test_select(case):
+    rows, sink, block_size = case
+    width = max(len(scores) for scores, _, _ in rows) + 2
+    num_keep = max(keep for _, keep, _ in rows) + 1
+    scores = torch.full((len(rows), width), 7.0)  # padding scores high: a row that reads it goes wrong
+    expected = torch.full((len(rows), num_keep), -1)
+    for i, (row, keep, tail) in enumerate(rows):
+        padding = width - len(row)
+        scores[i, padding:] = torch.tensor(row)
+        if keep:
+            kept = naive_select(row, keep, sink, tail, block_size)
+            expected[i, num_keep - keep :] = torch.tensor(kept) + padding
+    counts = torch.tensor([[len(row), keep, tail] for row, keep, tail in rows])
+    for backend in BACKENDS:
+        got = select_tokens(scores, num_keep, sink=sink, block_size=block_size, rows=counts, backend=backend)
+        assert torch.equal(got, expected), backend
+        spread = torch.full((len(rows), 2 * width), torch.nan)[:, ::2].copy_(scores)  # not contiguous
+        got = select_tokens(spread, num_keep, sink=sink, block_size=block_size, rows=counts, backend=backend)
+        assert torch.equal(got, expected), backend
+    row, keep, tail = rows[0]
+    alone = torch.tensor(row).reshape(1, -1)
+    for backend in BACKENDS:  # the row alone, its counts given on the host
+        got = select_tokens(alone, keep, sink=sink, recent=tail, block_size=block_size, backend=backend)
+        assert torch.equal(got[0], expected[0, num_keep - keep :] - (width - len(row))), backend
+
+
+@pytest.mark.parametrize("tokens", [5000, 131072])
+def test_select_long_rows(tokens):
+    scores = torch.randn(2, tokens).bfloat16().float()  # rounded: thousands of ties
+    for settings in (
+        {"num_keep": tokens * 4 // 5, "sink": 4, "recent": tokens // 10},
+        {"num_keep": tokens // 8 * 5, "sink": 4, "block_size": 8},
+    ):
+        expected = select_tokens(scores, **settings, backend="reference")
+        assert torch.equal(select_tokens(scores, **settings, backend="cpu"), expected)
+        assert expected.diff(dim=-1).min() >= 1
+
+
+# ----------------------------------------------------------------------------------------------------------- gather
+
+
+@backends
+@pytest.mark.parametrize(
+    "dtype", [*DTYPES, torch.float64, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.complex64]
+)
+def test_gather(backend, dtype):
+    def make(*shape):
+        return (torch.randn(shape) * 50).to(dtype)
+
+    indices = torch.tensor([[0, 3, 4, 11], [-1, -1, 5, 6]])
+    kv = make(2, 12, 3, 5).transpose(1, 2)  # [B, heads, N, D] as attention leaves it
+    tensors = [
+        make(2, 12, 7),
+        make(2, 12),
+        kv,
+        make(1, 12, 4).expand(2, -1, -1),  # position embeddings shared by the batch
+        make(2, 24, 6)[:, ::2, 1::2],
+        make(2, 7, 12).transpose(1, 2),
+        make(2, 12, 0),
+    ]
+    gathered = gather_tokens(tensors, indices, backend=backend)
+    for tensor, got in zip(tensors, gathered, strict=True):
+        tokens_first = tensor.transpose(1, 2) if tensor.dim() == 4 else tensor
+        rows = [
+            torch.stack([torch.zeros_like(tokens_first[b, 0]) if i < 0 else tokens_first[b, i] for i in row.tolist()])
+            for b, row in enumerate(indices)
+        ]
+        expected = torch.stack(rows)
+        expected = expected.transpose(1, 2) if tensor.dim() == 4 else expected
+        assert got.dtype == dtype
+        assert got.is_contiguous()
+        assert torch.equal(got, expected)
+
+
+@backends
+def test_gather_nothing(backend):
+    assert gather_tokens([], torch.tensor([[0]]), backend=backend) == []
+    assert gather_tokens([torch.ones(1, 3, 2)], torch.empty(1, 0, dtype=torch.int64), backend=backend)[0].shape == (1, 0, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ prune
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("budget", ["global", "block"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_prune_equals_the_composition(backend, dtype, budget, padded):
+    tokens, batch = 600, 3
+    schedule = PruningSchedule((1,), 0.8, budget=budget, block_size=128)
+    hidden_states, weights = pruner_inputs(tokens, 64, 16, dtype, batch)
+    tensors = [torch.randn(1, tokens, 8).expand(batch, -1, -1), torch.arange(tokens).expand(batch, -1)]
+    bias = torch.randn(batch, tokens)
+    lengths = torch.tensor([600, 390, 40])
+    plan = schedule.plan(tokens, 1, padded=padded)
+    selection = {
+        "sink": plan.sink,
+        "recent": plan.recent,
+        "block_size": plan.block_size,
+        "rows": schedule.plan_rows(lengths, 1) if padded else None,
+        "backend": backend,
+    }
+    got = prune_tokens(
+        hidden_states, tensors, *weights, plan.num_keep, score_bias=bias, rms_eps=1e-6, **selection
+    )  # fmt: skip
+    scores = score_tokens(hidden_states, *weights, score_bias=bias, rms_eps=1e-6, backend=backend)
+    indices = select_tokens(scores, plan.num_keep, **selection)
+    expected = gather_tokens([hidden_states, *tensors], indices, backend=backend)
+    assert torch.equal(got.indices, indices)
+    for a, b in zip([got.hidden_states, *got.tensors], expected, strict=True):
+        assert torch.equal(a, b)
+    if padded:
+        assert (got.indices >= 0).sum(-1).tolist() == [schedule.num_keep(n, 1) for n in lengths.tolist()]
+
+
+# --------------------------------------------------------------------------------------- tracing, gradients, no sync
+
+
+def op_inputs(requires_grad=False):
+    hidden_states, weights = pruner_inputs(40, batch=2)
+    hidden_states.requires_grad_(requires_grad)
+    other = torch.randn(2, 2, 40, 3, requires_grad=requires_grad)
+    rows = torch.tensor([[40, 20, 4], [30, 16, 3]])
+    selection = (20, 2, 4, None, rows)
+    indices = torch.tensor([[0, 2, 39], [-1, 4, 9]])
+    trained = tuple(w.clone().requires_grad_(requires_grad) for w in weights)
+    bias = torch.randn(2, 40, requires_grad=requires_grad)
+    return {
+        "score_tokens": (hidden_states, *trained, bias, 1e-6),
+        "select_tokens": (torch.randn(2, 40), *selection),
+        "gather_tokens": ([hidden_states, other, torch.arange(80).view(2, 40)], indices),
+        "prune_tokens": (hidden_states, [other], *weights, *selection, None, 1e-6),
+    }
+
+
+@backends
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", ["score_tokens", "select_tokens", "gather_tokens", "prune_tokens"])
+def test_opcheck(name, requires_grad, backend):
+    op = getattr(torch.ops.sdtp, name).default
+    torch.library.opcheck(op, op_inputs(requires_grad)[name], {"backend": backend})
+
+
+@pytest.mark.parametrize("name", ["score_tokens", "select_tokens", "gather_tokens", "prune_tokens"])
+def test_fake_layouts_are_the_real_ones(name):
+    """opcheck compares sizes and dtypes; strides matter to compiled code just as much."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    op, inputs = getattr(torch.ops.sdtp, name), op_inputs()[name]
+    with FakeTensorMode() as mode:
+        fake = op(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs))
+    for backend in BACKENDS:
+        real = op(*inputs, backend=backend)
+        for a, b in zip(torch.utils._pytree.tree_leaves(fake), torch.utils._pytree.tree_leaves(real), strict=True):
+            assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+def test_gradients_of_score():
+    inputs = [t.double().detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in op_inputs()["score_tokens"]]
+    inputs[5] = inputs[5].float().detach().requires_grad_()
+    grad = torch.randn(2, 40)
+    got = torch.autograd.grad(torch.ops.sdtp.score_tokens(*inputs), inputs[:6], grad)
+    x, w1, b1, w2, b2, bias, eps = inputs
+    normed = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    expected = torch.autograd.grad(torch.nn.functional.gelu(normed @ w1.T + b1) @ w2 + b2 + bias, inputs[:6], grad.double())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, check_dtype=False)
+    (only,) = torch.autograd.grad(torch.ops.sdtp.score_tokens(x.detach(), w1, *inputs[2:]).sum(), [w2])
+    assert only.shape == w2.shape
+
+
+@backends
+def test_gradients_of_gather(backend):
+    tensors = [torch.randn(2, 9, 3, dtype=torch.double), torch.randn(2, 2, 9, 2, dtype=torch.double)]
+    tensors = [t.requires_grad_() for t in tensors]
+    indices = torch.tensor([[0, 4, 4, 8], [-1, 1, 2, 3]])
+    assert torch.autograd.gradcheck(lambda *ts: gather_tokens(ts, indices, backend=backend), tensors)
+
+
+@backends
+def test_gradients_of_prune(backend):
+    hidden_states, [other], *rest = op_inputs(requires_grad=True)["prune_tokens"]
+    weights, selection = rest[:4], rest[4:9]
+    keywords = dict(zip(("sink", "recent", "block_size", "rows"), selection[1:], strict=True))
+    pruned = prune_tokens(hidden_states, [other], *weights, selection[0], **keywords, backend=backend)
+    weight = torch.randn_like(pruned.hidden_states)
+    grads = torch.autograd.grad((pruned.hidden_states * weight).sum() + pruned.tensors[0].sum(), [hidden_states, other])
+    expected = torch.zeros_like(hidden_states)
+    for b, row in enumerate(pruned.indices.tolist()):
+        for k, index in enumerate(row):
+            if index >= 0:
+                expected[b, index] += weight[b, k]
+    assert torch.equal(grads[0], expected)
+    kept = torch.zeros(2, 40).scatter_add(1, pruned.indices.clamp(min=0), (pruned.indices >= 0).float())
+    assert torch.equal(grads[1], kept[:, None, :, None].expand_as(other))
+    weights[2] = weights[2].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradient for w2: .* TokenPruner.forward"):
+        prune_tokens(hidden_states, [], *weights, 20, backend=backend)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails where a value travels to the host: what ``.item()``, ``.tolist()`` and boolean indexing come down to.
+
+    Calls that `outside`, a part of a file's path, makes are not ours to judge.
+    """
+
+    SYNCS = frozenset({"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2"})
+
+    def __init__(self, outside=None):
+        super().__init__()
+        self.outside = outside
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.split("::")[1] in self.SYNCS:
+            callers = [frame.filename for frame in traceback.extract_stack()]
+            assert self.outside and any(self.outside in name for name in callers), f"host sync: {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["score_tokens", "select_tokens", "gather_tokens", "prune_tokens"])
+def test_no_host_sync(name):
+    with NoHostSync():
+        getattr(torch.ops.sdtp, name)(*op_inputs()[name], backend="reference")
+        getattr(torch.ops.sdtp, name)(*op_inputs()[name], backend="cpu")
+    with pytest.raises(AssertionError, match="host sync"), NoHostSync():
+        torch.ones(1).item()
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_states": torch.ones(3, 4)}, r"hidden_states: expected \[B, N, D\]"),
+        ({"hidden_states": torch.ones(1, 30, 48, dtype=torch.int32)}, "of a floating dtype"),
+        ({"w1": torch.ones(20, 47)}, r"w1: expected \[H, 48\]"),
+        ({"w1": torch.ones(20, 48, dtype=torch.bfloat16)}, r"TokenPruner.weights\(dtype\)"),
+        ({"b1": torch.ones(19)}, r"b1: expected \[20\]"),
+        ({"w2": torch.ones(20, dtype=torch.bfloat16)}, r"w2: expected \[20\] torch.float32"),
+        ({"b2": torch.ones(1)}, r"b2: expected \[\]"),
+        ({"score_bias": torch.ones(1, 29)}, r"score_bias: expected \[1, 30\]"),
+        ({"num_keep": 31}, "expected 0 to 30"),
+        ({"num_keep": 6, "recent": 4, "sink": 3}, "less than the 7 forced tokens"),
+        ({"recent": 31}, "more than the 30 tokens"),
+        ({"sink": -1}, "counts >= 0"),
+        ({"block_size": 0}, "a block of at least one token"),
+        ({"block_size": 8}, "pass recent=6"),
+        ({"block_size": 10, "num_keep": 20}, "plus a multiple of the 3 blocks"),
+        ({"block_size": 10, "num_keep": 12, "sink": 4}, r"4 tokens a block, expected 5 \(forced\) to 10"),
+        ({"rows": torch.ones(2, 3, dtype=torch.int64)}, r"rows: expected \[1, 3\]"),
+        ({"tensors": [torch.ones(1, 29)]}, r"tensors\[0\]: expected the batch and tokens"),
+        ({"tensors": [torch.ones(1, 2, 3, 30, 4)]}, r"tensors\[0\]"),
+    ],
+)
+def test_bad_arguments_of_prune(change, message):
+    hidden_states, weights = pruner_inputs(30)
+    arguments = {"hidden_states": hidden_states, "tensors": [], **weights._asdict(), "num_keep": 15, **change}
+    with pytest.raises(ValueError, match=message):
+        prune_tokens(**arguments)
+
+
+def test_bad_arguments_of_select_and_gather():
+    with pytest.raises(ValueError, match=r"scores: expected \[B, N\] torch.float32"):
+        select_tokens(torch.ones(1, 4, dtype=torch.float64), 2)
+    with pytest.raises(ValueError, match=r"indices: expected \[B, K\] torch.int64"):
+        gather_tokens([], torch.ones(1, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match="expand a shared batch dimension first"):
+        gather_tokens([torch.ones(1, 4)], torch.zeros(2, 2, dtype=torch.int64))
+
+
+def test_cpu_checks_values_that_it_can_read():
+    scores = torch.randn(1, 10)
+    for row in ([11, 5, 1], [10, 5, 6], [10, 8, -1], [4, 5, 1], [10, 3, 2]):
+        with pytest.raises(RuntimeError, match="row"):
+            select_tokens(scores, 6, sink=2, rows=torch.tensor([row]), backend="cpu")
+    for index in (-2, 10):
+        with pytest.raises(RuntimeError, match="indices"):
+            gather_tokens([scores], torch.tensor([[index]]), backend="cpu")
