@@ -128,7 +128,8 @@ def select_tokens(
         Tokens in a block. ``N - recent`` must be a multiple of it.
     rows : Tensor [B, 3], int64, optional
         For left-padded rows: valid tokens, tokens to keep and trailing tokens always kept, of each row, replacing `N`,
-        `num_keep` and `recent`. See :meth:`PruningSchedule.plan_rows`. Its values are not checked on the host.
+        `num_keep` and `recent`. See :meth:`PruningSchedule.plan_rows`. Values on an accelerator are not checked: the
+        host would have to wait for them.
     backend : str, default "auto"
         As in :func:`score_tokens`.
 
@@ -160,7 +161,7 @@ def gather_tokens(
     tensors : sequence of Tensor
         Any dtype; tokens are dimension 1 of ``[B, N]`` and ``[B, N, D]`` and dimension 2 of ``[B, heads, N, D]``.
     indices : Tensor [B, K], int64
-        Tokens to copy, each in ``[-1, N)``; -1 gives zeros. Values are not checked on the host.
+        Tokens to copy, each in ``[-1, N)``; -1 gives zeros. Values on an accelerator are not checked.
     backend : str, default "auto"
         As in :func:`score_tokens`.
 
@@ -286,7 +287,7 @@ def _check_selection(
     batch, length = shape[0], shape[1]
     _check(
         min(sink, recent) >= 0 and (block_size is None or block_size >= 1),
-        f"sink={sink}, recent={recent}, block_size={block_size}: expected counts >= 0 and a block of at least one token",
+        f"sink={sink}, recent={recent}, block_size={block_size}: expected counts >= 0, blocks of at least one token",
     )
     _check(0 <= num_keep <= length, f"num_keep={num_keep}: expected 0 to {length}, the number of tokens")
     if rows is not None:
@@ -464,8 +465,9 @@ def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
 def _score_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     # Recomputed through the oracle: nothing of the size [N, H] is kept between forward and backward.
     with torch.enable_grad():
-        inputs = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        scores = reference.score_tokens(*inputs, rms_eps=ctx.rms_eps)
+        inputs: list[Any] = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        hidden_states, w1, b1, w2, b2, score_bias = inputs
+        scores = reference.score_tokens(hidden_states, w1, b1, w2, b2, score_bias, ctx.rms_eps)
         wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if t is not None and needed]
         found = iter(torch.autograd.grad(scores, wanted, grad))
     grads = [
@@ -511,9 +513,7 @@ def _prune_backward(
     ctx: Any, grad: torch.Tensor, grads: list[torch.Tensor | None], _indices_grad: torch.Tensor | None
 ) -> tuple[Any, ...]:
     (indices,) = ctx.saved_tensors
-    first, *others = (
-        _scatter_rows(g, indices, shape) for g, shape in zip([grad, *grads], ctx.shapes, strict=True)
-    )
+    first, *others = (_scatter_rows(g, indices, shape) for g, shape in zip([grad, *grads], ctx.shapes, strict=True))
     return (first, others, *[None] * 12)
 
 

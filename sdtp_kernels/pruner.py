@@ -203,7 +203,9 @@ def load_pruners(path: str | os.PathLike[str]) -> PrunerStack:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); it may be truncated or of another kind") from None
+        raise ValueError(
+            f"{path}: not a readable safetensors file ({error}); it may be truncated or of another kind"
+        ) from None
     header = _parse_header(path, metadata)
 
     pruners = {}

@@ -7,15 +7,13 @@ call it. Every count is exact integer arithmetic, and the same expressions run o
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Length = TypeVar("Length", int, torch.Tensor)
 
@@ -85,14 +83,16 @@ class PruningSchedule:
         layers = tuple(self.layers)
         if not layers or any(not isinstance(layer, int) for layer in layers):
             raise ValueError(f"layers={self.layers!r}: expected at least one decoder layer index, e.g. layers=(4, 7)")
-        if layers[0] < 1 or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+        if layers[0] < 1 or any(a >= b for a, b in itertools.pairwise(layers)):
             raise ValueError(
                 f"layers={layers}: expected strictly increasing layer indices >= 1; layer 0 cannot be pruned because "
                 "its cache holds the logical length of the prompt"
             )
         ratios = self.keep_ratio if isinstance(self.keep_ratio, (tuple, list)) else (self.keep_ratio,) * len(layers)
         if len(ratios) != len(layers):
-            raise ValueError(f"keep_ratio has {len(ratios)} numbers for {len(layers)} layers: give one, or one per layer")
+            raise ValueError(
+                f"keep_ratio has {len(ratios)} numbers for {len(layers)} layers: give one, or one per layer"
+            )
         for ratio in ratios:
             if not 0 < ratio <= 1:  # also refuses NaN
                 raise ValueError(f"keep_ratio={ratio}: expected a share in (0, 1]; 1.0 keeps every token")

@@ -33,9 +33,6 @@ class StageInput(NamedTuple):
     """Tokens behind the prompt that are kept whatever their score."""
 
 
-Scorer = "Callable[[StageInput], torch.Tensor]"
-
-
 def random_score(stage: StageInput, seed: int = 0) -> torch.Tensor:
     """A fixed pseudo-random number per token index: the same in every stage, row and run."""
     x = stage.token_index + (seed + 1) * 0x9E3779B9
@@ -51,7 +48,7 @@ def recent_score(stage: StageInput) -> torch.Tensor:
 
 def norm_score(stage: StageInput) -> torch.Tensor:
     """L2 norm of the hidden state."""
-    return stage.hidden_states.float().norm(dim=-1)
+    return stage.hidden_states.float().square().sum(-1).sqrt()
 
 
 def attention_score(stage: StageInput) -> torch.Tensor:
@@ -60,19 +57,19 @@ def attention_score(stage: StageInput) -> torch.Tensor:
     The layer's own query and key projections, softmax per query, mean over the last 32 queries, max-pooling over 7
     neighbours, mean over heads.
     """
-    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+    from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
     attention = stage.layer.self_attn
-    end = stage.hidden_states.shape[1] - stage.keep_last
-    begin = max(end - ATTENTION_WINDOW, 0)
     normed = stage.layer.input_layernorm(stage.hidden_states)
-    cos, sin = stage.position_embeddings
+    end = normed.shape[1] - stage.keep_last
+    begin = max(end - ATTENTION_WINDOW, 0)
 
-    def heads(projection: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return projection(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    def project(projection: Any, tokens: slice) -> torch.Tensor:
+        x = projection(normed[:, tokens]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        cos, sin = (t[:, None, tokens] for t in stage.position_embeddings)
+        return x * cos + rotate_half(x) * sin  # type: ignore[no-any-return]
 
-    query, _ = apply_rotary_pos_emb(*[heads(attention.q_proj, normed[:, begin:end])] * 2, cos[:, begin:end], sin[:, begin:end])
-    key, _ = apply_rotary_pos_emb(*[heads(attention.k_proj, normed)] * 2, cos, sin)
+    query, key = project(attention.q_proj, slice(begin, end)), project(attention.k_proj, slice(None))
     # Query heads that share a key head side by side: [B, kv_heads, groups * window, n].
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     logits = (grouped @ key.transpose(-1, -2)).float() * attention.scaling

@@ -38,7 +38,9 @@ def naive_select(scores, num_keep, sink, recent, block_size=None):
 
 def naive_keep(schedule, length, stage):
     """Tokens, trailing tokens always kept, and tokens a complete block holds, after `stage` stages."""
-    ratios = schedule.keep_ratio if isinstance(schedule.keep_ratio, tuple) else (schedule.keep_ratio,) * len(schedule.layers)
+    ratios = (
+        schedule.keep_ratio if isinstance(schedule.keep_ratio, tuple) else (schedule.keep_ratio,) * len(schedule.layers)
+    )
     share = math.prod((Fraction(str(r)) for r in ratios[:stage]), start=Fraction(1))
     if length < schedule.min_prompt:
         return length, length, None

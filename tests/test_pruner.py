@@ -30,7 +30,9 @@ def rewrite(path, header=None, **changes):
     with safe_open(path, "pt") as file:
         metadata = json.loads(file.metadata()["sdtp"])
     tensors = {**load_file(path), **changes}
-    save_file({k: v for k, v in tensors.items() if v is not None}, path, {"sdtp": json.dumps({**metadata, **(header or {})})})
+    save_file(
+        {k: v for k, v in tensors.items() if v is not None}, path, {"sdtp": json.dumps({**metadata, **(header or {})})}
+    )
 
 
 @pytest.mark.parametrize("rms_norm", [True, False])
@@ -67,7 +69,11 @@ def test_two_logits_fold(path):
     ("header", "changes", "message"),
     [
         ({"format": "other"}, {}, "format 'other'"),
-        ({"format_version": FORMAT_VERSION + 1}, {}, f"version {FORMAT_VERSION + 1}; .* up to version {FORMAT_VERSION}"),
+        (
+            {"format_version": FORMAT_VERSION + 1},
+            {},
+            f"version {FORMAT_VERSION + 1}; .* up to version {FORMAT_VERSION}",
+        ),
         ({"unknown": 1}, {}, "malformed header"),
         ({"layers": [4, 7, 10]}, {}, "lists layer 10, but layers.10.b1"),
         ({"layers": [4]}, {}, "does not list: layers.7.b1"),

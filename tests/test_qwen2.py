@@ -208,7 +208,9 @@ def test_state_lives_on_the_cache(tiny_model, pruners, schedule):
         assert all(torch.equal(a, b) for a, b in zip(alone, sequences, strict=True))
         branch = copy.deepcopy(caches[0])
         branch.crop(-5)
-        token = tiny_model(sequences[0][:, branch.get_seq_length() : -4], past_key_values=branch).logits[:, -1].argmax(-1)
+        token = (
+            tiny_model(sequences[0][:, branch.get_seq_length() : -4], past_key_values=branch).logits[:, -1].argmax(-1)
+        )
         assert token.item() == alone[0][0, -4].item()
 
 

@@ -107,5 +107,6 @@ def _best(device_type: str, dtype: torch.dtype | None) -> str:
 
 
 @functools.cache
-def _load(name: str) -> Any:
-    return importlib.import_module(_MODULES[name])
+def _load(name: str) -> Backend:
+    backend: Any = importlib.import_module(_MODULES[name])
+    return backend  # type: ignore[no-any-return]

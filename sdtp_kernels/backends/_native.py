@@ -17,13 +17,14 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 _SELECTION = "int num_keep, int sink, int recent, int? block_size, Tensor? rows"
 _PRUNER = "Tensor w1, Tensor b1, Tensor w2, Tensor b2"
+_SCORING = "Tensor? score_bias, float? rms_eps"
 
 _library = torch.library.Library("sdtp_native", "DEF")
 for _schema in (
-    f"score_tokens(Tensor hidden_states, {_PRUNER}, Tensor? score_bias, float? rms_eps) -> Tensor",
+    f"score_tokens(Tensor hidden_states, {_PRUNER}, {_SCORING}) -> Tensor",
     f"select_tokens(Tensor scores, {_SELECTION}) -> Tensor",
     "gather_tokens(Tensor[] tensors, Tensor indices) -> Tensor[]",
-    f"prune_tokens(Tensor[] tensors, {_PRUNER}, {_SELECTION}, Tensor? score_bias, float? rms_eps) -> (Tensor[], Tensor)",
+    f"prune_tokens(Tensor[] tensors, {_PRUNER}, {_SELECTION}, {_SCORING}) -> (Tensor[], Tensor)",
 ):
     _library.define(_schema)
 

@@ -45,8 +45,8 @@ class PrunedLayer(DynamicLayer):
         into_prompt = abs(tokens_to_remove) - (self.get_seq_length() - self.kept.shape[1])
         if into_prompt > self.num_tail:
             raise ValueError(
-                f"crop({tokens_to_remove}) would remove {into_prompt} tokens of a pruned prompt, of which only the last "
-                f"{self.num_tail} are known to be in every layer; prefill the shorter prompt instead"
+                f"crop({tokens_to_remove}) would remove {into_prompt} tokens of a pruned prompt; only its last "
+                f"{self.num_tail} are known to be in every layer: prefill the shorter prompt instead"
             )
         super().crop(tokens_to_remove)
         if into_prompt > 0:

