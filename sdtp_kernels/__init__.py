@@ -8,10 +8,15 @@ try:
     from .ops import PrunedTokens, gather_tokens, prune_tokens, score_tokens, select_tokens
     from .pruner import PrunerStack, TokenPruner, load_pruners, save_pruners
     from .schedule import PruningSchedule, StagePlan
-except ModuleNotFoundError as error:
-    # Without torch nothing above can work, but `sdtp doctor` must be able to say so.
-    if error.name != "torch":
-        raise
+except (ImportError, OSError) as error:
+    # Without a torch that loads nothing above can work, but `sdtp doctor` must be able to say so.
+    _torch_error = error
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            raise ImportError(f"sdtp_kernels.{name} does not load: {_torch_error}") from _torch_error
+        raise AttributeError(f"module 'sdtp_kernels' has no attribute {name!r}")
+
 
 __all__ = [
     "BackendStatus",

@@ -62,26 +62,27 @@ def attention_score(stage: StageInput) -> torch.Tensor:
     attention = stage.layer.self_attn
     normed = stage.layer.input_layernorm(stage.hidden_states)
     end = normed.shape[1] - stage.keep_last
-    begin = max(end - ATTENTION_WINDOW, 0)
+    window = min(ATTENTION_WINDOW, end)
 
     def project(projection: Any, tokens: slice) -> torch.Tensor:
         x = projection(normed[:, tokens]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         cos, sin = (t[:, None, tokens] for t in stage.position_embeddings)
         return x * cos + rotate_half(x) * sin  # type: ignore[no-any-return]
 
-    query, key = project(attention.q_proj, slice(begin, end)), project(attention.k_proj, slice(None))
+    query, key = project(attention.q_proj, slice(end - window, end)), project(attention.k_proj, slice(None))
     # Query heads that share a key head side by side: [B, kv_heads, groups * window, n].
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     logits = (grouped @ key.transpose(-1, -2)).float() * attention.scaling
-    logits = logits.unflatten(2, (-1, end - begin))
+    logits = logits.unflatten(2, (-1, window))
 
     index = stage.token_index
-    is_visible = (index[:, None, :] <= index[:, begin:end, None]) & (index[:, None, :] >= 0)
+    is_visible = (index[:, None, :] <= index[:, end - window : end, None]) & (index[:, None, :] >= 0)
     # A window position that is padding sees nothing; it must not become NaN.
     probabilities = logits.masked_fill(~is_visible[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
     per_head = probabilities.sum(3).flatten(1, 2)
-    pooled = F.max_pool1d(per_head, ATTENTION_POOLING, stride=1, padding=ATTENTION_POOLING // 2)
-    return pooled.mean(1)
+    # Max-pooling by unfolding: F.max_pool1d would tie a compiled graph to one length.
+    padded = F.pad(per_head, (ATTENTION_POOLING // 2,) * 2)
+    return padded.unfold(-1, ATTENTION_POOLING, 1).amax(-1).mean(1)
 
 
 SCORERS: dict[str, Callable[[StageInput], torch.Tensor]] = {

@@ -92,14 +92,11 @@ def test_scorers_compile(scorer):
 
 def test_inductor():
     torch._dynamo.reset()
-    model = make_qwen2(num_layers=3)
-    with torch.no_grad(), apply_sdtp(model, {1: TokenPruner(64), 2: TokenPruner(64)}, SCHEDULES["global"]):
-        compiled = torch.compile(model, fullgraph=True)
-        for tokens in LENGTHS[:2]:
-            inputs = arguments(model, tokens, **CALLS["padded"])
-            got = compiled(**inputs).logits
-            inputs = arguments(model, tokens, **CALLS["padded"])
-            torch.testing.assert_close(got, model(**inputs).logits, atol=1e-4, rtol=0)
+    model = make_qwen2(num_layers=2)
+    schedule = PruningSchedule(layers=(1,), keep_ratio=0.7)
+    with torch.no_grad(), apply_sdtp(model, {1: TokenPruner(64)}, schedule):
+        got = torch.compile(model, fullgraph=True)(**arguments(model, 300, **CALLS["padded"])).logits
+        torch.testing.assert_close(got, model(**arguments(model, 300, **CALLS["padded"])).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -23,8 +23,8 @@ class LayerReport:
     tokens_out: int
     """Tokens that the layer computed and cached."""
     kv_bytes: int
-    prune_seconds: float
-    """Time of scoring, selection and gather before this layer; 0 where nothing was pruned."""
+    prune_seconds: float | None
+    """Time of scoring, selection and gather before this layer; ``None`` where no stage stands."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PrefillReport:
     @property
     def kept_per_stage(self) -> list[int]:
         """Tokens after each stage."""
-        return [layer.tokens_out for layer in self.layers if layer.tokens_out != layer.tokens_in]
+        return [layer.tokens_out for layer in self.layers if layer.prune_seconds is not None]
 
     @property
     def kv_bytes(self) -> int:
@@ -59,10 +59,9 @@ class PrefillReport:
             f"KV {self.kv_bytes / 2**20:.1f} MiB",
             f"{'layer':>5} {'in':>8} {'out':>8} {'KV KiB':>10} {'prune ms':>9}",
         ]
-        lines += [
-            f"{r.layer:>5} {r.tokens_in:>8} {r.tokens_out:>8} {r.kv_bytes / 1024:>10.1f} {r.prune_seconds * 1e3:>9.2f}"
-            for r in self.layers
-        ]
+        for r in self.layers:
+            pruning = "" if r.prune_seconds is None else f"{r.prune_seconds * 1e3:.2f}"
+            lines.append(f"{r.layer:>5} {r.tokens_in:>8} {r.tokens_out:>8} {r.kv_bytes / 1024:>10.1f} {pruning:>9}")
         return "\n".join(lines)
 
 
@@ -129,14 +128,14 @@ class PrefillRecorder:
 
     def report(self) -> PrefillReport:
         layers = [
-            LayerReport(i, n_in, n_out, n_out * self._kv_bytes_per_token, self._seconds(begin, end))
+            LayerReport(
+                i, n_in, n_out, n_out * self._kv_bytes_per_token, None if begin is None else self._seconds(begin, end)
+            )
             for i, (n_in, n_out, begin, end) in enumerate(self._layers)
         ]
         return PrefillReport(self._tokens, self._backend, layers, self._seconds(self._begin, self._end))
 
     def _seconds(self, begin: Any, end: Any) -> float:
-        if begin is None:
-            return 0.0
         if isinstance(begin, float):
             return float(end - begin)
         end.synchronize()
