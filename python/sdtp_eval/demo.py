@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from sdtp_eval import texts
-    from sdtp_eval.checkpoints import default_checkpoint, load_checkpoint
+    from sdtp_eval.checkpoints import DEFAULT_NAME, default_checkpoint, load_checkpoint
 
     text = texts.read_text(args.text) if args.text else texts.language_reference()
     has_gpu = torch.cuda.is_available()
@@ -152,7 +152,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         **measured,
         "scorer": pruners if isinstance(pruners, str) else f"pruners of {args.pruner}",
         "notes": notes,
-        "settings": {**_settings(args), "model": str(model_path), "device": str(device), "layers": schedule.layers},
+        "settings": {
+            **_settings(args),
+            "model": args.model or DEFAULT_NAME,
+            "device": str(device),
+            "layers": schedule.layers,
+        },
         "machine": _machine(device),
         "versions": _versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

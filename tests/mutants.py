@@ -1,0 +1,304 @@
+"""Tests of the tests: plants one bug at a time in a copy of the source and demands that the suite fails.
+
+Run with ``make test-mutants``. A bug that survives is a missing test; a bug whose text is no longer found is a stale
+entry of the list. Both fail the run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("sdtp_kernels", "python", "csrc", "tests", "CMakeLists.txt", "pyproject.toml")
+WORKERS = os.cpu_count() or 1
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+QWEN2, CACHE, CPU = "sdtp_kernels/models/qwen2.py", "sdtp_kernels/models/cache.py", "csrc/cpu/"
+MUTANTS = [
+    # The selection: reference, then C++.
+    Mutant(
+        "tie rule flipped",
+        "sdtp_kernels/reference.py",
+        "value.argsort(dim=-1, descending=True, stable=True)",
+        "width - 1 - value.flip(-1).argsort(dim=-1, descending=True, stable=True)",
+        "test_ops.py::test_select",
+    ),
+    Mutant(
+        "indices unsorted",
+        "sdtp_kernels/reference.py",
+        "kept_columns[:, width - num_keep :]",
+        "kept_columns[:, width - num_keep :].flip(-1)",
+        "test_ops.py::test_select",
+    ),
+    Mutant(
+        "-0 below +0",
+        "csrc/include/sdtp/order.h",
+        "if (magnitude == 0) return kSign;",
+        "",
+        "test_ops.py::test_select",
+    ),
+    Mutant(
+        "NaN above every number",
+        "csrc/include/sdtp/order.h",
+        "return kNanKey;",
+        "return kForcedKey - 1;",
+        "test_ops.py::test_select",
+    ),
+    Mutant(
+        "one tie too few",
+        "csrc/include/sdtp/select.h",
+        "threshold.num_ties-- > 0",
+        "--threshold.num_ties > 0",
+        "test_ops.py::test_select",
+    ),
+    Mutant(
+        "forced tokens dropped",
+        "csrc/include/sdtp/select.h",
+        "std::fill_n(keys, block.num_forced, kForcedKey);",
+        "",
+        "test_ops.py::test_select",
+    ),
+    Mutant(
+        "last token of a block not kept",
+        CPU + "select.cpp",
+        "block_size.has_value(), column, next",
+        "false, column, next",
+        "test_ops.py::test_select",
+    ),
+    # Scores and copies.
+    Mutant(
+        "bias of the first layer dropped",
+        CPU + "score_tile.cpp",
+        "* scale + head.b1[h + lane])",
+        "* scale)",
+        "test_ops.py::test_score",
+    ),
+    Mutant(
+        "tail of the pruner's width unread",
+        CPU + "score_tile.cpp",
+        "for (int lane = 0; h < head.pruner_size; ++h, ++lane)",
+        "for (int lane = 0; false && h < head.pruner_size; ++h, ++lane)",
+        "test_ops.py::test_score",
+    ),
+    Mutant(
+        "RMS norm forgotten",
+        CPU + "score_tile.cpp",
+        "inv_rms == nullptr ? 1.0f : inv_rms[token]",
+        "1.0f",
+        "test_ops.py::test_score",
+    ),
+    Mutant(
+        "wrong stride",
+        CPU + "gather.cpp",
+        "source.stride(dim) * element",
+        "source.size(source.dim() - 1) * element",
+        "test_ops.py::test_gather",
+    ),
+    # Counts.
+    Mutant(
+        "K off by one",
+        "sdtp_kernels/schedule.py",
+        "(length * numerator + (denominator - 1)) // denominator",
+        "length * numerator // denominator",
+        "test_schedule.py",
+    ),
+    Mutant(
+        "recent share of the current length",
+        "sdtp_kernels/schedule.py",
+        "self.num_recent(length) + keep_last, block_size",
+        "self.num_recent(self.num_keep(length, stage - 1)) + keep_last, block_size",
+        "test_schedule.py test_qwen2.py::test_prefill_equals_masked_dense",
+    ),
+    # Op contract.
+    Mutant(
+        "fake kernel with another dtype",
+        "sdtp_kernels/ops.py",
+        "return scores.new_empty((scores.shape[0], num_keep), dtype=torch.int64)",
+        "return scores.new_empty((scores.shape[0], num_keep), dtype=torch.int32)",
+        "test_ops.py",
+    ),
+    Mutant(
+        "gradient of the pruner silently none",
+        "sdtp_kernels/ops.py",
+        "if tensor is not None and tensor.requires_grad:",
+        "if False:",
+        "test_ops.py::test_gradients_of_prune",
+    ),
+    Mutant(
+        "gather gradient of padding",
+        "sdtp_kernels/ops.py",
+        "grad = grad.masked_fill(rows < 0, 0)",
+        "",
+        "test_ops.py::test_gradients_of_gather",
+    ),
+    # The patch.
+    Mutant(
+        "padding mask not compacted",
+        QWEN2,
+        "mask = indices >= 0",
+        "mask = torch.ones_like(indices, dtype=torch.bool)",
+        "test_qwen2.py::test_padded_rows_equal_rows_alone",
+    ),
+    Mutant(
+        "positions renumbered",
+        QWEN2,
+        "stage, _segment_mask(self.decoder, layer_idx, hidden_states, mask, cache), (cos, sin), None, kept",
+        "stage, _segment_mask(self.decoder, layer_idx, hidden_states, mask, cache), "
+        "tuple(t[:, :cos.shape[1]] for t in segment.position_embeddings), None, kept",
+        "test_qwen2.py::test_prefill_equals_masked_dense",
+    ),
+    Mutant(
+        "row's own length ignored",
+        QWEN2,
+        "self.lengths = padding_mask.sum(-1) - keep_last",
+        "self.lengths = torch.full_like(padding_mask.sum(-1), self.width - keep_last)",
+        "test_qwen2.py::test_padded_rows_equal_rows_alone",
+    ),
+    Mutant(
+        "patch not removed",
+        QWEN2,
+        'undo.callback(decoder.__dict__.pop, "forward")',
+        "",
+        "test_qwen2.py::test_remove_restores_the_model",
+    ),
+    Mutant(
+        "scored tokens pruned",
+        QWEN2,
+        "keep_last = kwargs.pop(_KEEP_LAST, 0)",
+        "keep_last = kwargs.pop(_KEEP_LAST, 0) * 0",
+        "test_qwen2.py::test_scored_continuation_is_never_pruned",
+    ),
+    Mutant(
+        "host sync in the loop",
+        QWEN2,
+        "        mask = None\n",
+        "        mask = None\n        indices.sum().item()\n",
+        "test_compile.py::test_no_host_sync_in_the_patched_loop",
+    ),
+    Mutant(
+        "labels accepted",
+        QWEN2,
+        'if given.get("labels") is not None:',
+        "if False:",
+        "test_errors.py",
+    ),
+    Mutant(
+        "state left behind when rows are selected",
+        CACHE,
+        "self.kept = self.kept[indices, ...]",
+        "",
+        "test_qwen2.py::test_cache_operations_carry_the_state",
+    ),
+    # Files.
+    Mutant(
+        "two logits folded the wrong way",
+        "sdtp_kernels/pruner.py",
+        "w2[0] - w2[1], b2[0] - b2[1]",
+        "w2[1] - w2[0], b2[1] - b2[0]",
+        "test_pruner.py",
+    ),
+]
+
+
+def copy_source(destination: Path) -> None:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, destination / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy2(source, destination)
+
+
+def build(source: Path) -> None:
+    """Compile the copy's library in place of the one that was copied."""
+    torch = importlib.util.find_spec("torch").origin
+    target = json.loads((source / "sdtp_kernels/build_info.json").read_text())["torch_target"]
+    settings = {
+        "SDTP_TORCH_DIR": Path(torch).parent,
+        "SDTP_TORCH_TARGET": target,
+        "SDTP_OUTPUT_DIR": source / "sdtp_kernels",
+    }
+    options = [f"-D{name}={value}" for name, value in settings.items()]
+    subprocess.run(["cmake", "-S", source, "-B", source / "build", *options], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["cmake", "--build", source / "build"], check=True, stdout=subprocess.DEVNULL)
+
+
+def run_tests(source: Path, tests: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{source / 'python'}", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/{t}" for t in tests.split()),
+    ]
+    return subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
+
+
+def try_mutant(mutant: Mutant) -> str | None:
+    """Why the mutant counts against us; ``None`` where the suite caught it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder)
+        copy_source(source)
+        path = source / mutant.file
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            return f"stale: its text stands {text.count(mutant.old)} times in {mutant.file}"
+        path.write_text(text.replace(mutant.old, mutant.new))
+        if mutant.file.startswith("csrc/"):
+            build(source)
+        result = run_tests(source, mutant.tests)
+        if result.returncode == 0:
+            return f"SURVIVED {mutant.tests}"
+        if result.returncode != 1:  # 1 is a failed test; anything else is a broken run and proves nothing
+            return f"the run broke (exit {result.returncode}):\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+        return None
+
+
+def control() -> str | None:
+    """The copy without a bug must pass, or failures would prove nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy_source(Path(folder))
+        build(Path(folder))
+        result = run_tests(Path(folder), " ".join(sorted({test for m in MUTANTS for test in m.tests.split()})))
+        return None if result.returncode == 0 else f"the copy fails without a bug:\n{result.stdout[-4000:]}"
+
+
+def main() -> int:
+    with ThreadPoolExecutor(WORKERS) as pool:
+        attempts = [("(no bug: must pass)", pool.submit(control))]
+        attempts += [(mutant.name, pool.submit(try_mutant, mutant)) for mutant in MUTANTS]
+        failures = 0
+        for name, attempt in attempts:
+            reason = attempt.result()
+            failures += reason is not None
+            print(
+                f"{'caught' if reason is None else 'FAILED':<8}{name}{'' if reason is None else ': ' + reason}",
+                flush=True,
+            )
+    print(f"{len(attempts) - failures} passed, {failures} failed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
