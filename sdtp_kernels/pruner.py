@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 FORMAT = "sdtp-pruners"
 FORMAT_VERSION = 1
 
+DISTANCE_KNOTS = 18  # distances up to 2^17 - 1
+ATTENTION_FLOOR = 1e-9  # below every probability that matters, so that a logarithm of 0 stays finite
+
 
 class PrunerWeights(NamedTuple):
     """The weights in the form that the ops take; see :func:`sdtp_kernels.score_tokens`."""
@@ -46,6 +49,11 @@ class TokenPruner(nn.Module):
     rms_norm : bool, default True
         Divide `x` by its root mean square first. A gain would be redundant with ``w1``.
     rms_eps : float, default 1e-6
+    distance : bool, default False
+        Add a learned piecewise-linear function of the distance to the prompt's end.
+    attention : bool, default False
+        Add the attention of the prompt's last queries (:func:`~sdtp_kernels.scorers.attention_score`) with a learned
+        weight. The hidden state of a token cannot know the question behind it; this term does.
     """
 
     def __init__(
@@ -55,8 +63,11 @@ class TokenPruner(nn.Module):
         *,
         rms_norm: bool = True,
         rms_eps: float = 1e-6,
+        distance: bool = False,
+        attention: bool = False,
     ) -> None:
         super().__init__()
+        self.distance, self.attention = distance, attention
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size or max(1, hidden_size // 4)
         self.rms_norm = rms_norm
@@ -65,6 +76,10 @@ class TokenPruner(nn.Module):
         self.b1 = nn.Parameter(torch.zeros(self.intermediate_size))
         self.w2 = nn.Parameter(torch.empty(self.intermediate_size))
         self.b2 = nn.Parameter(torch.zeros(()))
+        if distance:
+            self.distance_bias = nn.Parameter(torch.zeros(DISTANCE_KNOTS))
+        if attention:
+            self.attention_weight = nn.Parameter(torch.zeros(()))
         nn.init.normal_(self.w1, std=hidden_size**-0.5)
         nn.init.normal_(self.w2, std=self.intermediate_size**-0.5)
 
@@ -83,6 +98,44 @@ class TokenPruner(nn.Module):
         if self.rms_norm:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.rms_eps)
         return F.gelu(F.linear(x, self.w1, self.b1)) @ self.w2 + self.b2
+
+    def score_bias(
+        self, distance: torch.Tensor, attention: torch.Tensor | None = None, is_valid: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the hidden state does not hold, to be added to :meth:`forward`.
+
+        Parameters
+        ----------
+        distance : Tensor [B, n]
+            Tokens from here to the last token of the prompt.
+        attention : Tensor [B, n], optional
+            Last-window attention; needed where the pruner was made with ``attention=True``.
+        is_valid : bool Tensor [B, n], optional
+            False for padding.
+
+        Returns
+        -------
+        Tensor [B, n], float32
+        """
+        bias = torch.zeros_like(distance, dtype=torch.float32)
+        if self.distance:
+            # Knots at distances 0, 1, 3, 7, ...: linear between them in the logarithm.
+            place = torch.log2(1 + distance.clamp(min=0).float()).clamp(max=DISTANCE_KNOTS - 1)
+            left = place.floor().clamp(max=DISTANCE_KNOTS - 2)
+            share = place - left
+            knots = self.distance_bias.float()
+            bias = bias + knots[left.long()] * (1 - share) + knots[left.long() + 1] * share
+        if self.attention:
+            if attention is None:
+                raise ValueError("this pruner weighs the last-window attention: pass `attention` as well")
+            weight = torch.ones_like(bias) if is_valid is None else is_valid.float()
+            value = torch.log(attention.float() + ATTENTION_FLOOR)
+            # Standardised in its own row, so that one weight fits every prompt length.
+            count = weight.sum(-1, keepdim=True).clamp(min=1)
+            centred = value - (value * weight).sum(-1, keepdim=True) / count
+            spread = ((centred.square() * weight).sum(-1, keepdim=True) / count).sqrt()
+            bias = bias + self.attention_weight.float() * centred / (spread + 1e-6)
+        return bias
 
     def weights(self, dtype: torch.dtype = torch.float32) -> PrunerWeights:
         """Detached weights for the ops: ``w1`` in `dtype`, that of the hidden states, the others in float32."""
@@ -109,6 +162,8 @@ class PrunerHeader:
     model_type: str | None = None
     num_hidden_layers: int | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    distance: bool = False
+    attention: bool = False
 
 
 class PrunerStack(dict[int, TokenPruner]):
@@ -148,17 +203,15 @@ def save_pruners(
 
     if not pruners:
         raise ValueError("no pruners to save: expected a mapping of decoder layer to TokenPruner")
-    shared = {(p.hidden_size, p.rms_norm, p.rms_eps) for p in pruners.values()}
+    names = ("hidden_size", "rms_norm", "rms_eps", "distance", "attention")
+    shared = {tuple(getattr(pruner, name) for name in names) for pruner in pruners.values()}
     if len(shared) != 1:
-        raise ValueError(f"pruners of one file share (hidden_size, rms_norm, rms_eps), got {sorted(shared)}")
+        raise ValueError(f"pruners of one file share ({', '.join(names)}), got {sorted(shared)}")
     check_finite(pruners)
-    ((hidden_size, rms_norm, rms_eps),) = shared
     known = getattr(pruners, "header", None)
     header = PrunerHeader(
-        hidden_size=hidden_size,
+        **dict(zip(names, shared.pop(), strict=True)),
         layers=sorted(pruners),
-        rms_norm=rms_norm,
-        rms_eps=rms_eps,
         model_type=config.model_type if config is not None else getattr(known, "model_type", None),
         num_hidden_layers=config.num_hidden_layers if config is not None else getattr(known, "num_hidden_layers", None),
         training=dict(training) if training is not None else getattr(known, "training", {}),
@@ -210,21 +263,30 @@ def load_pruners(path: str | os.PathLike[str]) -> PrunerStack:
 
     pruners = {}
     for layer in header.layers:
-        names = {name: f"layers.{layer}.{name}" for name in PrunerWeights._fields}
-        missing = sorted(set(names.values()) - set(tensors))
+        prefix = f"layers.{layer}."
+        pruner = TokenPruner(
+            header.hidden_size,
+            tensors.get(f"{prefix}b1", torch.empty(0)).numel(),
+            rms_norm=header.rms_norm,
+            rms_eps=header.rms_eps,
+            distance=header.distance,
+            attention=header.attention,
+        )
+        wanted = pruner.state_dict()
+        missing = sorted(prefix + name for name in wanted if prefix + name not in tensors)
         if missing:
             raise ValueError(f"{path}: the header lists layer {layer}, but {', '.join(missing)} is missing")
-        w1, b1, w2, b2 = (tensors.pop(name).float() for name in names.values())
-        if w2.dim() == 2 and w2.shape[0] == 2:
-            w2, b2 = w2[0] - w2[1], b2[0] - b2[1]  # keep logit minus drop logit: the same order, half the work
-        sizes = [list(t.shape) for t in (w1, b1, w2, b2)]
-        if sizes != [[len(b1), header.hidden_size], [len(b1)], [len(b1)], []]:
-            raise ValueError(
-                f"{path}: layer {layer} has w1, b1, w2, b2 of shapes {sizes}; expected [H, {header.hidden_size}], [H], "
-                "[H] (or [2, H] with b2 [2]), []"
-            )
-        pruner = TokenPruner(header.hidden_size, len(b1), rms_norm=header.rms_norm, rms_eps=header.rms_eps)
-        pruner.load_state_dict({"w1": w1, "b1": b1, "w2": w2, "b2": b2})
+        state = {name: tensors.pop(prefix + name) for name in wanted}
+        if state["w2"].dim() == 2 and state["w2"].shape[0] == 2:
+            # Keep logit minus drop logit: the same order, half the work.
+            state["w2"], state["b2"] = (state[name][0] - state[name][1] for name in ("w2", "b2"))
+        for name, tensor in state.items():
+            if tensor.shape != wanted[name].shape:
+                raise ValueError(
+                    f"{path}: layer {layer} has {name} {list(tensor.shape)}, expected {list(wanted[name].shape)} "
+                    "(or two rows in w2 and b2) by its b1 and the header"
+                )
+        pruner.load_state_dict(state)
         pruners[layer] = pruner
     if tensors:
         raise ValueError(f"{path}: tensors that the header does not list: {', '.join(sorted(tensors))}")

@@ -19,18 +19,22 @@ ATTENTION_POOLING = 7  # and its max-pooling width, so that a hit keeps its neig
 
 
 class StageInput(NamedTuple):
-    """What a scorer may look at: the input of the decoder layer that the stage stands before."""
+    """What a scorer may look at: the input of the decoder layer that the stage stands before, and the layer below."""
 
     hidden_states: torch.Tensor
     """``[B, n, D]``"""
-    layer: Any
-    """The decoder layer itself."""
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    """cos and sin of the kept tokens' original positions, ``[1 or B, n, head_dim]``."""
+    """cos and sin of the tokens' original positions, ``[1 or B, n, head_dim]``."""
     token_index: torch.Tensor
     """``[B, n]`` index in the row's own prompt, negative for padding."""
     keep_last: int
     """Tokens behind the prompt that are kept whatever their score."""
+    layer_below: Any
+    """The decoder layer that has just run, on the same tokens."""
+    hidden_states_below: torch.Tensor
+    """Its input, ``[B, n, D]``."""
+    keys_below: torch.Tensor | None = None
+    """The keys it cached, ``[B, kv_heads, n, head_dim]``; ``None`` without a cache."""
 
 
 def random_score(stage: StageInput, seed: int = 0) -> torch.Tensor:
@@ -52,24 +56,25 @@ def norm_score(stage: StageInput) -> torch.Tensor:
 
 
 def attention_score(stage: StageInput) -> torch.Tensor:
-    """Attention of the prompt's last queries, as in SnapKV (arXiv 2404.14469).
+    """Attention of the prompt's last queries in the layer below, as in SnapKV (arXiv 2404.14469).
 
-    The layer's own query and key projections, softmax per query, mean over the last 32 queries, max-pooling over 7
-    neighbours, mean over heads.
+    Softmax per query, sum over the last 32 queries, max-pooling over 7 neighbours, mean over heads. The layer below has
+    its keys in the cache already, so only 32 queries are projected.
     """
     from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
-    attention = stage.layer.self_attn
-    normed = stage.layer.input_layernorm(stage.hidden_states)
-    end = normed.shape[1] - stage.keep_last
+    layer, attention = stage.layer_below, stage.layer_below.self_attn
+    end = stage.hidden_states.shape[1] - stage.keep_last
     window = min(ATTENTION_WINDOW, end)
 
     def project(projection: Any, tokens: slice) -> torch.Tensor:
-        x = projection(normed[:, tokens]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        normed = layer.input_layernorm(stage.hidden_states_below[:, tokens])
+        x = projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         cos, sin = (t[:, None, tokens] for t in stage.position_embeddings)
         return x * cos + rotate_half(x) * sin  # type: ignore[no-any-return]
 
-    query, key = project(attention.q_proj, slice(end - window, end)), project(attention.k_proj, slice(None))
+    query = project(attention.q_proj, slice(end - window, end))
+    key = project(attention.k_proj, slice(None)) if stage.keys_below is None else stage.keys_below
     # Query heads that share a key head side by side: [B, kv_heads, groups * window, n].
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     logits = (grouped @ key.transpose(-1, -2)).float() * attention.scaling

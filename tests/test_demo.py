@@ -257,10 +257,11 @@ def test_flops_by_hand() -> None:
     pruners = {1: TokenPruner(8, 3), 2: TokenPruner(8, 3)}
     # 2*8*3 for w1 and 2*3 for w2 a token, on the 100 and then 50 tokens that the stages see.
     assert scoring_flops(config, schedule, 100, pruners) == (48 + 6) * 150
-    # Keys 8*4 a token, queries 8*8 for the window of 32, logits 32 * n * 4 heads * 2.
-    assert scoring_flops(config, schedule, 100, "attention") == sum(
-        2 * (n * 32 + 32 * 64 + 32 * n * 8) for n in (100, 50)
-    )
+    # Queries 8*8 for the window of 32, logits 32 * n * 4 heads * 2; the keys are in the cache.
+    attention = sum(2 * (32 * 64 + 32 * n * 8) for n in (100, 50))
+    assert scoring_flops(config, schedule, 100, "attention") == attention
+    both = {layer: TokenPruner(8, 3, attention=True) for layer in (1, 2)}
+    assert scoring_flops(config, schedule, 100, both) == (48 + 6) * 150 + attention
     assert scoring_flops(config, schedule, 100, "recent") == 0
     short = PruningSchedule(layers=(1, 2), keep_ratio=0.5, min_prompt=101)
     assert scoring_flops(config, short, 100, pruners) == 0

@@ -1,6 +1,7 @@
 """The pruner and its file format."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -55,6 +56,23 @@ def test_round_trip(path):
     assert again.read_bytes() == path.read_bytes()
 
 
+def test_score_bias():
+    pruner = TokenPruner(24, distance=True, attention=True)
+    pruner.distance_bias.data.copy_(torch.arange(18.0) ** 2)
+    distance = torch.tensor([[9, 7, 5, 1, 0, -1]])  # the last token stands behind the prompt, the first is padding
+    attention = torch.tensor([[0.3, 0.1, 0.2, 0.0, 0.4, 0.9]])
+    is_valid = torch.tensor([[False, True, True, True, True, False]])
+    # Between the knots at 3 and 7 the function is linear in log2(1 + distance): 4 at 3, 9 at 7.
+    expected = torch.tensor([9.0, 4 + 5 * (math.log2(6) - 2), 1.0, 0.0])
+    torch.testing.assert_close(pruner.score_bias(distance, attention, is_valid)[0, 1:5], expected)
+    pruner.attention_weight.data.fill_(2.0)
+    logs = (attention[0, 1:5] + 1e-9).log()
+    standardised = (logs - logs.mean()) / logs.std(correction=0)
+    torch.testing.assert_close(pruner.score_bias(distance, attention, is_valid)[0, 1:5], expected + 2 * standardised)
+    with pytest.raises(ValueError, match="pass `attention`"):
+        pruner.score_bias(distance)
+
+
 def test_two_logits_fold(path):
     keep, drop = torch.randn(2, 5), torch.randn(2)
     rewrite(path, **{"layers.7.w2": keep, "layers.7.b2": drop})
@@ -77,9 +95,10 @@ def test_two_logits_fold(path):
         ({"unknown": 1}, {}, "malformed header"),
         ({"layers": [4, 7, 10]}, {}, "lists layer 10, but layers.10.b1"),
         ({"layers": [4]}, {}, "does not list: layers.7.b1"),
-        ({"hidden_size": 25}, {}, r"layer 4 .* expected \[H, 25\]"),
+        ({"hidden_size": 25}, {}, r"layer 4 has w1 \[6, 24\], expected \[6, 25\]"),
+        ({"attention": True}, {}, "layers.4.attention_weight is missing"),
         ({}, {"layers.4.b1": None}, "layers.4.b1 is missing"),
-        ({}, {"layers.7.w2": torch.ones(6)}, "layer 7 has"),
+        ({}, {"layers.7.w2": torch.ones(6)}, r"layer 7 has w2 \[6\], expected \[5\]"),
         ({}, {"layers.7.b1": torch.full((5,), torch.inf)}, "layer 7: b1 has NaN or infinite"),
     ],
 )

@@ -368,13 +368,56 @@ def test_scorers_score_what_their_names_say(tiny_model):
             tiny_model(prompt(), past_key_values=cache)
         kept[name] = cache.layers[1].kept[0].tolist()
     assert kept["recent"] == [0, 1, 2, 3, *range(104, 200)]
-    # Attention of the last queries, from the probabilities of the eager model itself.
+    # Attention of the last queries in the layer below, from the probabilities of the eager model itself.
     eager = make_qwen2(attention="eager")
-    probabilities = eager(prompt(), output_attentions=True).attentions[1][0, :, -32:]
+    probabilities = eager(prompt(), output_attentions=True).attentions[0][0, :, -32:]
     pooled = torch.nn.functional.max_pool1d(probabilities.sum(1), 7, stride=1, padding=3).mean(0)
     assert kept["attention"] == naive_select(pooled.tolist(), 100, sink=4, recent=20)
     hidden = eager(prompt(), output_hidden_states=True).hidden_states[1][0]
     assert kept["norm"] == naive_select(hidden.norm(dim=-1).tolist(), 100, sink=4, recent=20)
+
+
+@torch.no_grad()
+def test_pruner_with_distance_and_attention(tiny_model, schedule):
+    """Rows stay independent, with a cache and without, and the terms count."""
+    torch.manual_seed(1)
+    pruners = {layer: TokenPruner(64, distance=True, attention=True) for layer in LAYERS}
+    batch = padded_batch(SHORT_LENGTHS)
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    results = []
+    for weight in (0.0, 3.0):
+        for pruner in pruners.values():
+            torch.nn.init.normal_(pruner.distance_bias, std=weight)
+            pruner.attention_weight.data.fill_(weight)
+        with apply_sdtp(tiny_model, pruners, schedule):
+            got = tiny_model(**batch, position_ids=positions, logits_to_keep=1).logits
+            no_cache = tiny_model(**batch, position_ids=positions, logits_to_keep=1, use_cache=False).logits
+            torch.testing.assert_close(got, no_cache, atol=1e-4, rtol=0)
+            for row, length in enumerate(SHORT_LENGTHS):
+                alone = tiny_model(batch["input_ids"][row : row + 1, TOKENS - length :], logits_to_keep=1).logits
+                torch.testing.assert_close(got[row], alone[0], atol=1e-4, rtol=0)
+            followed = torch.cat([batch["input_ids"][:1], prompt(9)], dim=1)  # what stands behind has no say
+            behind = tiny_model(followed, logits_to_keep=10).logits[:, :1]
+            torch.testing.assert_close(behind, got[:1], atol=1e-4, rtol=0)
+        results.append(got)
+    assert (results[0] - results[1])[:2].abs().amax(-1).min() > 1e-3
+
+
+@torch.no_grad()
+def test_no_mask_where_the_dense_model_has_none(tiny_model, pruners, schedule):
+    """sdpa takes its fast causal path: no segment of an unpadded prompt gets a mask."""
+    masks = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        for layer in tiny_model.model.layers
+    ]
+    with apply_sdtp(tiny_model, pruners, schedule):
+        generate(tiny_model, {"input_ids": prompt()}, max_new_tokens=3)
+    for hook in hooks:
+        hook.remove()
+    assert masks == [None] * len(tiny_model.model.layers) * 3
 
 
 @torch.no_grad()

@@ -53,9 +53,9 @@ def scoring_flops(config: Any, schedule: PruningSchedule, length: int, pruners: 
     length : int
         Tokens of the prompt.
     pruners : mapping of int to TokenPruner, or str
-        As :func:`sdtp_kernels.apply_sdtp` takes them. A pruner costs ``2 n H (D + 1)``; ``attention`` costs its key
-        projection of n tokens, its query projection and logits of the last window; the other names are counted as
-        free.
+        As :func:`sdtp_kernels.apply_sdtp` takes them. A pruner costs ``2 n H (D + 1)``; last-window attention, as a
+        scorer or as a term of a pruner, costs the window's query projection and logits, since the keys are in the
+        cache; the other names are counted as free.
 
     Returns
     -------
@@ -65,18 +65,17 @@ def scoring_flops(config: Any, schedule: PruningSchedule, length: int, pruners: 
 
     if length < schedule.min_prompt:
         return 0
-    hidden, heads, kv_heads, head_dim = _sizes(config)
+    hidden, heads, _, head_dim = _sizes(config)
     total = 0
     for stage, layer in enumerate(schedule.layers, 1):
         if not schedule.drops(stage):
             continue
         n = schedule.num_keep(length, stage - 1)
-        if pruners == "attention":
-            window = min(ATTENTION_WINDOW, n)
-            projections = n * hidden * kv_heads * head_dim + window * hidden * heads * head_dim
-            total += 2 * (projections + window * n * heads * head_dim)
-        elif not isinstance(pruners, str):
-            total += 2 * n * pruners[layer].intermediate_size * (hidden + 1)
+        pruner = None if isinstance(pruners, str) else pruners[layer]
+        if pruner is not None:
+            total += 2 * n * pruner.intermediate_size * (hidden + 1)
+        if pruners == "attention" or (pruner is not None and pruner.attention):
+            total += 2 * min(ATTENTION_WINDOW, n) * heads * head_dim * (hidden + n)
     return total
 
 

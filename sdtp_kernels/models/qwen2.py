@@ -8,6 +8,7 @@ pruned prompt carry what was kept. Prompts that are not pruned never reach it: t
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import types
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .. import backends, ops
 from ..pruner import PrunerStack, PrunerWeights, TokenPruner, check_finite
-from ..scorers import SCORERS, StageInput
+from ..scorers import SCORERS, StageInput, attention_score
 from .cache import PrunedLayer, check_supported, install, stage_of
 from .report import PrefillRecorder, SdtpHandle
 
@@ -81,8 +82,18 @@ class _Pruning(NamedTuple):
 class _Fused(NamedTuple):
     """A TokenPruner, ready for the fused op."""
 
+    pruner: TokenPruner
     weights: PrunerWeights
     rms_eps: float | None
+
+    def score_bias(self, stage: StageInput) -> torch.Tensor | None:
+        """What the pruner adds to the scores beside the hidden states, if anything."""
+        if not (self.pruner.distance or self.pruner.attention):
+            return None
+        last = stage.token_index.shape[1] - stage.keep_last - 1
+        distance = stage.token_index[:, last : last + 1] - stage.token_index
+        attention = attention_score(stage) if self.pruner.attention else None
+        return self.pruner.score_bias(distance, attention, (stage.token_index >= 0) & (distance >= 0))
 
 
 class _Selection(TypedDict):
@@ -156,7 +167,7 @@ def _make_forward(pruning: _Pruning) -> Callable[..., Any]:
 
         dense_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         # transformers has just looked whether the batch is padded; where it found none, neither mask is needed.
-        padding_mask = attention_mask if dense_mask is not None else None
+        padding_mask = attention_mask.bool() if attention_mask is not None and dense_mask is not None else None
         hidden_states = inputs_embeds
         segment = _Segment(0, dense_mask, self.rotary_emb(hidden_states, position_ids), position_ids)
         prompt = _Prompt(self, pruning, padding_mask, inputs_embeds, keep_last) if is_prefill else None
@@ -204,6 +215,7 @@ class _Prompt:
         if padding_mask is not None:
             _assert_left_padded(padding_mask)
             self.lengths = padding_mask.sum(-1) - keep_last
+        self.hidden_states_below = inputs_embeds
         self.recorder = None
         if not torch.compiler.is_compiling():
             self.recorder = _new_recorder(decoder, pruning.backend, inputs_embeds)
@@ -226,6 +238,7 @@ class _Prompt:
             install(cache, layer_idx, PrunedLayer(segment.stage, segment.kept, self.width, num_tail, is_padded))
         if self.recorder:
             self.recorder.layer(tokens_in, hidden_states.shape[1], begin, end)
+        self.hidden_states_below = hidden_states
         return hidden_states, segment
 
     def _prune(
@@ -249,22 +262,24 @@ class _Prompt:
         # Every row has positions of its own from here on.
         carried = [*(t.expand(batch, -1, -1) for t in segment.position_embeddings), kept]
         scorer = scorers[layer_idx]
+        # Index in the row's own prompt; a row's padding stands before it.
+        padding = 0 if self.lengths is None else (self.width - self.keep_last - self.lengths).unsqueeze(-1)
+        stage_input = StageInput(
+            hidden_states,
+            segment.position_embeddings,
+            kept - padding,
+            self.keep_last,
+            self.decoder.layers[layer_idx - 1],
+            self.hidden_states_below,
+            None if cache is None else cache.layers[layer_idx - 1].keys,
+        )
         if isinstance(scorer, _Fused):
             hidden_states, (cos, sin, kept), indices = ops.prune_tokens(
                 hidden_states, carried, *scorer.weights, plan.num_keep,
-                **selection, rms_eps=scorer.rms_eps, backend=backend,
+                **selection, score_bias=scorer.score_bias(stage_input), rms_eps=scorer.rms_eps, backend=backend,
             )  # fmt: skip
         else:
-            token_index = kept if self.lengths is None else kept - (self.width - self.keep_last - self.lengths)[:, None]
-            scores = scorer(
-                StageInput(
-                    hidden_states,
-                    self.decoder.layers[layer_idx],
-                    segment.position_embeddings,
-                    token_index,
-                    self.keep_last,
-                )
-            )
+            scores = scorer(stage_input)
             indices = ops.select_tokens(scores.float(), plan.num_keep, **selection, backend=backend)
             hidden_states, cos, sin, kept = ops.gather_tokens([hidden_states, *carried], indices, backend=backend)
         mask = None
@@ -404,8 +419,9 @@ def _resolve_pruner(
             raise ValueError(
                 f"pruner of layer {layer} has hidden_size={pruner.hidden_size}, the model {config.hidden_size}"
             )
-        weights = PrunerWeights(*(tensor.to(device) for tensor in pruner.weights(dtype)))
-        return _Fused(weights, pruner.rms_eps if pruner.rms_norm else None)
+        # A copy: the model keeps the weights it was given, whatever becomes of the module.
+        pruner = copy.deepcopy(pruner).to(device).requires_grad_(False)
+        return _Fused(pruner, pruner.weights(dtype), pruner.rms_eps if pruner.rms_norm else None)
     if isinstance(pruner, nn.Module):
         return lambda stage: pruner(stage.hidden_states)
     if callable(pruner):
