@@ -30,7 +30,7 @@ class Mutant(NamedTuple):
     tests: str
 
 
-QWEN2, CACHE, CPU = "sdtp_kernels/models/qwen2.py", "sdtp_kernels/models/cache.py", "csrc/cpu/"
+MODELS, CPU = "sdtp_kernels/models/", "csrc/cpu/"
 MUTANTS = [
     # The selection: reference, then C++.
     Mutant(
@@ -151,57 +151,57 @@ MUTANTS = [
     # The patch.
     Mutant(
         "padding mask not compacted",
-        QWEN2,
+        MODELS + "stages.py",
         "mask = indices >= 0",
         "mask = torch.ones_like(indices, dtype=torch.bool)",
         "test_qwen2.py::test_padded_rows_equal_rows_alone",
     ),
     Mutant(
         "positions renumbered",
-        QWEN2,
-        "stage, _segment_mask(self.decoder, layer_idx, hidden_states, mask, cache), (cos, sin), None, kept",
-        "stage, _segment_mask(self.decoder, layer_idx, hidden_states, mask, cache), "
+        MODELS + "stages.py",
+        "stage, segment_mask(self.decoder, layer_idx, hidden_states, mask, cache), (cos, sin), None, kept",
+        "stage, segment_mask(self.decoder, layer_idx, hidden_states, mask, cache), "
         "tuple(t[:, :cos.shape[1]] for t in segment.position_embeddings), None, kept",
         "test_qwen2.py::test_prefill_equals_masked_dense",
     ),
     Mutant(
         "row's own length ignored",
-        QWEN2,
+        MODELS + "stages.py",
         "self.lengths = padding_mask.sum(-1) - keep_last",
         "self.lengths = torch.full_like(padding_mask.sum(-1), self.width - keep_last)",
         "test_qwen2.py::test_padded_rows_equal_rows_alone",
     ),
     Mutant(
         "patch not removed",
-        QWEN2,
+        MODELS + "qwen2.py",
         'undo.callback(decoder.__dict__.pop, "forward")',
         "",
         "test_qwen2.py::test_remove_restores_the_model",
     ),
     Mutant(
         "scored tokens pruned",
-        QWEN2,
-        "keep_last = kwargs.pop(_KEEP_LAST, 0)",
-        "keep_last = kwargs.pop(_KEEP_LAST, 0) * 0",
+        MODELS + "qwen2.py",
+        "keep_last = kwargs.pop(KEEP_LAST, 0)",
+        "keep_last = kwargs.pop(KEEP_LAST, 0) * 0",
         "test_qwen2.py::test_scored_continuation_is_never_pruned",
     ),
     Mutant(
         "host sync in the loop",
-        QWEN2,
+        MODELS + "stages.py",
         "        mask = None\n",
         "        mask = None\n        indices.sum().item()\n",
         "test_compile.py::test_no_host_sync_in_the_patched_loop",
     ),
     Mutant(
         "labels accepted",
-        QWEN2,
+        MODELS + "checks.py",
         'if given.get("labels") is not None:',
         "if False:",
         "test_errors.py",
     ),
     Mutant(
         "state left behind when rows are selected",
-        CACHE,
+        MODELS + "cache.py",
         "self.kept = self.kept[indices, ...]",
         "",
         "test_qwen2.py::test_cache_operations_carry_the_state",
@@ -210,8 +210,8 @@ MUTANTS = [
     Mutant(
         "two logits folded the wrong way",
         "sdtp_kernels/pruner.py",
-        "w2[0] - w2[1], b2[0] - b2[1]",
-        "w2[1] - w2[0], b2[1] - b2[0]",
+        "state[name][0] - state[name][1]",
+        "state[name][1] - state[name][0]",
         "test_pruner.py",
     ),
 ]

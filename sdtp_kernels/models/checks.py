@@ -1,0 +1,127 @@
+"""What cannot be right is refused: when the patch is applied, and in every call that would prune."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import Qwen2ForCausalLM, Qwen2Model
+
+from .cache import check_supported
+
+if TYPE_CHECKING:
+    from ..schedule import PruningSchedule
+
+ATTENTIONS = ("sdpa", "eager")
+TRANSFORMERS = (Version("5.23"), Version("6"))  # from, before: the range the tests run on
+
+# How the outer model's hook tells the decoder about tokens that must survive; travels in its keyword arguments.
+KEEP_LAST = "sdtp_keep_last"
+
+
+def decoder_of(model: Any) -> Qwen2Model:
+    found = Version(transformers.__version__)
+    if not TRANSFORMERS[0] <= found < TRANSFORMERS[1]:
+        raise NotImplementedError(
+            f"transformers {found}: the Qwen2 patch is tested on >= {TRANSFORMERS[0]}, < {TRANSFORMERS[1]}; install one"
+        )
+    if not isinstance(model, (Qwen2ForCausalLM, Qwen2Model)):
+        raise NotImplementedError(
+            f"{type(model).__name__}: heads that read other tokens than the last see a pruned sequence; use "
+            "Qwen2ForCausalLM or Qwen2Model"
+        )
+    decoder = model.model if isinstance(model, Qwen2ForCausalLM) else model
+    if "forward" in decoder.__dict__:
+        raise RuntimeError(
+            "the decoder's forward is replaced already, by apply_sdtp (call handle.remove() first) or by another tool "
+            "(such as the hooks of accelerate, which are not supported yet)"
+        )
+    attention = decoder.config._attn_implementation
+    if attention not in ATTENTIONS:
+        raise NotImplementedError(
+            f"attn_implementation={attention!r}: supported are {', '.join(ATTENTIONS)}; load the model with one of them"
+        )
+    if "sliding_attention" in decoder.config.layer_types:
+        raise NotImplementedError(
+            "sliding-window layers count distance in tokens, which pruning changes: load the model with "
+            "use_sliding_window=False"
+        )
+    return decoder
+
+
+def check_layers(schedule: PruningSchedule, config: Any) -> None:
+    if schedule.layers[-1] >= config.num_hidden_layers:
+        raise ValueError(
+            f"the schedule prunes at layer {schedule.layers[-1]}, the model has layers 0 to "
+            f"{config.num_hidden_layers - 1}; PruningSchedule.every({config.num_hidden_layers}) fits"
+        )
+
+
+def check_call(model: Qwen2ForCausalLM, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Pre-hook of the outer model, which alone sees labels and logits_to_keep."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if given.get("labels") is not None:
+        raise NotImplementedError(
+            "labels: a loss over pruned logits would be wrong. Score a continuation with logits_to_keep=k, which is "
+            "never pruned, or remove() the patch"
+        )
+    logits_to_keep = given.get("logits_to_keep", 0)
+    if not isinstance(logits_to_keep, int):
+        raise NotImplementedError("logits_to_keep as indices does not survive pruning: pass a count of last tokens")
+    if logits_to_keep > 1:
+        kwargs = {**kwargs, KEEP_LAST: logits_to_keep - 1}
+    return args, kwargs
+
+
+def refuse_chunks(
+    model: Qwen2ForCausalLM, input_ids: torch.Tensor, generation_config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Stands before ``generate()``'s prefill."""
+    if generation_config.prefill_chunk_size is not None:
+        raise NotImplementedError(
+            "prefill_chunk_size: only the first chunk would be pruned. Prefill in one piece (prefill_chunk_size=None)"
+        )
+    return type(model)._prefill(model, input_ids, generation_config, *args, **kwargs)
+
+
+def check_inputs(
+    decoder: Qwen2Model,
+    input_ids: torch.Tensor | None,
+    attention_mask: Any,
+    position_ids: torch.Tensor | None,
+    cache: Any,
+    inputs_embeds: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> None:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass exactly one of input_ids and inputs_embeds")
+    if cache is not None:
+        check_supported(cache)
+    if attention_mask is not None and getattr(attention_mask, "ndim", None) != 2:
+        raise NotImplementedError(
+            "a prebuilt attention mask cannot follow the tokens that are kept: pass the [batch, tokens] padding mask"
+        )
+    if position_ids is not None and attention_mask is None and cache is None:
+        raise NotImplementedError(
+            "position_ids without attention_mask and cache may mean packed sequences, which are not supported: pass an "
+            "attention_mask (of ones) as well"
+        )
+    for name in ("output_hidden_states", "output_attentions"):
+        if kwargs.get(name, getattr(decoder.config, name, False)):
+            raise NotImplementedError(
+                f"{name}: pruned layers have different lengths. Leave it out, or remove() the patch for this call"
+            )
+
+
+def assert_left_padded(padding_mask: torch.Tensor) -> None:
+    # An assertion on the device: reading the mask here would make the host wait for a GPU.
+    mask = padding_mask.bool()
+    is_left_padded = (mask[:, 1:] >= mask[:, :-1]).all() & mask[:, -1].all()
+    torch._assert_async(
+        is_left_padded,
+        "SDTP needs left padding: attention_mask has a zero behind a one. Set tokenizer.padding_side='left'",
+    )
