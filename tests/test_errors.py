@@ -78,6 +78,13 @@ def test_models_that_are_not_supported():
         apply_sdtp(flex, pruners(), SCHEDULE)
 
 
+def test_pipeline_stage(model):
+    model._pp_stage = object()
+    with pytest.raises(NotImplementedError, match="pipeline parallelism"):
+        apply_sdtp(model, pruners(), SCHEDULE)
+    del model._pp_stage
+
+
 def test_untested_transformers(model, monkeypatch):
     monkeypatch.setattr("transformers.__version__", "6.1.0")
     with pytest.raises(NotImplementedError, match=r"transformers 6.1.0: .* tested on >= 5"):

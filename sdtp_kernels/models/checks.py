@@ -39,6 +39,10 @@ def decoder_of(model: Any) -> Qwen2Model:
             "the decoder's forward is replaced already, by apply_sdtp (call handle.remove() first) or by another tool "
             "(such as the hooks of accelerate, which are not supported yet)"
         )
+    if getattr(model, "_pp_stage", None) is not None:
+        raise NotImplementedError(
+            "pipeline parallelism: the next stage would take the pruned prompt for a whole one. Use one device"
+        )
     attention = decoder.config._attn_implementation
     if attention not in ATTENTIONS:
         raise NotImplementedError(
