@@ -1,12 +1,18 @@
-"""Real long texts to prefill."""
+"""Real long texts to prefill, and the one rule that decides which of them training may not see."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import os
+    from collections.abc import Iterator, Sequence
+
+REFERENCE = "python-reference"
+HELD_OUT_EVERY = 5  # one document in so many is kept from training
 
 
 def language_reference() -> str:
@@ -33,3 +39,98 @@ def read_text(path: str | os.PathLike[str]) -> str:
     if not text.strip():
         raise ValueError(f"{path}: holds no text")
     return text
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a document is kept for evaluation and never trained on: one in five, by the hash of its file name.
+
+    Parameters
+    ----------
+    name : str
+        As :func:`iter_documents` gives it. Only the last part counts, so that the answer does not depend on which
+        directory was passed, and two copies of a file are never on both sides.
+    """
+    digest = hashlib.sha256(name.rsplit("/", 1)[-1].encode()).digest()
+    return int.from_bytes(digest, "big") % HELD_OUT_EVERY == 0
+
+
+def iter_documents(paths: Sequence[str | os.PathLike[str]] = ()) -> Iterator[tuple[str, str]]:
+    """Text documents with names that are the same on every machine.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        Files and directories. In a directory every file of UTF-8 text counts, HTML without its tags; others are
+        passed over, as are hidden ones, and a file reached twice (by a link) is given once. With no paths: the topics
+        of Python's language reference.
+
+    Yields
+    ------
+    name : str
+        ``source/file``, the source being the last part of the path that was given.
+    text : str
+        Not empty.
+
+    Raises
+    ------
+    ValueError
+        If a path does not exist or holds no text.
+    """
+    if not paths:
+        from pydoc_data.topics import topics
+
+        yield from ((f"{REFERENCE}/{topic}", text.strip()) for topic, text in sorted(topics.items()))
+        return
+    seen: set[str] = set()
+    for given in map(Path, paths):
+        source = given.resolve().name
+        if not given.is_dir():
+            yield f"{source}/{source}", _plain(given, read_text(given))
+            continue
+        found = False
+        # Sorted by name, so that the order does not depend on the file system.
+        for path in sorted(given.rglob("*")):
+            relative = path.relative_to(given)
+            if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+                continue
+            try:
+                text = _plain(path, read_text(path))
+            except ValueError:
+                continue
+            real = os.path.realpath(path)
+            if real in seen or "\0" in text:
+                continue
+            seen.add(real)
+            found = True
+            yield f"{source}/{relative.as_posix()}", text
+        if not found:
+            raise ValueError(f"{given}: no text files in there; give a directory with UTF-8 text, or a file")
+
+
+class _Text(HTMLParser):
+    """Collects what a reader of the page sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.hidden = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.hidden += tag in ("script", "style", "head")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("script", "style", "head"):
+            self.hidden = max(0, self.hidden - 1)  # a page may close what it never opened
+
+    def handle_data(self, data: str) -> None:
+        if not self.hidden:
+            self.parts.append(data)
+
+
+def _plain(path: Path, text: str) -> str:
+    if path.suffix.lower() not in (".html", ".htm", ".xhtml"):
+        return text
+    page = _Text()
+    page.feed(text)
+    lines = (" ".join(line.split()) for line in "".join(page.parts).splitlines())
+    return "\n".join(line for line in lines if line)

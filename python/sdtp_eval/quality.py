@@ -1,0 +1,664 @@
+"""``sdtp eval``: what pruning costs in quality, for any checkpoint, method, schedule and budget.
+
+Each sample is read once by the dense model and once by every method with every schedule, so all comparisons are paired.
+The answer is teacher-forced behind the pruned prompt and never pruned itself. Results go to ``samples.jsonl`` as they
+come, and a run that is started again takes up where it was stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sdtp_eval import compare, tasks
+from sdtp_eval.compare import DENSE, SAMPLES
+from sdtp_eval.tasks import INSIDE, PROTOCOLS, Sample
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import torch
+
+    from sdtp_eval.baselines import Oracle
+    from sdtp_kernels import PruningSchedule
+    from sdtp_kernels.scorers import StageInput
+
+DTYPES = ("float32", "bfloat16", "float16")
+LAYERS = "4:3"  # the paper's pattern: from layer 4, every third
+DEFAULT_METHODS = ("random", "recent", "norm", "attention")
+# Keeps every token of up to a million, yet is less than 1: scorers run, and nothing is dropped.
+KEEP_ALL = 1 - 1e-8
+
+
+def add_command(subparsers: Any) -> None:
+    """Add ``eval`` to the parsers of ``sdtp``."""
+    from sdtp_eval import longbench, ruler
+
+    parser = subparsers.add_parser("eval", help="measure what pruning costs in quality")
+    commands = parser.add_subparsers(dest="eval_command", required=True, metavar="COMMAND")
+    runner = commands.add_parser("run", help="score methods and schedules on texts and retrieval tasks")
+    runner.add_argument("--out", metavar="DIR", required=True, help="results; a run that is there is continued")
+    runner.add_argument(
+        "--tasks", nargs="+", default=["nll"], metavar="TASK", help=f"{', '.join(tasks.TASKS)} (default: nll)"
+    )
+    runner.add_argument(
+        "--methods", nargs="+", default=list(DEFAULT_METHODS), metavar="METHOD",
+        help="pruner files, scorers, oracles; dense always runs too (default: random recent norm attention)",
+    )  # fmt: skip
+    runner.add_argument("--tokens", nargs="+", type=int, default=[1024], help="prompt lengths (default: 1024)")
+    runner.add_argument("--samples", type=int, default=48, help="samples a task and length (%(default)s)")
+    runner.add_argument("--continuation", type=int, default=128, help="tokens scored behind a text (%(default)s)")
+    runner.add_argument(
+        "--data", nargs="+", default=[], metavar="PATH", help="text files or directories (default: Python's reference)"
+    )
+    runner.add_argument(
+        "--split", choices=("held-out", "train", "all"), default="held-out", help="which files, by name (%(default)s)"
+    )
+    runner.add_argument(
+        "--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS),
+        help="question inside the pruned prompt, after the pruned context (default: both)",
+    )  # fmt: skip
+    runner.add_argument("--greedy", action="store_true", help="let the model answer freely as well, with generate()")
+    runner.add_argument("--no-chat", action="store_true", help="ask without the chat template")
+    runner.add_argument("--target", default="oracle_future_attention", help="what 'ranks' compares with (%(default)s)")
+    runner.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
+    add_model_options(runner)
+    add_schedule_options(runner)
+    add_against_option(runner)
+    runner.set_defaults(run=run)
+
+    comparer = commands.add_parser("compare", help="tables and pictures of runs")
+    comparer.add_argument("files", nargs="+", metavar="DIR_OR_FILE", help="what 'run' has written")
+    add_against_option(comparer)
+    comparer.add_argument("--by", metavar="FIELD", help="break down by a field of the samples: kind, depth, wording")
+    comparer.add_argument("--solved", action="store_true", help="only questions that the dense model answers")
+    comparer.add_argument("--plot", metavar="PNG", help="draw quality against B and against time")
+    comparer.set_defaults(run=compare.run)
+    ruler.add_parser(commands)
+    longbench.add_parser(commands)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, where."""
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="a Qwen2 checkpoint (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
+    parser.add_argument("--backend", default="auto", help="who runs the ops; see 'sdtp doctor' (%(default)s)")
+
+
+def add_schedule_options(parser: argparse.ArgumentParser) -> None:
+    """Which layers prune, and how much is kept."""
+    how_much = parser.add_mutually_exclusive_group()
+    how_much.add_argument(
+        "--keep", nargs="+", default=["0.9", "0.8"], metavar="RATIO",
+        help="share that each stage keeps, or one a stage with commas (default: 0.9 0.8)",
+    )  # fmt: skip
+    how_much.add_argument(
+        "--mean-keep", nargs="+", type=float, metavar="B",
+        help="instead: find the ratio that keeps this share of the tokens on average over all layers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layers", nargs="+", metavar="LAYERS",
+        help=f"FIRST:STEP or a list with commas (default: those of the pruner file, else {LAYERS})",
+    )  # fmt: skip
+    parser.add_argument("--budget", nargs="+", choices=("global", "block"), default=["global"], help="default: global")
+    parser.add_argument("--block-size", nargs="+", type=int, default=[512], help="tokens of a block (default: 512)")
+    parser.add_argument("--sink", type=int, default=4, help="first tokens always kept (%(default)s)")
+    parser.add_argument("--recent", type=float, default=0.1, help="share of the end always kept (%(default)s)")
+
+
+def add_against_option(parser: argparse.ArgumentParser) -> None:
+    """Whom to compare with."""
+    parser.add_argument(
+        "--against", nargs="*", default=["random", "recent", "attention"], metavar="METHOD",
+        help="paired differences to these, at equal B (default: random recent attention)",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- methods and schedules
+
+
+class Method(NamedTuple):
+    """A way to score tokens."""
+
+    name: str
+    pruners: Any = None
+    """What :func:`sdtp_kernels.apply_sdtp` takes; ``None`` where the sample decides."""
+    oracle: Oracle | None = None
+    layers: tuple[int, ...] | None = None
+    """Those that a pruner file has pruners for."""
+
+
+def find_method(word: str) -> Method:
+    """A method by the name of a scorer or oracle, or by the path of a pruner file.
+
+    The name of a file's method ends in a hash of its content: results of a file that is trained again do not mix.
+
+    Raises
+    ------
+    ValueError
+        If there is neither such a name nor such a file, or the file is broken.
+    """
+    from sdtp_eval.baselines import BASELINES, ORACLES
+    from sdtp_kernels import load_pruners
+
+    if word in BASELINES:
+        return Method(word, BASELINES[word])
+    if word in ORACLES:
+        return Method(word, oracle=ORACLES[word])
+    path = Path(word)
+    if not path.is_file():
+        raise ValueError(f"no method {word!r}: neither a pruner file nor one of {', '.join([*BASELINES, *ORACLES])}")
+    stack = load_pruners(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:6]
+    return Method(f"{path.stem}@{digest}", stack, layers=tuple(sorted(stack)))
+
+
+def find_methods(words: Sequence[str], *, oracles: bool = True) -> list[Method]:
+    """The methods by these names without dense, which always runs.
+
+    Raises
+    ------
+    ValueError
+        As :func:`find_method`; also for an oracle where `oracles` is false.
+    """
+    methods = [find_method(word) for word in words if word != DENSE]
+    for method in methods:
+        if method.oracle is not None and not oracles:
+            raise ValueError(f"{method.name}: an oracle has to know the answer's tokens; 'sdtp eval run' can use it")
+    return methods
+
+
+Entry = tuple[Method | None, str, "PruningSchedule | None"]
+
+
+def plan(args: argparse.Namespace, methods: Sequence[Method], num_layers: int, tokens: int) -> list[Entry]:
+    """Method, label and schedule of everything that a sample of this length goes through, the dense model first."""
+    entries: list[Entry] = [(None, DENSE, None)]
+    for method in methods:
+        schedules = make_schedules(args, method, num_layers, tokens)
+        entries += [(method, label, schedule) for label, schedule in schedules.items()]
+    return entries
+
+
+def patch(model: Any, method: Method | None, schedule: PruningSchedule | None, backend: str) -> Any:
+    """The model pruning by this method, which is no oracle, as a context manager; or as it is, without a method."""
+    from sdtp_kernels import apply_sdtp
+
+    if method is None or schedule is None:
+        return contextlib.nullcontext()
+    return apply_sdtp(model, method.pruners, schedule, backend)
+
+
+def make_schedules(
+    args: argparse.Namespace, method: Method, num_layers: int, tokens: int
+) -> dict[str, PruningSchedule]:
+    """The schedules of a method at a prompt length, by a label that says all that was asked for.
+
+    Raises
+    ------
+    ValueError
+        If an option is no schedule, or a budget cannot be reached.
+    """
+    from sdtp_kernels import PruningSchedule
+
+    patterns = [_parse_layers(word, num_layers) for word in args.layers or []]
+    patterns = patterns or [method.layers or _parse_layers(LAYERS, num_layers)]
+    budgets: list[tuple[Any, int]] = []
+    for budget in args.budget:
+        sizes = args.block_size if budget == "block" else [PruningSchedule.block_size]
+        budgets += [(budget, size) for size in sizes]
+    found = {}
+    for layers in patterns:
+        for budget, block_size in budgets:
+            base = PruningSchedule(
+                layers=layers, budget=budget, block_size=block_size, sink=args.sink, recent=args.recent
+            )
+            notes = [f"@{_show_layers(layers)}"]
+            notes += [f"block {block_size}"] if budget == "block" else []
+            notes += [f"sink {args.sink}"] if args.sink != PruningSchedule.sink else []
+            notes += [f"recent {args.recent:g}"] if args.recent != PruningSchedule.recent else []
+            for word in args.mean_keep or args.keep:
+                if args.mean_keep:
+                    schedule = schedule_for(base, word, num_layers, tokens)
+                    label = f"B {word:g}"
+                else:
+                    schedule, label = dataclasses.replace(base, keep_ratio=_parse_ratio(word)), str(word)
+                found[" ".join([label, *notes])] = schedule
+    return found
+
+
+def schedule_for(base: PruningSchedule, mean_keep: float, num_layers: int, tokens: int) -> PruningSchedule:
+    """The schedule like `base` whose single keep ratio gives the mean kept share `mean_keep` at `tokens` tokens.
+
+    Raises
+    ------
+    ValueError
+        If no ratio does: the tokens that are always kept are too many, or pruning begins too late.
+    """
+    low, high = 1, 100_000  # hundred-thousandths: B grows with the ratio
+    while low < high:
+        middle = (low + high) // 2
+        if dataclasses.replace(base, keep_ratio=middle / 100_000).mean_keep(tokens, num_layers) < mean_keep:
+            low = middle + 1
+        else:
+            high = middle
+    schedule = dataclasses.replace(base, keep_ratio=low / 100_000)
+    found = schedule.mean_keep(tokens, num_layers)
+    if abs(found - mean_keep) > compare.SAME_BUDGET:
+        least = dataclasses.replace(base, keep_ratio=1e-5).mean_keep(tokens, num_layers)
+        raise ValueError(
+            f"--mean-keep {mean_keep:g}: stages at {base.layers} of {num_layers} layers keep between {least:.3f} and 1 "
+            f"of {tokens} tokens; ask for more, or begin to prune earlier"
+        )
+    return schedule
+
+
+def _parse_ratio(word: str) -> float | tuple[float, ...]:
+    try:
+        ratios = tuple(float(part) for part in str(word).split(","))
+    except ValueError:
+        raise ValueError(f"--keep {word}: expected a number, or one a stage with commas") from None
+    return ratios[0] if len(ratios) == 1 else ratios
+
+
+def _parse_layers(word: str, num_layers: int) -> tuple[int, ...]:
+    try:
+        if ":" in word:
+            first, step = map(int, word.split(":"))
+            return tuple(range(first, num_layers, step))
+        return tuple(int(part) for part in word.split(","))
+    except ValueError:
+        raise ValueError(f"--layers {word}: expected FIRST:STEP, such as 4:3, or a list, such as 4,7,10") from None
+
+
+def _show_layers(layers: tuple[int, ...]) -> str:
+    steps = {b - a for a, b in itertools.pairwise(layers)}
+    return f"{layers[0]}:{steps.pop()}" if len(steps) == 1 and len(layers) > 2 else ",".join(map(str, layers))
+
+
+# --------------------------------------------------------------------------------------------------------- scoring
+
+
+class Scored(NamedTuple):
+    """How a model continued one sample."""
+
+    log_probabilities: torch.Tensor
+    """``[answer, vocabulary]``, float32, of the answer's positions."""
+    mean_keep: float
+    """B, from the lengths of the cache."""
+    seconds: float
+    """Time of the forward pass over prompt and answer."""
+
+
+class Reader:
+    """One sample in front of one model: the dense pass, and the passes of all methods compared with it.
+
+    Parameters
+    ----------
+    model : Qwen2ForCausalLM
+        Not patched.
+    sample : Sample
+    backend : str, default "auto"
+    """
+
+    def __init__(self, model: Any, sample: Sample, backend: str = "auto") -> None:
+        import torch
+
+        self.model, self.sample, self.backend = model, sample, backend
+        self.input_ids = torch.tensor([sample.ids], device=model.device)
+        self.answer = torch.tensor(sample.answer, device=model.device)
+        self._oracles: dict[tuple[Any, ...], Any] = {}
+        self.dense = self._forward(len(sample.ids))
+
+    def result(
+        self, protocol: str, method: Method | None = None, schedule: PruningSchedule | None = None
+    ) -> dict[str, Any]:
+        """What the per-sample file says: ``nll`` (nats a token), ``nll_increase`` and ``kl`` against the dense model,
+        ``exact`` (every token of the answer is the most probable one), ``mean_keep``, ``seconds``, ``prompt_tokens``.
+
+        Without a method: of the dense model.
+
+        Raises
+        ------
+        RuntimeError
+            If the cache does not hold what the schedule says.
+        """
+        prompt_length = self.sample.prompt_length(protocol)
+        scored = self.dense
+        if method is not None and schedule is not None:
+            with self.patched(protocol, method, schedule):
+                scored = self._forward(prompt_length)
+            expected = schedule.mean_keep(prompt_length, self.model.config.num_hidden_layers)
+            if abs(scored.mean_keep - expected) > 1e-9:
+                raise RuntimeError(
+                    f"{method.name}: the cache holds B={scored.mean_keep}, the schedule says {expected}; this is a bug "
+                    "of sdtp-kernels, please report it"
+                )
+        nll = self._nll(scored)
+        dense = self.dense.log_probabilities
+        kl = (dense.exp() * (dense - scored.log_probabilities)).sum(-1).mean().item()
+        return {
+            "nll": nll,
+            "nll_increase": nll - self._nll(self.dense),
+            "kl": kl,
+            "exact": float((scored.log_probabilities.argmax(-1) == self.answer).all().item()),
+            "mean_keep": scored.mean_keep,
+            "seconds": scored.seconds,
+            "prompt_tokens": prompt_length,
+        }
+
+    @contextlib.contextmanager
+    def patched(self, protocol: str, method: Method, schedule: PruningSchedule) -> Iterator[None]:
+        """The model pruning by this method; an oracle looks at the answer first."""
+        from sdtp_kernels import apply_sdtp
+
+        pruners = method.pruners
+        if method.oracle is not None:
+            pruners = self.oracle_scores(method.oracle, protocol, schedule.layers)
+        with apply_sdtp(self.model, pruners, schedule, self.backend):
+            yield
+
+    def oracle_scores(self, oracle: Oracle, protocol: str, layers: tuple[int, ...]) -> Mapping[int, Any]:
+        """The oracle's scores by layer, as scorers; computed once a sample."""
+        import torch
+
+        from sdtp_eval.baselines import LookUp
+
+        prompt_length = self.sample.prompt_length(protocol)
+        key = (oracle, prompt_length, layers)
+        if key not in self._oracles:
+            # With the last token of the answer, which is scored though the model never reads it.
+            ids = torch.cat([self.input_ids, self.answer[None, -1:]], dim=1)
+            scores = oracle(self.model, ids, prompt_length, len(self.answer), layers)
+            self._oracles[key] = {layer: LookUp(values) for layer, values in scores.items()}
+        found: Mapping[int, Any] = self._oracles[key]
+        return found
+
+    def greedy(self, protocol: str, extra: int = 8) -> list[int]:
+        """What the model, patched or not, answers by itself: `extra` tokens more than the answer has."""
+        context, question = list(self.sample.context), list(self.sample.question)
+        if protocol == INSIDE:
+            context, question = [*context, *question], []
+        return greedy(self.model, context, question, len(self.answer) + extra)
+
+    def ranks(self, method: Method, target: Oracle, layers: tuple[int, ...]) -> dict[str, Any]:
+        """Spearman correlation of the method's scores with the target's, stage by stage, with nothing dropped.
+
+        Only tokens that a stage may drop count: neither the first 4 nor the last tenth.
+        """
+        from scipy.stats import spearmanr
+
+        from sdtp_eval.baselines import pruner_score
+        from sdtp_kernels import PruningSchedule, TokenPruner
+
+        schedule = PruningSchedule(layers=layers, keep_ratio=KEEP_ALL)
+        recorded: dict[int, torch.Tensor] = {}
+        wanted = self.oracle_scores(target, INSIDE, layers)
+        if method.oracle is not None:
+            scorers = self.oracle_scores(method.oracle, INSIDE, layers)
+        elif callable(method.pruners):
+            scorers = dict.fromkeys(layers, method.pruners)
+        else:
+            scorers = {
+                layer: functools.partial(pruner_score, pruner) if isinstance(pruner, TokenPruner) else pruner
+                for layer, pruner in method.pruners.items()
+            }
+
+        def record(layer: int, stage: StageInput) -> torch.Tensor:
+            recorded[layer] = scorers[layer](stage)
+            return recorded[layer]
+
+        watching = Method(method.name, {layer: functools.partial(record, layer) for layer in layers})
+        with self.patched(INSIDE, watching, schedule):
+            scored = self._forward(len(self.sample.context))
+        length = len(self.sample.context)
+        droppable = slice(schedule.sink, length - schedule.num_recent(length))
+        stages = [
+            float(spearmanr(recorded[i][0, droppable].cpu(), wanted[i].scores[droppable].cpu()).statistic)
+            for i in layers
+        ]
+        return {
+            "spearman": sum(stages) / len(stages),
+            "spearman_by_stage": stages,
+            "mean_keep": scored.mean_keep,
+            "seconds": 0.0,
+            "prompt_tokens": length,
+        }
+
+    def _forward(self, prompt_length: int) -> Scored:
+        import torch
+
+        behind = self.input_ids.shape[1] - prompt_length
+        on_gpu = self.input_ids.is_cuda
+        if on_gpu:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        # What stands behind the prompt is never pruned; at least the answer's positions need their logits.
+        wanted = max(behind + 1, len(self.answer))
+        output = self.model(self.input_ids, use_cache=True, logits_to_keep=wanted)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+        layers = output.past_key_values.layers
+        kept = sum(layer.keys.shape[-2] - behind for layer in layers)
+        log_probabilities = output.logits[0, -len(self.answer) :].float().log_softmax(-1)
+        return Scored(log_probabilities, kept / (len(layers) * prompt_length), seconds)
+
+    def _nll(self, scored: Scored) -> float:
+        return float(-scored.log_probabilities.gather(1, self.answer[:, None]).mean().item())
+
+
+def greedy(model: Any, prompt: list[int], question: list[int], max_new_tokens: int) -> list[int]:
+    """What ``generate()`` answers to a prompt, which a patched model prunes, and a question that follows it unpruned.
+
+    Greedy, whatever sampling the checkpoint prefers; ends at the checkpoint's end-of-text token.
+    """
+    import torch
+    from transformers import DynamicCache, GenerationConfig
+
+    own, cache = model.generation_config, None
+    ids = torch.tensor([[*prompt, *question]], device=model.device)
+    if question:
+        cache = DynamicCache(config=model.config)
+        model(ids[:, : len(prompt)], past_key_values=cache, logits_to_keep=1)
+    end = own.eos_token_id
+    pad = own.pad_token_id if own.pad_token_id is not None else end[0] if isinstance(end, list) else end
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad)
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, generation_config=settings)
+    new: list[int] = output[0, ids.shape[1] :].tolist()
+    return new
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def run(args: argparse.Namespace) -> int:
+    """``sdtp eval run``."""
+    return report(args, evaluate)
+
+
+def report(args: argparse.Namespace, evaluate: Callable[[argparse.Namespace], list[dict[str, Any]]]) -> int:
+    """Evaluate, print the table and write ``rows.jsonl``; mistakes of the user become a message."""
+    from sdtp_kernels import BackendUnavailableError
+    from sdtp_kernels.cli import CommandError
+
+    try:
+        rows = compare.summarize(compare.group(evaluate(args)), args.against)
+        compare.print_table(rows, args.against)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (Path(args.out) / "rows.jsonl").write_text(lines, encoding="utf-8")
+    except (ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError) as error:
+        raise CommandError(str(error)) from error
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Score everything that the arguments ask for and that the directory ``args.out`` does not hold yet.
+
+    Parameters
+    ----------
+    args : Namespace
+        Of the parser that :func:`add_command` makes.
+
+    Returns
+    -------
+    list of dict
+        All per-sample results of the directory, as they stand in ``samples.jsonl``: the fields of
+        :meth:`Reader.result`, those that identify them (``task``, ``protocol``, ``tokens``, ``kind``, ``id``,
+        ``method``, ``schedule``) and the facts of the sample (``depth``, ``wording``).
+
+    Raises
+    ------
+    ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError
+        For options, files, models and machines that cannot work.
+    """
+    model, tokenizer = load_model(args)
+    methods = find_methods(args.methods)
+    pool = tasks.TextPool(tokenizer, args.data, args.split)
+    samples = [
+        (tokens, sample)
+        for task in args.tasks
+        for tokens in args.tokens
+        for sample in tasks.make_samples(
+            task, pool, tokens, args.samples, continuation=args.continuation, seed=args.seed, chat=not args.no_chat
+        )
+    ]
+    plans = {tokens: plan(args, methods, model.config.num_hidden_layers, tokens) for tokens in args.tokens}
+    file = open_results(Path(args.out), args, model)
+    done = {tuple(result[name] for name in compare.KEY) for result in compare.read_samples([file])}
+    jobs = [(tokens, sample, [job for job in _jobs(args, tokens, sample, plans[tokens]) if job.key not in done])
+            for tokens, sample in samples]  # fmt: skip
+    _work(args, model, tokenizer, [job for job in jobs if job[2]], file)
+    return compare.read_samples([file])
+
+
+class Job(NamedTuple):
+    """One line of the per-sample file that is yet to be written."""
+
+    key: tuple[Any, ...]
+    protocol: str
+    method: Method | None
+    schedule: PruningSchedule | None
+
+
+def _jobs(args: argparse.Namespace, tokens: int, sample: Sample, entries: Sequence[Entry]) -> list[Job]:
+    found: dict[tuple[Any, ...], Job] = {}
+    for protocol in sample.protocols:
+        if sample.question and protocol not in args.protocols:
+            continue
+        for method, label, schedule in entries:
+            if sample.task == "ranks":  # nothing is dropped: of a schedule only the layers matter
+                if method is None or schedule is None:
+                    continue
+                label = f"@{_show_layers(schedule.layers)}"
+            key = (sample.task, protocol, tokens, sample.id, method.name if method else DENSE, label)
+            found.setdefault(key, Job(key, protocol, method, schedule))
+    return list(found.values())
+
+
+def _work(
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    work: Sequence[tuple[int, Sample, Sequence[Job]]],
+    path: Path,
+) -> None:
+    """Score and write, with a progress bar on stderr."""
+    import sys
+
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    target = find_method(args.target).oracle
+    if target is None:
+        raise ValueError(f"--target {args.target}: expected an oracle")
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    console = Console(file=sys.stderr, highlight=False)
+    with (
+        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, auto_refresh=False) as progress,
+        path.open("a", encoding="utf-8") as file,
+        torch.no_grad(),  # not inference_mode: an oracle takes gradients
+    ):
+        bar = progress.add_task("", total=sum(len(jobs) for _, _, jobs in work))
+        for tokens, sample, jobs in work:
+            progress.update(bar, description=f"{sample.task}, {tokens} tokens")
+            progress.refresh()
+            reader = Reader(model, sample, args.backend)
+            for job in jobs:
+                if sample.task == "ranks" and job.method is not None and job.schedule is not None:
+                    result = reader.ranks(job.method, target, job.schedule.layers)
+                else:
+                    result = reader.result(job.protocol, job.method, job.schedule)
+                    if args.greedy and sample.question:
+                        result |= _answer(reader, tokenizer, job)
+                facts = {"kind": sample.kind, **sample.facts}
+                line = json.dumps({**dict(zip(compare.KEY, job.key, strict=True)), **facts, **result})
+                file.write(line + "\n")
+                file.flush()
+                progress.advance(bar)
+
+
+def _answer(reader: Reader, tokenizer: Any, job: Job) -> dict[str, Any]:
+    patch: Callable[[], Any] = contextlib.nullcontext
+    if job.method is not None and job.schedule is not None:
+        patch = functools.partial(reader.patched, job.protocol, job.method, job.schedule)
+    with patch():
+        text = str(tokenizer.decode(reader.greedy(job.protocol), skip_special_tokens=True))
+    expected = str(tokenizer.decode(reader.sample.answer)).strip()
+    return {"greedy_text": text, "greedy": float(expected in text)}
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and tokenizer that the options of :func:`add_model_options` name, on their device."""
+    import torch
+
+    from sdtp_eval.checkpoints import default_checkpoint, load_checkpoint
+
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
+        raise ValueError("--device cuda: torch finds no GPU here; 'sdtp doctor' tells more")
+    model, tokenizer = load_checkpoint(args.model or default_checkpoint(), getattr(torch, args.dtype))
+    device: Any = torch.device(args.device or ("cuda" if has_gpu else "cpu"))
+    return model.to(device), tokenizer
+
+
+def open_results(out: Path, args: argparse.Namespace, model: Any) -> Path:
+    """The per-sample file of this run, empty or to be continued; another model's is refused."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, about = out / SAMPLES, out / "settings.json"
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "command", "eval_command")}
+    settings["fingerprint"] = f"{fingerprint(model)} {args.dtype}"
+    if about.is_file():
+        found = json.loads(about.read_text(encoding="utf-8")).get("fingerprint")
+        if found != settings["fingerprint"]:
+            raise ValueError(
+                f"--out {out}: holds results of another model or dtype ({found}; now {settings['fingerprint']}); give "
+                "another directory"
+            )
+    about.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not text.endswith("\n"):  # a run was killed while it wrote: its torn line is done again
+        text = text[: text.rfind("\n") + 1]
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def fingerprint(model: Any) -> str:
+    """A short hash of a model's sizes and of some weights of its first and last layer."""
+    digest = hashlib.sha256()
+    config = model.config
+    sizes = (config.model_type, config.hidden_size, config.num_hidden_layers, config.vocab_size)
+    digest.update(repr(sizes).encode())
+    for weight in (model.get_input_embeddings().weight, model.model.layers[-1].mlp.down_proj.weight):
+        digest.update(weight[:16].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,124 @@
+"""The adapter of lm-eval on a tiny model: what it scores is never pruned, and RULER runs on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from test_demo import checkpoint, one_thread  # noqa: F401 - fixtures
+from test_eval_quality import read, sdtp  # noqa: F401 - a fixture
+
+from sdtp_kernels import PruningSchedule, apply_sdtp
+
+pytest.importorskip("lm_eval", reason="the extra 'ruler' is not installed")
+
+from lm_eval.api.instance import Instance
+
+from sdtp_eval import ruler
+from sdtp_eval.checkpoints import load_checkpoint
+from sdtp_eval.lm_eval_adapter import SdtpLM
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCHEDULE = PruningSchedule(layers=(4, 7), keep_ratio=0.7)
+CONTEXT = "The quick brown fox jumps over the lazy dog. " * 4
+
+
+@pytest.fixture(scope="module")
+def tiny(checkpoint: Path):  # noqa: F811
+    return load_checkpoint(checkpoint)
+
+
+def request(kind: str, *arguments: object) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+@torch.no_grad()
+def test_loglikelihood_is_that_of_the_continuation_behind_the_pruned_context(tiny) -> None:
+    model, tokenizer = tiny
+    adapter = SdtpLM(model, tokenizer, progress=False)
+    context, continuation = (tokenizer(text).input_ids for text in (CONTEXT.rstrip(), " Then it slept."))
+    with apply_sdtp(model, "norm", SCHEDULE):
+        ((total, is_greedy),) = adapter.loglikelihood([request("loglikelihood", CONTEXT, "Then it slept.")])
+        cache = model(torch.tensor([context]), logits_to_keep=1)
+        first = cache.logits[0, -1:]
+        rest = model(torch.tensor([continuation[:-1]]), past_key_values=cache.past_key_values).logits[0]
+    logits = torch.cat([first, rest]).log_softmax(-1)
+    expected = logits.gather(1, torch.tensor(continuation)[:, None]).sum().item()
+    assert total == pytest.approx(expected, abs=1e-3)
+    assert is_greedy is False
+    ((dense, _),) = adapter.loglikelihood([request("loglikelihood", CONTEXT, "Then it slept.")])
+    assert abs(dense - total) > 1e-4
+    ((alone, _),) = (
+        [(0.0, 0)] if tokenizer.eos_token_id is None else adapter.loglikelihood([request("loglikelihood", "", "Then")])
+    )
+    assert alone <= 0
+
+
+@torch.no_grad()
+def test_generate_until_prunes_the_context_and_cuts_at_the_stop_string(tiny) -> None:
+    model, tokenizer = tiny
+    question = "\nWhich animal jumps?"
+
+    def answers(split=None, **settings):
+        adapter = SdtpLM(model, tokenizer, progress=False, split=split, max_new_tokens=6)
+        (text,) = adapter.generate_until([request("generate_until", CONTEXT + question, settings)])
+        return text
+
+    def greedy(ids, cache=None):
+        new = []
+        for _ in range(6):
+            output = model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
+            cache, ids = output.past_key_values, [output.logits[0, -1].argmax().item()]
+            new += ids
+        return tokenizer.decode(new)
+
+    context, rest = tokenizer(CONTEXT).input_ids, tokenizer(question).input_ids
+    with apply_sdtp(model, "norm", SCHEDULE):
+        whole = answers(max_gen_toks=100)
+        assert whole == greedy([*context, *rest])
+        after = answers(split=ruler.split_last_line)
+        assert after == greedy(rest, model(torch.tensor([context]), logits_to_keep=1).past_key_values)
+        assert answers(until=[whole[1]]) == whole.split(whole[1])[0]
+    assert answers() == greedy([*context, *rest])
+
+
+def test_refuses_what_it_cannot_answer(tiny) -> None:
+    adapter = SdtpLM(*tiny, progress=False)
+    with pytest.raises(NotImplementedError, match="sdtp eval run"):
+        adapter.loglikelihood_rolling([request("loglikelihood_rolling", "text")])
+    with pytest.raises(NotImplementedError, match="greedy"):
+        adapter.generate_until([request("generate_until", "text", {"do_sample": True})])
+
+
+def test_split_last_line() -> None:
+    assert ruler.split_last_line("a\nb\nWhat is c? It is") == ("a\nb", "\nWhat is c? It is")
+
+
+@pytest.mark.slow
+def test_ruler_runs_offline_and_resumes(
+    sdtp,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    options = ["--out", out, "--tasks", "niah_single_1", "--methods", "recent", "--keep", 0.9, "--samples", 2]
+    options += ["--tokens", 700, "--new-tokens", 4]
+    assert sdtp("ruler", *options) == 0
+    rows = read(out)
+    assert len(rows) == 2 * 2 * 2  # samples, methods with dense, protocols
+    for row in rows:
+        assert row["task"] == "ruler niah_single_1"
+        assert row["exact"] in (0.0, 1.0)
+        assert 200 < row["prompt_tokens"] <= 750
+        if row["method"] == "recent":
+            assert row["mean_keep"] == pytest.approx(PruningSchedule((4, 7), 0.9).mean_keep(row["prompt_tokens"], 8))
+    ids = [{row["id"] for row in rows if row["method"] == method} for method in ("dense", "recent")]
+    assert ids[0] == ids[1]  # paired
+    assert len(ids[0]) == 2
+    capsys.readouterr()
+    assert sdtp("ruler", *options) == 0
+    assert read(out) == rows
+    assert "ruler niah_single_1, 700 tokens, question after" in capsys.readouterr().out
