@@ -105,10 +105,10 @@ def test_ruler_runs_offline_and_resumes(
 ) -> None:
     out = tmp_path / "run"
     options = ["--out", out, "--tasks", "niah_single_1", "--methods", "recent", "--keep", 0.9, "--samples", 2]
-    options += ["--tokens", 700, "--new-tokens", 4]
+    options += ["--tokens", 700, "--new-tokens", 4, "--protocols", "after"]
     assert sdtp("ruler", *options) == 0
     rows = read(out)
-    assert len(rows) == 2 * 2 * 2  # samples, methods with dense, protocols
+    assert len(rows) == 2 * 2  # samples, methods with dense
     for row in rows:
         assert row["task"] == "ruler niah_single_1"
         assert row["exact"] in (0.0, 1.0)
@@ -121,4 +121,7 @@ def test_ruler_runs_offline_and_resumes(
     capsys.readouterr()
     assert sdtp("ruler", *options) == 0
     assert read(out) == rows
-    assert "ruler niah_single_1, 700 tokens, question after" in capsys.readouterr().out
+    assert sdtp("ruler", *options, "--tasks", "niah_singel_1") == 2
+    streams = capsys.readouterr()
+    assert "no RULER task 'niah_singel_1'" in streams.err
+    assert "ruler niah_single_1, 700 tokens, question after" in streams.out

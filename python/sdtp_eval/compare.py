@@ -230,20 +230,26 @@ def _cell(value: dict[str, float] | None) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Quality against B (left) and against prefill seconds (right), a line a method, a row a task, into one PNG."""
+    """Quality against B (left) and against prefill seconds (right) into one PNG: a row a task, a line a method.
+
+    A method has a line for each shape of schedule, if there are several: all of it but the amount, which is to say
+    layers, kind of budget and protected tokens.
+    """
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if not row["part"]]
     panels = sorted({(row["task"], row["protocol"], row["tokens"]) for row in shown})
-    methods = list(dict.fromkeys(row["method"] for row in shown if row["method"] != DENSE))
+    lines = list(dict.fromkeys((row["method"], _shape(row)) for row in shown if row["method"] != DENSE))
+    has_shapes = len({shape for _, shape in lines}) > 1
     figure = Figure(figsize=(11, 3.6 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 2, squeeze=False)
     for (task, protocol, tokens), (left, right) in zip(panels, axes, strict=True):
         metric = METRICS.get(task, ANSWERS)[0]
         here = [row for row in shown if (row["task"], row["protocol"], row["tokens"]) == (task, protocol, tokens)]
         for axis, x, unit in ((left, "mean_keep", "B: mean kept tokens per layer"), (right, "seconds", "prefill, s")):
-            for i, method in enumerate(methods):
-                points = sorted((row for row in here if row["method"] == method), key=lambda row: row[x])
+            for i, (method, shape) in enumerate(lines):
+                points = [row for row in here if (row["method"], _shape(row)) == (method, shape)]
+                points.sort(key=lambda row: row[x])
                 if not points:
                     continue
                 values = [row[metric] for row in points]
@@ -251,8 +257,9 @@ def draw(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
                 spread = [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]
                 # An oracle knows the future: dashed, so that nobody takes it for a method.
                 style = "--" if method.startswith("oracle") else "-"
+                label = f"{method} {shape}" if has_shapes else method
                 axis.errorbar(
-                    [row[x] for row in points], means, spread, label=method, color=f"C{i}", linestyle=style,
+                    [row[x] for row in points], means, spread, label=label, color=f"C{i}", linestyle=style,
                     marker="o", markersize=3, capsize=2, linewidth=1,
                 )  # fmt: skip
             for row in here:
@@ -262,6 +269,10 @@ def draw(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
             axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=7)
     figure.savefig(path, dpi=120)
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return "".join(str(row["schedule"]).partition("@")[1:])
 
 
 def run(args: Any) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sdtp_kernels import PruningSchedule
 
-TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "fwe")  # the others fetch essays or questions
+TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_fwe")  # the others fetch essays or questions
 
 
 def add_parser(commands: Any) -> None:
@@ -84,15 +84,15 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         for method, label, schedule in quality.plan(args, methods, model.config.num_hidden_layers, tokens):
             name = method.name if method else compare.DENSE
             for protocol in args.protocols:
-                missing = [t for t in args.tasks if (f"ruler {t}", protocol, tokens, name, label) not in done]
-                if not missing:
-                    continue
-                with quality.patch(model, method, schedule, args.backend):
-                    results = list(_evaluate(args, model, tokenizer, missing, tokens, protocol, schedule))
-                # In one piece, so that what is in the file is complete.
-                lines = [json.dumps({**result, "method": name, "schedule": label}) + "\n" for result in results]
-                with file.open("a", encoding="utf-8") as out:
-                    out.write("".join(lines))
+                for task in args.tasks:
+                    if (f"ruler {task}", protocol, tokens, name, label) in done:
+                        continue
+                    with quality.patch(model, method, schedule, args.backend):
+                        results = list(_evaluate(args, model, tokenizer, task, tokens, protocol, schedule))
+                    # In one piece, so that what is in the file is complete.
+                    lines = [json.dumps({**result, "method": name, "schedule": label}) + "\n" for result in results]
+                    with file.open("a", encoding="utf-8") as out:
+                        out.write("".join(lines))
     return compare.read_samples([file])
 
 
@@ -100,7 +100,7 @@ def _evaluate(
     args: argparse.Namespace,
     model: Any,
     tokenizer: Any,
-    names: list[str],
+    name: str,
     tokens: int,
     protocol: str,
     schedule: PruningSchedule | None,
@@ -119,35 +119,39 @@ def _evaluate(
     settings = {"max_seq_lengths": [tokens], "tokenizer": str(tokenizer.name_or_path)}
     # These tasks alone: reading the descriptions of all the others takes longer than a short evaluation.
     folder = str(Path(common_utils.__file__).parent)
+    manager = TaskManager(include_path=folder, include_defaults=False, metadata=settings)
+    if name not in manager.all_tasks:
+        known = ", ".join(sorted(manager.all_tasks))
+        raise ValueError(f"no RULER task {name!r} in lm-eval {lm_eval.__version__}; it has {known}")
+    # One task at a time: each then starts from the same seed, whatever else is asked for or was done before.
     with _offline(tokenizer):
         evaluation = lm_eval.simple_evaluate(
             model=adapter,
-            tasks=names,
-            task_manager=TaskManager(include_path=folder, include_defaults=False, metadata=settings),
+            tasks=[name],
+            task_manager=manager,
             limit=args.samples,
             bootstrap_iters=0,
             verbosity="ERROR",
         )
     seconds = time.perf_counter() - begin
-    for name in names:
-        for sample in evaluation["samples"][name]:
-            prompt, answer = sample["arguments"][0][0], sample["filtered_resps"][0]
-            context = split_last_line(prompt)[0] if protocol == AFTER else prompt
-            length = len(tokenizer(context).input_ids)
-            expected = sample["doc"]["outputs"]
-            yield {
-                "task": f"ruler {name}",
-                "protocol": protocol,
-                "tokens": tokens,
-                "id": hashlib.sha256(prompt.encode()).hexdigest()[:16],
-                "kind": name,
-                "exact": sum(word.lower() in answer.lower() for word in expected) / len(expected),
-                "answer": answer,
-                "expected": expected,
-                "mean_keep": schedule.mean_keep(length, model.config.num_hidden_layers) if schedule else 1.0,
-                "prompt_tokens": length,
-                "seconds_with_answer": seconds / (len(names) * len(evaluation["samples"][name])),
-            }
+    for sample in evaluation["samples"][name]:
+        prompt, answer = sample["arguments"][0][0], sample["filtered_resps"][0]
+        context = split_last_line(prompt)[0] if protocol == AFTER else prompt
+        length = len(tokenizer(context).input_ids)
+        expected = sample["doc"]["outputs"]
+        yield {
+            "task": f"ruler {name}",
+            "protocol": protocol,
+            "tokens": tokens,
+            "id": hashlib.sha256(prompt.encode()).hexdigest()[:16],
+            "kind": name,
+            "exact": sum(word.lower() in answer.lower() for word in expected) / len(expected),
+            "answer": answer,
+            "expected": expected,
+            "mean_keep": schedule.mean_keep(length, model.config.num_hidden_layers) if schedule else 1.0,
+            "prompt_tokens": length,
+            "seconds_with_answer": seconds / len(evaluation["samples"][name]),
+        }
 
 
 @contextlib.contextmanager

@@ -1,0 +1,255 @@
+"""Synthetic prompts whose answer stands in the text: the data that teaches a pruner to keep facts.
+
+Running text hardly ever asks for one exact detail of what came long before, so a pruner trained on it alone drops the
+needles. The wordings are many, so that the pruner learns what a fact looks like and not a sentence; none of them is one
+of :mod:`sdtp_eval.tasks` or of RULER (arXiv 2404.06654), which are for measuring.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Sequence
+
+
+class Task(NamedTuple):
+    """Facts to write into a text, and a question about one of them."""
+
+    name: str
+    facts: tuple[str, ...]
+    """Each goes to a random place; lines of one string stay together."""
+    question: str
+    lead: str
+    """How a full answer begins, or empty."""
+    answer: str
+    quoted: tuple[str, ...] = ()
+    """Lines of the text itself that must be there."""
+
+
+def make_task(rng: random.Random, text: str, num_facts: int) -> Task:
+    """A random task.
+
+    Parameters
+    ----------
+    rng : random.Random
+    text : str
+        That the facts will be written into; its own lines may be asked for. May be empty.
+    num_facts : int
+        Most entries of lists and tables, at least 2: as many as a short prompt has room for.
+    """
+    lines = _quotable_lines(text)
+    makers: list[Callable[[], Task]] = [
+        lambda: _code_word(rng),
+        lambda: _competing(rng, num_facts),
+        lambda: _pairs(rng, num_facts),
+        lambda: _people(rng, num_facts),
+        lambda: _assignment(rng, num_facts),
+        lambda: _table(rng, num_facts),
+        lambda: _several(rng, num_facts),
+    ]
+    if lines:
+        makers += [lambda: _next_line(rng, lines)] * 2
+    return rng.choice(makers)()
+
+
+def write_into(rng: random.Random, text: str, facts: Sequence[str]) -> str:
+    """`text` with each fact at the end of a random line or sentence."""
+    places = [match.end() for match in re.finditer(r"\n+|(?<=[.!?;:])\s", text)] or [len(text)]
+    chosen = sorted(zip((rng.choice(places) for _ in facts), rng.sample(list(facts), len(facts)), strict=True))
+    parts, begin = [], 0
+    for place, fact in chosen:
+        # Now a paragraph of its own, now in the middle of one.
+        is_inline = "\n" not in fact and rng.random() < 0.5
+        parts += [text[begin:place], f"{fact} " if is_inline else f"\n{fact}\n"]
+        begin = place
+    return "".join((*parts, text[begin:]))
+
+
+# ---------------------------------------------------------------------------------------------------- what is said
+
+_THINGS = (
+    "locker", "safe", "archive", "depot", "greenhouse", "workshop", "harbour office", "night train", "laboratory",
+    "storage unit", "boiler room", "theatre", "observatory", "bakery", "server rack", "ferry", "cellar", "lighthouse",
+)  # fmt: skip
+_QUALITIES = (
+    "northern", "old", "upper", "east", "second", "new", "smaller", "lower", "western", "main", "spare", "former",
+    "public", "private", "inner", "outer", "left", "third",
+)  # fmt: skip
+_WORDS = (
+    "anchor", "basil", "comet", "dune", "ember", "falcon", "glacier", "harbor", "indigo", "jasmine", "kettle",
+    "lantern", "meadow", "nickel", "orchid", "pepper", "quartz", "ribbon", "saffron", "thistle", "umbra", "velvet",
+    "walnut", "xenon", "yarrow", "zephyr", "maple", "pebble", "copper", "raven",
+)  # fmt: skip
+_PEOPLE = (
+    "Amara", "Boris", "Chiara", "Dmitri", "Elena", "Farid", "Greta", "Hiroshi", "Ingrid", "Jamal", "Katya", "Liam",
+    "Mei", "Nadia", "Oscar", "Priya", "Quentin", "Rosa", "Stefan", "Tomas", "Uma", "Viktor", "Wanda", "Yusuf", "Zoe",
+)  # fmt: skip
+_PLACES = (
+    "Lisbon", "Nairobi", "Osaka", "Quito", "Tallinn", "Winnipeg", "Adelaide", "Bergen", "Cusco", "Dakar", "Edinburgh",
+    "Fresno", "Ghent", "Hanoi", "Izmir", "Jaipur", "Krakow", "Lima", "Minsk", "Naples", "Oslo", "Perth", "Riga",
+    "Seoul", "Tunis", "Utrecht", "Vilnius",
+)  # fmt: skip
+_FIELDS = ("timeout", "retries", "owner", "region", "limit", "version", "channel", "batch", "offset", "quota", "port")
+
+# fact, question, how the answer begins; {x} is what it is about, {v} what is asked for
+_SECRETS = (
+    ("The access code for the {x} is {v}.", "What is the access code for the {x}?", "The access code for the {x} is"),
+    ("To open the {x}, type {v}.", "What has to be typed to open the {x}?", "To open the {x}, type"),
+    ("Please note that the {x} now uses the PIN {v}.", "Which PIN does the {x} use?", "The {x} uses the PIN"),
+    ("{v} is the combination of the {x}.", "Tell me the combination of the {x}.", "The combination of the {x} is"),
+    ("Reference number of the {x}: {v}", "Give the reference number of the {x}.", "Reference number of the {x}:"),
+    ("They agreed on {v} as the password of the {x}.", "Which password was agreed on for the {x}?", "The password is"),
+    ("Whoever needs the {x} should call {v}.", "Whom should one call about the {x}?", "One should call"),
+    ("The inventory lists the {x} under {v}.", "Under what is the {x} listed?", "The {x} is listed under"),
+    ("(The {x} was registered as {v}.)", "As what was the {x} registered?", "The {x} was registered as"),
+    ("Last year the {x} received the identifier {v}.", "What is the identifier of the {x}?", "The identifier is"),
+)
+_MOVES = (
+    ("{x} moved to {p} in {y}.", "Where did {x} move?", "{x} moved to", "{p}"),
+    ("In {y}, {x} found work in {p}.", "When did {x} find work?", "{x} found work in", "{y}"),
+    ("{x}, born in {p}, studied law until {y}.", "Where was {x} born?", "{x} was born in", "{p}"),
+    ("It was {x} who visited {p} in {y}.", "Which place did {x} visit?", "{x} visited", "{p}"),
+    ("{p} elected {x} as mayor in {y}.", "Which town elected {x}?", "{x} was elected by", "{p}"),
+    ("Since {y} the office in {p} has been run by {x}.", "Who runs the office in {p}?", "The office is run by", "{x}"),
+)
+
+
+def _value(rng: random.Random) -> str:
+    form = rng.randrange(6)
+    if form < 3:
+        return "".join(rng.choices("0123456789", k=rng.randint(3, 8)))
+    if form == 3:
+        return "-".join(rng.sample(_WORDS, rng.randint(1, 3)))
+    if form == 4:
+        return f"{rng.choice('ABCDEFGHKLMNPRSTUVWXYZ')}{rng.randint(10, 99)}-{rng.randint(100, 9999)}"
+    return f"{rng.getrandbits(32):08x}"[: rng.randint(5, 8)]
+
+
+def _subjects(rng: random.Random, number: int) -> list[str]:
+    pairs = [f"{quality} {thing}" for quality in _QUALITIES for thing in _THINGS]
+    return rng.sample(pairs, number)
+
+
+def _code_word(rng: random.Random) -> Task:
+    (subject,), value = _subjects(rng, 1), _value(rng)
+    fact, question, lead = (text.format(x=subject, v=value) for text in rng.choice(_SECRETS))
+    return Task("code", (fact,), question, lead, value)
+
+
+def _competing(rng: random.Random, num_facts: int) -> Task:
+    """Facts of one wording about things that are easily confused."""
+    number = rng.randint(2, max(2, min(12, num_facts)))
+    qualities, thing = rng.sample(_QUALITIES, number), rng.choice(_THINGS)
+    values = [_value(rng) for _ in qualities]
+    wording = rng.choice(_SECRETS)
+    facts = [wording[0].format(x=f"{quality} {thing}", v=v) for quality, v in zip(qualities, values, strict=True)]
+    asked = rng.randrange(number)
+    question, lead = (text.format(x=f"{qualities[asked]} {thing}") for text in wording[1:])
+    return Task("competing", tuple(facts), question, lead, values[asked])
+
+
+def _several(rng: random.Random, num_facts: int) -> Task:
+    """Several facts, all of which are asked for."""
+    subjects = _subjects(rng, min(rng.randint(2, 4), max(2, num_facts)))
+    values = [_value(rng) for _ in subjects]
+    facts = [rng.choice(_SECRETS)[0].format(x=x, v=v) for x, v in zip(subjects, values, strict=True)]
+    question = f"List the codes or numbers given for: {', '.join(subjects)}."
+    return Task("several", tuple(facts), question, "", ", ".join(values))
+
+
+def _pairs(rng: random.Random, num_facts: int) -> Task:
+    """Keys and values in one of the forms of configuration files, together or scattered."""
+    number = rng.randint(3, max(3, min(30, num_facts)))
+    keys = rng.sample([f"{word}_{field}" for word in _WORDS for field in _FIELDS], number)
+    values = [_value(rng) for _ in keys]
+    form = rng.choice(('  "{k}": "{v}",', "{k} = {v}", "{k}: {v}", "| {k} | {v} |", "<{k}>{v}</{k}>", "export {k}={v}"))
+    lines = [form.format(k=key, v=value) for key, value in zip(keys, values, strict=True)]
+    asked = rng.randrange(number)
+    question = rng.choice(
+        ("What is the value of {k}?", "Look up {k}.", "Which value belongs to the key {k}?", "{k} is set to what?")
+    ).format(k=keys[asked])
+    facts = ("\n".join(lines),) if rng.random() < 0.6 else tuple(lines)
+    return Task("pairs", facts, question, rng.choice(("", f"{keys[asked]} =")), values[asked])
+
+
+def _people(rng: random.Random, num_facts: int) -> Task:
+    number = rng.randint(1, max(1, min(8, num_facts)))
+    wording = rng.choice(_MOVES)
+    rows = [
+        {"x": x, "p": p, "y": rng.randint(1890, 2025)}
+        for x, p in zip(rng.sample(_PEOPLE, number), rng.sample(_PLACES, number), strict=True)
+    ]
+    facts = tuple(wording[0].format(**row) for row in rows)
+    question, lead, answer = (text.format(**rows[0]) for text in wording[1:])
+    return Task("people", facts, question, lead, answer)
+
+
+def _assignment(rng: random.Random, num_facts: int) -> Task:
+    """Constants and small functions in source code."""
+    number = rng.randint(1, max(1, min(6, num_facts // 2)))
+    names = rng.sample([f"{word}_{field}" for word in _WORDS for field in _FIELDS], number)
+    values = [rng.choice((_value(rng).upper(), repr(_value(rng)), str(rng.randint(2, 9999)))) for _ in names]
+    form = rng.choice(("constant", "default", "body"))
+    facts = {
+        "constant": [f"{name.upper()} = {value}" for name, value in zip(names, values, strict=True)],
+        "default": [
+            f"def read_{name}(source, limit={value}):\n    return source.take(limit)"
+            for name, value in zip(names, values, strict=True)
+        ],
+        "body": [
+            f"def {name}():\n    # agreed with operations\n    return {value}"
+            for name, value in zip(names, values, strict=True)
+        ],
+    }[form]
+    name = names[0]
+    question, lead = {
+        "constant": (f"Complete the line of the code above: {name.upper()} =", f"{name.upper()} ="),
+        "default": (f"What is the default of limit in read_{name}?", f"def read_{name}(source, limit="),
+        "body": (f"What does {name}() return?", f"{name}() returns"),
+    }[form]
+    # A value follows '=' without a blank there.
+    return Task("assignment", tuple(facts), question, "" if form == "default" else lead, values[0])
+
+
+def _table(rng: random.Random, num_facts: int) -> Task:
+    number = rng.randint(2, max(2, min(10, num_facts)))
+    columns, rows = rng.sample(_FIELDS, 3), rng.sample(_PLACES, number)
+    cells = [[str(rng.randint(10, 9999)) for _ in columns] for _ in rows]
+    separator = rng.choice((" | ", ", ", "\t", ";"))
+    lines = [separator.join(("place", *columns))]
+    lines += [separator.join((row, *values)) for row, values in zip(rows, cells, strict=True)]
+    row, column = rng.randrange(number), rng.randrange(3)
+    question = rng.choice(
+        ("According to the table, what is the {c} of {r}?", "Read off the {c} for {r}.", "{r}: which {c}?")
+    ).format(c=columns[column], r=rows[row])
+    lead = f"The {columns[column]} of {rows[row]} is"
+    return Task("table", ("\n".join(lines),), question, lead, cells[row][column])
+
+
+def _next_line(rng: random.Random, lines: Sequence[tuple[str, str]]) -> Task:
+    """Verbatim recall of the text itself: code, more often than not."""
+    line, following = rng.choice(lines)
+    shown = json.dumps(line, ensure_ascii=False) if rng.random() < 0.5 else f"\n{line}\n"
+    question = rng.choice(
+        (
+            "Repeat the line that comes after {q}",
+            "Quote exactly what follows {q}",
+            "In the text, which line follows {q}",
+        )
+    ).format(q=shown)
+    return Task("recall", (), question, "", following, quoted=(line, following))
+
+
+def _quotable_lines(text: str) -> list[tuple[str, str]]:
+    """Lines that occur once, each with the line after it."""
+    lines = text.splitlines()
+    return [
+        (line.strip(), following.strip())
+        for line, following in itertools.pairwise(lines)
+        if 16 <= len(line.strip()) <= 120 and 16 <= len(following.strip()) <= 120 and lines.count(line) == 1
+    ]

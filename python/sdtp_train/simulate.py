@@ -1,0 +1,172 @@
+"""Pruning simulated by masks inside a dense forward, so that a loss on the output reaches the pruners.
+
+Every token goes through every layer, as in DynamicViT (arXiv 2106.02034): attention weights are multiplied by the mask
+of their keys and divided by their sum. The masks are exactly 0 or 1, chosen by the ops that prune for real, so the
+output is that of real pruning; their gradient is that of a sigmoid around the threshold (straight-through), which
+reaches dropped tokens as well: the product with a zero mask still has a derivative.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdtp_kernels import select_tokens
+from sdtp_kernels.scorers import StageInput, attention_score
+from sdtp_train.targets import run_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sdtp_kernels import PruningSchedule, TokenPruner
+
+TEMPERATURE = 0.3  # width of the sigmoid, in standard deviations of the scores of a stage
+
+
+def simulate_pruning(
+    model: Any,
+    pruners: Mapping[int, TokenPruner],
+    schedule: PruningSchedule,
+    token_ids: torch.Tensor,
+    num_context: int,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Logits that a pruned model gives its continuation.
+
+    Parameters
+    ----------
+    model : Qwen2ForCausalLM
+        Frozen, in evaluation mode.
+    pruners : mapping of int to TokenPruner
+        By layer.
+    schedule : PruningSchedule
+    token_ids : int64 Tensor [T]
+        Context and continuation.
+    num_context : int
+        Tokens of the context, which are pruned; the others never are.
+    generator : torch.Generator, optional
+        Adds Gumbel noise to the scores, scaled like the sigmoid: the kept tokens are then a sample without replacement
+        (Gumbel top-k), equation (2) of SDTP with the exact budget. Without it, the best are kept.
+
+    Returns
+    -------
+    Tensor [T - num_context, V]
+        Of the positions that predict the continuation. Without a generator equal to those of a model under
+        :func:`sdtp_kernels.apply_sdtp`.
+    """
+    decoder, n = model.model, num_context
+    ids = token_ids.unsqueeze(0)
+    first = schedule.layers[0]
+    with torch.no_grad():
+        hidden_states = decoder.embed_tokens(ids)
+        embeddings = decoder.rotary_emb(hidden_states, torch.arange(ids.shape[1], device=ids.device).unsqueeze(0))
+        *inputs, hidden_states = run_layers(decoder, hidden_states, embeddings, 0, first)
+    below = inputs[-1]
+
+    mask = torch.ones(ids.shape[1], device=ids.device)
+    alive = torch.arange(n, device=ids.device)
+    for i in range(first, len(decoder.layers)):
+        if i in schedule.layers and n >= schedule.min_prompt:
+            stage = schedule.layers.index(i) + 1
+            scores = _scores(pruners[i], decoder.layers[i - 1], hidden_states, below, embeddings, alive)
+            kept, decisions = _decide(scores, schedule, n, stage, generator)
+            mask = mask.scatter(0, alive, mask[alive] * decisions)
+            alive = alive[kept]
+        below = hidden_states
+        hidden_states = masked_layer(decoder.layers[i], hidden_states, embeddings, mask)
+    return model.lm_head(decoder.norm(hidden_states[0, n - 1 : -1]))  # type: ignore[no-any-return]
+
+
+def masked_layer(
+    layer: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """A decoder layer whose attention weights are ``p m / sum(p m)``.
+
+    Parameters
+    ----------
+    hidden_states : Tensor [1, T, D]
+    mask : Tensor [T]
+        Of the keys, in [0, 1]; a token always sees itself.
+    """
+    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+    attention, length = layer.self_attn, hidden_states.shape[1]
+    normed = layer.input_layernorm(hidden_states)
+    query, key, value = (
+        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    grouped = query.unflatten(1, (key.shape[1], -1))  # query heads that share a key head side by side
+    logits = (grouped @ key.unsqueeze(2).transpose(-1, -2)).float() * attention.scaling
+    is_causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    probabilities = logits.masked_fill(~is_causal, -torch.inf).softmax(-1)
+    is_self = torch.eye(length, dtype=torch.bool, device=mask.device)
+    weights = probabilities * torch.where(is_self, 1.0, mask)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    attended = (weights.to(value.dtype) @ value.unsqueeze(2)).flatten(1, 2)
+    hidden_states = hidden_states + attention.o_proj(attended.transpose(1, 2).flatten(2))
+    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))  # type: ignore[no-any-return]
+
+
+def _scores(
+    pruner: TokenPruner,
+    layer_below: Any,
+    hidden_states: torch.Tensor,
+    hidden_states_below: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    alive: torch.Tensor,
+) -> torch.Tensor:
+    """Scores ``[alive]`` as a stage computes them, from the tokens that are left."""
+    scores: torch.Tensor = pruner(hidden_states[0, alive])
+    if not (pruner.distance or pruner.attention):
+        return scores
+    attention = None
+    if pruner.attention:
+        cos, sin = position_embeddings
+        with torch.no_grad():
+            attention = attention_score(
+                StageInput(
+                    hidden_states=hidden_states[:, alive],
+                    position_embeddings=(cos[:, alive], sin[:, alive]),
+                    token_index=alive.unsqueeze(0),
+                    keep_last=0,
+                    layer_below=layer_below,
+                    hidden_states_below=hidden_states_below[:, alive],
+                )
+            )
+    return scores + pruner.score_bias((alive[-1] - alive).unsqueeze(0), attention)[0]
+
+
+def _decide(
+    scores: torch.Tensor, schedule: PruningSchedule, length: int, stage: int, generator: torch.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices that stay, and a mask ``[alive]`` of zeros and ones with a gradient."""
+    plan = schedule.plan(length, stage)
+    spread = scores.detach().std() + 1e-6
+    if generator is not None:
+        uniform = torch.rand(scores.shape, generator=generator, device=scores.device).clamp(1e-9, 1 - 1e-7)
+        scores = scores - TEMPERATURE * spread * torch.log(-torch.log(uniform))
+    kept = select_tokens(
+        scores.detach().float().unsqueeze(0),
+        plan.num_keep,
+        sink=plan.sink,
+        recent=plan.recent,
+        block_size=plan.block_size,
+    )[0]
+    hard = torch.zeros_like(scores).scatter(0, kept, 1.0)
+    place = torch.arange(len(scores), device=scores.device)
+    is_free = (place >= plan.sink) & (place < len(scores) - plan.recent)
+    # Halfway between the worst that stays and the best that goes. An infinity where there is none: no gradient then.
+    worst_kept = scores.masked_fill(~is_free | (hard == 0), torch.inf).min()
+    best_dropped = scores.masked_fill(~is_free | (hard == 1), -torch.inf).max()
+    threshold = ((worst_kept + best_dropped) / 2).detach()
+    if not torch.isfinite(threshold):
+        return kept, hard
+    soft = torch.sigmoid((scores - threshold) / (TEMPERATURE * spread))
+    # soft - soft.detach() is an exact zero: the value stays hard.
+    return kept, hard + torch.where(is_free, soft - soft.detach(), 0.0)
