@@ -51,7 +51,7 @@ def add_command(subparsers: Any) -> None:
     )
     runner.add_argument(
         "--methods", nargs="+", default=list(DEFAULT_METHODS), metavar="METHOD",
-        help="pruner files, scorers, oracles; dense always runs too (default: random recent norm attention)",
+        help="pruner files, scorers, oracles, kvpress:NAME; dense always runs too (random recent norm attention)",
     )  # fmt: skip
     runner.add_argument("--tokens", nargs="+", type=int, default=[1024], help="prompt lengths (default: 1024)")
     runner.add_argument("--samples", type=int, default=48, help="samples a task and length (%(default)s)")
@@ -135,10 +135,12 @@ class Method(NamedTuple):
     oracle: Oracle | None = None
     layers: tuple[int, ...] | None = None
     """Those that a pruner file has pruners for."""
+    press: Any = None
+    """A class of kvpress, which compresses the cache of a dense prefill."""
 
 
 def find_method(word: str) -> Method:
-    """A method by the name of a scorer or oracle, or by the path of a pruner file.
+    """A method by the name of a scorer, an oracle or a press of kvpress, or by the path of a pruner file.
 
     The name of a file's method ends in a hash of its content: results of a file that is trained again do not mix.
 
@@ -147,16 +149,20 @@ def find_method(word: str) -> Method:
     ValueError
         If there is neither such a name nor such a file, or the file is broken.
     """
+    from sdtp_eval import peers
     from sdtp_eval.baselines import BASELINES, ORACLES
     from sdtp_kernels import load_pruners
 
+    if word.startswith(peers.PREFIX):
+        return Method(word, press=peers.find_press(word))
     if word in BASELINES:
         return Method(word, BASELINES[word])
     if word in ORACLES:
         return Method(word, oracle=ORACLES[word])
     path = Path(word)
     if not path.is_file():
-        raise ValueError(f"no method {word!r}: neither a pruner file nor one of {', '.join([*BASELINES, *ORACLES])}")
+        known = ", ".join([*BASELINES, *ORACLES, f"{peers.PREFIX}SnapKV"])
+        raise ValueError(f"no method {word!r}: neither a pruner file nor one of {known}")
     stack = load_pruners(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:6]
     return Method(f"{path.stem}@{digest}", stack, layers=tuple(sorted(stack)))
@@ -174,6 +180,8 @@ def find_methods(words: Sequence[str], *, oracles: bool = True) -> list[Method]:
     for method in methods:
         if method.oracle is not None and not oracles:
             raise ValueError(f"{method.name}: an oracle has to know the answer's tokens; 'sdtp eval run' can use it")
+        if method.press is not None and not oracles:
+            raise ValueError(f"{method.name}: only 'sdtp eval run' can use the presses of kvpress")
     return methods
 
 
@@ -334,10 +342,12 @@ class Reader:
         """
         prompt_length = self.sample.prompt_length(protocol)
         scored = self.dense
-        if method is not None and schedule is not None:
+        if method is not None and schedule is not None and method.press is not None:
+            scored = self._forward(prompt_length, method.press, self._mean_keep(schedule, prompt_length))
+        elif method is not None and schedule is not None:
             with self.patched(protocol, method, schedule):
                 scored = self._forward(prompt_length)
-            expected = schedule.mean_keep(prompt_length, self.model.config.num_hidden_layers)
+            expected = self._mean_keep(schedule, prompt_length)
             if abs(scored.mean_keep - expected) > 1e-9:
                 raise RuntimeError(
                     f"{method.name}: the cache holds B={scored.mean_keep}, the schedule says {expected}; this is a bug "
@@ -434,8 +444,10 @@ class Reader:
             "prompt_tokens": length,
         }
 
-    def _forward(self, prompt_length: int) -> Scored:
+    def _forward(self, prompt_length: int, press: Any = None, mean_keep: float = 1.0) -> Scored:
         import torch
+
+        from sdtp_eval.peers import compressed_forward
 
         behind = self.input_ids.shape[1] - prompt_length
         on_gpu = self.input_ids.is_cuda
@@ -444,14 +456,23 @@ class Reader:
         begin = time.perf_counter()
         # What stands behind the prompt is never pruned; at least the answer's positions need their logits.
         wanted = max(behind + 1, len(self.answer))
-        output = self.model(self.input_ids, use_cache=True, logits_to_keep=wanted)
+        if press is None:
+            output = self.model(self.input_ids, use_cache=True, logits_to_keep=wanted)
+            logits, cache = output.logits[0], output.past_key_values
+        else:
+            logits, cache = compressed_forward(
+                self.model, press, mean_keep, self.input_ids, prompt_length, len(self.answer)
+            )
         if on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-        layers = output.past_key_values.layers
+        layers = cache.layers
         kept = sum(layer.keys.shape[-2] - behind for layer in layers)
-        log_probabilities = output.logits[0, -len(self.answer) :].float().log_softmax(-1)
+        log_probabilities = logits[-len(self.answer) :].float().log_softmax(-1)
         return Scored(log_probabilities, kept / (len(layers) * prompt_length), seconds)
+
+    def _mean_keep(self, schedule: PruningSchedule, prompt_length: int) -> float:
+        return schedule.mean_keep(prompt_length, self.model.config.num_hidden_layers)
 
     def _nll(self, scored: Scored) -> float:
         return float(-scored.log_probabilities.gather(1, self.answer[:, None]).mean().item())
@@ -523,6 +544,9 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     """
     model, tokenizer = load_model(args)
     methods = find_methods(args.methods)
+    presses = [method.name for method in methods if method.press is not None]
+    if presses and (args.greedy or "ranks" in args.tasks):
+        raise ValueError(f"{', '.join(presses)}: kvpress compresses a cache: leave out --greedy and the task ranks")
     pool = tasks.TextPool(tokenizer, args.data, args.split)
     samples = [
         (tokens, sample)

@@ -1,0 +1,112 @@
+"""Cache compression by kvpress (https://github.com/NVIDIA/kvpress) as methods: ``kvpress:SnapKV`` and so on.
+
+kvpress runs the dense prefill and shortens the cache afterwards, so its cost is that of the dense model and more; what
+it shows is how good the answers can be with a cache of the same size. It pins an older transformers, so it is no
+dependency: install it beside this package without its own, ``pip install --no-deps kvpress cachetools fire termcolor
+peft``. kvpress 0.5 on transformers 5.23 lacks one argument, which is given to it here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PREFIX = "kvpress:"
+
+
+def find_press(word: str) -> Any:
+    """The class of kvpress that ``kvpress:NAME`` means.
+
+    Raises
+    ------
+    ValueError
+        If kvpress is not installed, or has no press of that name with a single ratio to set.
+    """
+    try:
+        import kvpress
+    except ImportError as error:
+        raise ValueError(
+            f"{word}: kvpress cannot be imported ({error}); 'pip install --no-deps kvpress cachetools fire termcolor "
+            "peft' adds it to this environment"
+        ) from None
+    found = getattr(kvpress, f"{word.removeprefix(PREFIX)}Press", None)
+    if not hasattr(found, "compression_ratio"):
+        names = [name.removesuffix("Press") for name in dir(kvpress) if hasattr(getattr(kvpress, name), "score")]
+        raise ValueError(f"no method {word!r}; kvpress {_version()} has {', '.join(names)}")
+    return found
+
+
+def compressed_forward(
+    model: Any, press: Any, mean_keep: float, input_ids: torch.Tensor, prompt_length: int, num_logits: int
+) -> tuple[torch.Tensor, Any]:
+    """Prefill the prompt, compress its cache, and read what stands behind it with the compressed cache.
+
+    Parameters
+    ----------
+    model : Qwen2ForCausalLM
+        Not patched.
+    press : type
+        Of kvpress.
+    mean_keep : float
+        Share of the cache to keep, over all layers.
+    input_ids : int64 Tensor [1, T]
+    prompt_length : int
+        Leading tokens that are the prompt.
+    num_logits : int
+        How many of the last positions' logits are wanted, at most those behind the prompt and its last.
+
+    Returns
+    -------
+    logits : Tensor [num_logits, V]
+    past_key_values : Cache
+        Of the compressed prompt and the tokens behind it.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    behind = input_ids[:, prompt_length:]
+    with _translated(model), press(compression_ratio=1 - mean_keep)(model):
+        first = model(input_ids[:, :prompt_length], past_key_values=cache, logits_to_keep=1).logits[0]
+    if behind.shape[1] == 0:
+        return first[-num_logits:], cache
+    position_ids = torch.arange(prompt_length, input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+    with _translated(model):
+        rest = model(behind, position_ids=position_ids, past_key_values=cache).logits[0]
+    return torch.cat([first, rest])[-num_logits:], cache
+
+
+@contextlib.contextmanager
+def _translated(model: Any) -> Iterator[None]:
+    """Attention layers get ``cache_position``, which kvpress reads, and a mask of their own cache's length."""
+
+    def translate(attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        hidden_states = kwargs["hidden_states"]
+        new, past = hidden_states.shape[1], kwargs["past_key_values"].get_seq_length(attention.layer_idx)
+        position = torch.arange(past, past + new, device=hidden_states.device)
+        kwargs = {**kwargs, "cache_position": position}
+        if past:  # the model made its mask for the first layer; presses such as PyramidKV keep more there
+            place = torch.arange(past + new, device=hidden_states.device)
+            kwargs["attention_mask"] = torch.where(place <= position[:, None], 0.0, -torch.inf)[None, None].to(
+                hidden_states.dtype
+            )
+        return args, kwargs
+
+    with contextlib.ExitStack() as hooks:
+        for layer in model.model.layers:
+            hook = layer.self_attn.register_forward_pre_hook(translate, with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("kvpress")
+    except PackageNotFoundError:
+        return "(unknown version)"
