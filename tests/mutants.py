@@ -31,6 +31,7 @@ class Mutant(NamedTuple):
 
 
 MODELS, CPU = "sdtp_kernels/models/", "csrc/cpu/"
+TRITON, INTERPRETED = "sdtp_kernels/backends/triton/", "test_triton.py::test_interpreter"
 MUTANTS = [
     # The selection: reference, then C++.
     Mutant(
@@ -81,6 +82,154 @@ MUTANTS = [
         "block_size.has_value(), column, next",
         "false, column, next",
         "test_ops.py::test_select",
+    ),
+    # The Triton kernels.
+    Mutant(
+        "upcast forgotten",
+        TRITON + "score.py",
+        "        if UPCAST:\n",
+        "        if False:\n",
+        f"{INTERPRETED}[installed-test_score]",
+    ),
+    Mutant(
+        "no mask at the end of the hidden size",
+        TRITON + "score.py",
+        "mask=is_token[:, None] & is_d[None, :]",
+        "mask=is_token[:, None]",
+        f"{INTERPRETED}[installed-test_score]",
+    ),
+    Mutant(
+        "32-bit offset of a hidden state",
+        TRITON + "score.py",
+        "batch.to(tl.int64) * stride_b + tokens.to(tl.int64) * stride_n",
+        "batch * stride_b + tokens * stride_n",
+        f"{INTERPRETED}[installed-test_score]",
+    ),
+    Mutant(
+        "one partial score read over and over",
+        TRITON + "score.py",
+        "ptrs += part_stride",
+        "ptrs += 0",
+        f"{INTERPRETED}[installed-test_score]",
+    ),
+    Mutant(
+        "ties to the higher index in a Triton tile",
+        TRITON + "select.py",
+        "is_equal & (num_equal < ties)",
+        "is_equal & (num_equal >= tl.sum(is_equal.to(tl.int32)) - ties)",
+        f"{INTERPRETED}[installed-test_select]",
+    ),
+    Mutant(
+        "NaN above every number in a Triton key",
+        TRITON + "select.py",
+        "tl.where(magnitude > 0x7F800000, 0, keys)",
+        "tl.where(magnitude > 0x7F800000, 0xFFFFFFFE, keys)",
+        f"{INTERPRETED}[installed-test_select]",
+    ),
+    Mutant(
+        "-0 below +0 in a Triton key",
+        TRITON + "select.py",
+        "    keys = tl.where(magnitude == 0, sign, keys)\n",
+        "",
+        f"{INTERPRETED}[installed-test_select]",
+    ),
+    Mutant(
+        "unfinished block pruned",
+        TRITON + "select.py",
+        "body = length - tail",
+        "body = length",
+        f"{INTERPRETED}[installed-test_select]",
+    ),
+    Mutant(
+        "last token of a Triton block not kept",
+        TRITON + "select.py",
+        "is_forced | (i == size - 1)",
+        "is_forced",
+        f"{INTERPRETED}[installed-test_select]",
+    ),
+    Mutant(
+        "32-bit offset of a copied token",
+        TRITON + "gather.py",
+        "(columns * stride_n)[:, None]",
+        "(columns.to(tl.int32) * stride_n)[:, None]",
+        f"{INTERPRETED}[installed-test_gather]",
+    ),
+    Mutant(
+        "padding copied",
+        TRITON + "gather.py",
+        "is_read = mask & (columns >= 0)",
+        "is_read = mask",
+        f"{INTERPRETED}[installed-test_gather]",
+    ),
+    Mutant(
+        "sink in every block",
+        TRITON + "fused.py",
+        "size, sink - start, True), mask",
+        "size, sink, True), mask",
+        f"{INTERPRETED}[installed-test_prune]",
+    ),
+    Mutant(
+        "bias forgotten in the one launch",
+        TRITON + "fused.py",
+        "add_biases(scores, b2_ptr, bias_ptr,",
+        "add_biases(scores, b2_ptr, None,",
+        f"{INTERPRETED}[installed-test_prune]",
+    ),
+    Mutant(
+        "remainder of a shared block lost",
+        TRITON + "fused.py",
+        "share_size = tl.cdiv(quota, shares)",
+        "share_size = quota // shares",
+        f"{INTERPRETED}[installed-test_prune]",
+    ),
+    Mutant(
+        "a program copies what another one may not have written",
+        TRITON + "fused.py",
+        "mask=is_kept)\n        first_skipped = num_keep\n        last_skipped = num_keep\n",
+        "mask=is_kept)\n        last_slot += 1\n        first_skipped = num_keep\n        last_skipped = num_keep\n",
+        f"{INTERPRETED}[installed-rest]",
+    ),
+    Mutant(
+        "counts of rows unclamped",
+        TRITON + "select.py",
+        "tl.minimum(tl.maximum(tl.load(rows_ptr + batch * 3 + 1), 0), tl.minimum(length, num_keep))",
+        "tl.load(rows_ptr + batch * 3 + 1)",
+        f"{INTERPRETED}[installed-rest]",
+    ),
+    Mutant(
+        "hidden states read again for the ranking",
+        TRITON + "fused.py",
+        "tl.range(0, pruner_size, BLOCK_WIDTH, disable_licm=True)",
+        "tl.range(-BLOCK_WIDTH, pruner_size, BLOCK_WIDTH, disable_licm=True)",
+        f"{INTERPRETED}[installed-rest]",
+    ),
+    Mutant(
+        "a kernel that no test launches",
+        TRITON + "gather.py",
+        "@triton.jit\ndef gather_kernel(",
+        "@triton.jit\ndef forgotten_kernel(ptr):\n    tl.store(ptr, 0)\n\n\n@triton.jit\ndef gather_kernel(",
+        f"{INTERPRETED}[installed-rest]",
+    ),
+    Mutant(
+        "a kernel that nothing compiles",
+        TRITON + "gather.py",
+        "@triton.jit\ndef gather_kernel(",
+        "@triton.jit\ndef forgotten_kernel(ptr):\n    tl.store(ptr, 0)\n\n\n@triton.jit\ndef gather_kernel(",
+        "test_triton.py::test_every_kernel_compiles_for_every_target[installed]",
+    ),
+    Mutant(
+        "a launch that starts early and does not wait",
+        TRITON + "gather.py",
+        "        tl.extra.cuda.gdc_wait()",
+        "        tl.extra.cuda.gdc_launch_dependents()",
+        "test_triton.py::test_launches_overlap_where_the_hardware_can[installed]",
+    ),
+    Mutant(
+        "a tile that spills",
+        TRITON + "configs.py",
+        "_WARP_GROUPS = ScoreConfig(128, 128, 64, num_warps=8",
+        "_WARP_GROUPS = ScoreConfig(128, 128, 64, num_warps=4",
+        "test_triton.py::test_nothing_spills[installed]",
     ),
     # Scores and copies.
     Mutant(

@@ -21,8 +21,12 @@ logger = logging.getLogger("sdtp_kernels")
 # Best first: "auto" takes the first that can run.
 _MODULES = {
     "cpu": "sdtp_kernels.backends.cpu",
+    "triton": "sdtp_kernels.backends.triton",
     "reference": "sdtp_kernels.reference",
 }
+
+# Triton's interpreter runs kernels on cpu tensors for tests; "auto" must not take it.
+_ONLY_BY_NAME = {("triton", "cpu")}
 
 BACKEND_NAMES = ("auto", *_MODULES)
 
@@ -66,7 +70,7 @@ def explain_backends(device: torch.device | str = "cpu", dtype: torch.dtype | No
     """
     device = torch.device(device)
     reasons = {name: _load(name).unavailable_reason(device, dtype) for name in _MODULES}
-    chosen = next(name for name, reason in reasons.items() if reason is None)
+    chosen = next(n for n, reason in reasons.items() if reason is None and (n, device.type) not in _ONLY_BY_NAME)
     return [BackendStatus(name, reason is None, reason or "", name == chosen) for name, reason in reasons.items()]
 
 

@@ -1,0 +1,116 @@
+"""The Triton backend: NVIDIA from compute capability 8.0, AMD CDNA, and the interpreter for tests.
+
+Triton is imported with the first op that runs here, not before: asking why a backend is unavailable costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MIN_TRITON = (3, 8)
+# Rows are the second axis of every launch, and a launch has at most so many programs along it.
+MAX_BATCH = 65535
+# Columns are 32-bit inside the kernels; element offsets are 64-bit everywhere.
+MAX_TOKENS = 2**24
+
+
+def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "runs on cuda tensors; on cpu tensors only in Triton's interpreter (TRITON_INTERPRET=1), for tests"
+    elif device.type != "cuda":
+        return f"runs on cuda tensors, not on {device.type}"
+    if dtype is not None and dtype not in _FLOATS:
+        return f"computes in {', '.join(map(str, _FLOATS))}, not in {dtype}"
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton does not import ({error}): pip install 'sdtp-kernels[triton]' (Linux)"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _MIN_TRITON:
+        return f"needs triton 3.8 or newer, found {triton.__version__}: pip install 'sdtp-kernels[triton]'"
+    return None if device.type == "cpu" else _gpu_reason(device)
+
+
+def _gpu_reason(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return f"no GPU that torch {torch.__version__} can use"
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip:
+        architecture = torch.cuda.get_device_properties(device).gcnArchName
+        return None if architecture.startswith("gfx9") else f"needs AMD CDNA (gfx90a, gfx942); {name} is {architecture}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"needs compute capability 8.0 or newer; {name} has {major}.{minor}"
+
+
+def score_tokens(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    score_bias: torch.Tensor | None = None,
+    rms_eps: float | None = None,
+) -> torch.Tensor:
+    from . import score
+
+    _check_size(hidden_states.shape[0], hidden_states.shape[1])
+    with torch.cuda.device_of(hidden_states):
+        return score.score_tokens(hidden_states, w1, b1, w2, b2, score_bias, rms_eps)
+
+
+def select_tokens(
+    scores: torch.Tensor,
+    num_keep: int,
+    sink: int = 0,
+    recent: int = 0,
+    block_size: int | None = None,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    from . import select
+
+    _check_size(scores.shape[0], scores.shape[1])
+    with torch.cuda.device_of(scores):
+        return select.select_tokens(scores, num_keep, sink, recent, block_size, rows)
+
+
+def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[torch.Tensor]:
+    from . import gather
+
+    _check_size(indices.shape[0], indices.shape[1])
+    with torch.cuda.device_of(indices):
+        return gather.gather_tokens(tensors, indices)
+
+
+def prune_tokens(
+    hidden_states: torch.Tensor,
+    tensors: list[torch.Tensor],
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    num_keep: int,
+    sink: int = 0,
+    recent: int = 0,
+    block_size: int | None = None,
+    rows: torch.Tensor | None = None,
+    score_bias: torch.Tensor | None = None,
+    rms_eps: float | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    from . import fused
+
+    _check_size(hidden_states.shape[0], hidden_states.shape[1])
+    with torch.cuda.device_of(hidden_states):
+        return fused.prune_tokens(
+            hidden_states, tensors, w1, b1, w2, b2, num_keep, sink, recent, block_size, rows, score_bias, rms_eps
+        )
+
+
+def _check_size(batch_size: int, num_tokens: int) -> None:
+    if batch_size > MAX_BATCH or num_tokens > MAX_TOKENS:
+        raise ValueError(
+            f"backend 'triton' takes at most {MAX_BATCH} rows of at most {MAX_TOKENS} tokens, got {batch_size} rows of "
+            f"{num_tokens}: split the batch, or name backend='reference'"
+        )

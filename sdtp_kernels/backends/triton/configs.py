@@ -1,0 +1,133 @@
+"""What a launch depends on besides its arguments: the device and the table of tile shapes.
+
+Nothing is timed: a configuration is looked up by architecture and element size. What changes the order of a sum (the
+tile of the score) depends on nothing else, so a score has the same bits whatever the batch, the prompt's length or the
+path that computes it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+# Whether the kernels run in Triton's interpreter. Read once, when Triton is imported: the decorator does the same.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+class ScoreConfig(NamedTuple):
+    """Tile of the first layer's matrix product: tokens x width of the pruner x hidden size."""
+
+    block_tokens: int
+    block_width: int
+    block_hidden: int
+    num_warps: int
+    num_stages: int
+    input_precision: str = "ieee"
+    """How float32 operands reach the tensor cores; 16-bit operands are exact in every mode."""
+
+
+# 128 x 128 accumulators over 8 warps leave room for the GELU: 128 x 256, or 4 warps, spill on every NVIDIA target.
+_WARP_GROUPS = ScoreConfig(128, 128, 64, num_warps=8, num_stages=3)
+# Where a warp multiplies alone, its operands pass through registers too: half the depth, or the one launch spills.
+_WARPS = ScoreConfig(128, 128, 32, num_warps=8, num_stages=4)
+# float32 as three tf32 products: float32's accuracy at tensor-core speed. Its six operands leave room for half a tile.
+_SPLIT = ScoreConfig(64, 128, 32, num_warps=8, num_stages=2, input_precision="tf32x3")
+# CDNA has 64 KiB of shared memory, and matrix instructions that take float32 as it is.
+_CDNA = ScoreConfig(128, 128, 64, num_warps=8, num_stages=2)
+_CDNA_FLOAT32 = ScoreConfig(128, 128, 32, num_warps=8, num_stages=2)
+
+# Architecture -> configuration by bytes of an element.
+SCORE: dict[str, dict[int, ScoreConfig]] = {
+    "sm_80": {2: _WARPS, 4: _SPLIT},
+    "sm_86": {2: _WARPS, 4: _SPLIT},
+    "sm_89": {2: _WARPS, 4: _SPLIT},
+    "sm_90": {2: _WARP_GROUPS, 4: _SPLIT},
+    "sm_100": {2: _WARP_GROUPS, 4: _SPLIT},
+    "sm_120": {2: _WARPS, 4: _SPLIT},
+    "gfx90a": {2: _CDNA, 4: _CDNA_FLOAT32},
+    "gfx942": {2: _CDNA, 4: _CDNA_FLOAT32},
+    "interpreter": {2: _CDNA, 4: _CDNA_FLOAT32},
+}
+
+
+class Device(NamedTuple):
+    """The accelerator as far as a launch cares."""
+
+    target: str
+    """A key of :data:`SCORE`."""
+    multiprocessors: int
+    l2_bytes: int
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The accelerator behind `device`; a property query, never a sync."""
+    if device.type == "cpu":
+        return Device("interpreter", multiprocessors=1, l2_bytes=2**62)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        target = properties.gcnArchName.split(":")[0]
+        target = target if target in SCORE else "gfx90a"
+    else:
+        target = nvidia_target(properties.major, properties.minor)
+    return Device(target, properties.multi_processor_count, properties.L2_cache_size)
+
+
+def nvidia_target(major: int, minor: int) -> str:
+    """The newest table entry that is not newer than the device: sm_87 takes sm_86, sm_103 takes sm_100."""
+    known = sorted(int(name[3:]) for name in SCORE if name.startswith("sm_"))
+    return f"sm_{max(arch for arch in known if arch <= 10 * major + minor)}"
+
+
+def score_config(device: torch.device, dtype: torch.dtype) -> ScoreConfig:
+    return SCORE[device_of(device).target][dtype.itemsize]
+
+
+# For every launch. Roundings are then as the source has them, so a tile gives the same bits in every kernel that
+# inlines it; and Triton's default, which changes with 3.10, does not matter.
+EXACT = {"enable_fp_fusion": False}
+
+
+def has_pdl(device: torch.device) -> bool:
+    """Whether a launch may start while the one before it still runs (programmatic dependent launch)."""
+    target = device_of(device).target
+    return not INTERPRETED and target.startswith("sm_") and int(target[3:]) >= 90
+
+
+def overlap(device: torch.device, chained: bool = True) -> dict[str, object]:
+    """How to launch a kernel that, where it can, waits for the previous one itself.
+
+    Only where that is a kernel of ours, as `chained` says: each of them has waited for all that came before it.
+    """
+    return {"PDL": True, "launch_pdl": True} if chained and has_pdl(device) else {"PDL": False}
+
+
+# Keys that a program holds at once -> its threads. A packed scan counts two kinds of keys in 16 bits each, so a tile
+# stays below 2^15.
+SELECT_THREADS = {256: 128, 1024: 256, 4096: 512}
+# The same for a program that copies as well: more keys than these would spill.
+MAX_TILE_WITH_COPY = 1024
+
+
+def select_tile(block_size: int, largest: int = max(SELECT_THREADS)) -> int:
+    """Keys of a tile for blocks of `block_size` tokens: the smallest that holds one, or the largest allowed."""
+    return next((tile for tile in SELECT_THREADS if block_size <= tile or tile == largest), largest)
+
+
+def select_options(tile: int, device: torch.device) -> dict[str, object]:
+    """How to launch a kernel that ranks tiles of this size."""
+    if device_of(device).target.startswith("gfx"):
+        return {"num_warps": SELECT_THREADS[tile] // 64, **EXACT}
+    # Left to itself, ptxas spills a few registers for an occupancy that these kernels have no use for.
+    return {"num_warps": SELECT_THREADS[tile] // 32, "maxnreg": 128, **EXACT}
+
+
+GATHER_TOKENS = 16  # tokens of one program
+
+
+def gather_tile(width: int, itemsize: int) -> int:
+    """Columns that a program moves at a time, of tokens of `width` elements: at most 1 KiB of each token."""
+    return min(1 << (width - 1).bit_length(), 1024 // itemsize)

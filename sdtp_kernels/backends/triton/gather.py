@@ -1,0 +1,137 @@
+"""``gather_tokens``: one launch copies the chosen tokens of all tensors."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sdtp_kernels.reference import token_dim
+
+from . import configs
+
+# Pointers and strides travel as kernel arguments, of which a launch holds 4 KiB.
+MAX_TENSORS = 32
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit
+def copy_tensor(
+    source, output, stride_b, stride_h, stride_n, stride_d,
+    columns_ptr, batch, num_keep, first_slot, last_slot, first_skipped, last_skipped,
+    NUM_HEADS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """:func:`copy_tokens` of one tensor.
+
+    A token is `NUM_HEADS` runs of `WIDTH` elements, of which `TILE` move at a time; the output is contiguous. All
+    offsets are 64-bit: a tensor of 2^31 elements is 16 keys and values of 131072 tokens.
+    """
+    source += batch * stride_b
+    output += batch * (NUM_HEADS * WIDTH) * num_keep
+    for first in range(first_slot, last_slot, TOKENS):
+        slots = first + tl.arange(0, TOKENS)
+        mask = (slots < last_slot) & ((slots < first_skipped) | (slots >= last_skipped))
+        columns = tl.load(columns_ptr + slots, mask=mask, other=-1)  # int64
+        is_read = mask & (columns >= 0)
+        for first_c in range(0, NUM_HEADS * WIDTH, TILE):
+            c = first_c + tl.arange(0, TILE)
+            in_row = c < NUM_HEADS * WIDTH
+            h = (c // WIDTH).to(tl.int64)
+            d = (c % WIDTH).to(tl.int64)
+            source_offsets = (columns * stride_n)[:, None] + (h * stride_h + d * stride_d)[None, :]
+            output_offsets = (slots.to(tl.int64) * WIDTH)[:, None] + (h * num_keep * WIDTH + d)[None, :]
+            values = tl.load(source + source_offsets, mask=is_read[:, None] & in_row[None, :], other=0)
+            tl.store(output + output_offsets, values, mask=mask[:, None] & in_row[None, :])
+
+
+@triton.jit
+def copy_tokens(
+    sources, outputs, strides_b, strides_h, strides_n, strides_d,
+    columns_ptr, batch, num_keep, first_slot, last_slot, first_skipped, last_skipped,
+    NUM_HEADS: tl.constexpr, WIDTHS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Fill slots ``[first_slot, last_slot)`` of every output of row `batch`, but for a skipped range of them.
+
+    The token of slot i stands in column ``columns_ptr[i]``; -1 gives zeros. Tensors are the outer loop: as the inner
+    one they would all keep their addresses in registers at once.
+    """
+    batch = batch.to(tl.int64)
+    for t in tl.static_range(len(sources)):
+        copy_tensor(
+            sources[t], outputs[t], strides_b[t], strides_h[t], strides_n[t], strides_d[t],
+            columns_ptr, batch, num_keep, first_slot, last_slot, first_skipped, last_skipped,
+            NUM_HEADS[t], WIDTHS[t], TILES[t], TOKENS,
+        )  # fmt: skip
+
+
+@triton.jit
+def gather_kernel(
+    sources, outputs, strides_b, strides_h, strides_n, strides_d,
+    indices_ptr, num_keep,
+    NUM_HEADS: tl.constexpr, WIDTHS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (run of kept tokens, row): those tokens of every tensor."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    batch = tl.program_id(1)
+    first_slot = tl.program_id(0) * TOKENS
+    copy_tokens(
+        sources, outputs, strides_b, strides_h, strides_n, strides_d,
+        indices_ptr + batch.to(tl.int64) * num_keep, batch, num_keep,
+        first_slot, tl.minimum(first_slot + TOKENS, num_keep), 0, 0,
+        NUM_HEADS, WIDTHS, TILES, TOKENS,
+    )  # fmt: skip
+
+
+def empty_outputs(tensors: list[torch.Tensor], num_keep: int) -> list[torch.Tensor]:
+    outputs = []
+    for tensor in tensors:
+        shape = list(tensor.shape)
+        shape[token_dim(tensor)] = num_keep
+        outputs.append(tensor.new_empty(shape))
+    return outputs
+
+
+def copy_arguments(tensors: list[torch.Tensor], outputs: list[torch.Tensor]) -> dict[str, object]:
+    """What :func:`copy_tokens` needs of the tensors, as one table of tuples."""
+    sources = [_as_integers(tensor) for tensor in tensors]
+    strides = [source.stride() for source in sources]
+    return {
+        "sources": tuple(sources),
+        "outputs": tuple(_as_integers(output) for output in outputs),
+        "strides_b": tuple(s[0] for s in strides),
+        "strides_h": tuple(s[1] for s in strides),
+        "strides_n": tuple(s[2] for s in strides),
+        "strides_d": tuple(s[3] for s in strides),
+        "NUM_HEADS": tuple(source.shape[1] for source in sources),
+        "WIDTHS": tuple(source.shape[3] for source in sources),
+        "TILES": tuple(configs.gather_tile(source.shape[1] * source.shape[3], source.itemsize) for source in sources),
+    }
+
+
+def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """``[B, heads, N, D]`` view of any token tensor as integers of its element size: a copy must not compute."""
+    if tensor.dtype == torch.complex128:  # the one dtype wider than any integer; a copy only of odd layouts
+        parts = torch.view_as_real(tensor)
+        tensor = parts if tensor.dim() == 2 else parts.flatten(-2)
+    tensor = tensor.view(_INTEGERS[tensor.itemsize])
+    if tensor.dim() == 2:
+        tensor = tensor.unsqueeze(-1)
+    return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
+
+
+def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor, chained: bool = False) -> list[torch.Tensor]:
+    """One launch for every :data:`MAX_TENSORS` tensors; `chained` where the previous launch wrote `indices`."""
+    batch_size, num_keep = indices.shape
+    outputs = empty_outputs(tensors, num_keep)
+    pairs = [(tensor, output) for tensor, output in zip(tensors, outputs, strict=True) if output.numel()]
+    for first in range(0, len(pairs), MAX_TENSORS):
+        group = pairs[first : first + MAX_TENSORS]
+        tokens = configs.GATHER_TOKENS
+        gather_kernel[(triton.cdiv(num_keep, tokens), batch_size)](
+            **copy_arguments([tensor for tensor, _ in group], [output for _, output in group]),
+            indices_ptr=indices.contiguous(), num_keep=num_keep, TOKENS=tokens,
+            **configs.EXACT, **configs.overlap(indices.device, chained),
+        )  # fmt: skip
+    return outputs

@@ -1,0 +1,285 @@
+"""Compiles every Triton kernel for every target of the table, without a GPU, and reads what the compiler made of it.
+
+``python tests/triton_aot.py`` rewrites ``benchmarks/results/aot.jsonl`` and the table in ``docs/kernels.md``. The
+kernels are not compiled from hand-written signatures: the ops themselves are called on CPU tensors under a driver that
+claims to be the target, so exactly what a GPU would be asked to run goes through the compiler, specialised on the same
+arguments.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ROOT / "benchmarks" / "results" / "aot.jsonl"
+TABLE = ROOT / "docs" / "kernels.md"
+MARKS = ("<!-- aot -->", "<!-- /aot -->")
+SOURCES = ROOT / "sdtp_kernels" / "backends" / "triton"
+
+
+class Target(NamedTuple):
+    """What bounds a kernel on one architecture."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    max_shared: int
+    """Bytes of shared memory that one program may use."""
+    shared_per_processor: int
+    max_warps: int
+    """Warps a processor holds at once."""
+    tensor_core: str
+    """Text of the matrix instruction in the assembly."""
+
+
+# Limits: CUDA C++ programming guide, table of technical specifications; CDNA 2 and 3 ISA guides.
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 166912, 167936, 64, "mma.sync"),
+    "sm_86": Target("cuda", 86, 32, 101376, 102400, 48, "mma.sync"),
+    "sm_89": Target("cuda", 89, 32, 101376, 102400, 48, "mma.sync"),
+    "sm_90": Target("cuda", 90, 32, 232448, 233472, 64, "wgmma"),
+    "sm_100": Target("cuda", 100, 32, 232448, 233472, 64, "tcgen05.mma"),
+    "sm_120": Target("cuda", 120, 32, 101376, 102400, 48, "mma.sync"),
+    "gfx90a": Target("hip", "gfx90a", 64, 65536, 65536, 32, "v_mfma"),
+    "gfx942": Target("hip", "gfx942", 64, 65536, 65536, 32, "v_mfma"),
+}
+
+
+def _pruner(dtype: torch.dtype, tokens: int) -> tuple[torch.Tensor, ...]:
+    hidden_size, pruner_size = 3584, 896  # Qwen2-7B
+    wide = [torch.empty(pruner_size), torch.empty(pruner_size), torch.empty(())]
+    return torch.empty(1, tokens, hidden_size, dtype=dtype), torch.empty(pruner_size, hidden_size, dtype=dtype), *wide
+
+
+def _carried(dtype: torch.dtype, tokens: int) -> list[torch.Tensor]:
+    """Position embeddings, columns, keys and values, as a patched model hands them over."""
+    rotary = [torch.empty(1, tokens, 128, dtype=dtype) for _ in range(2)]
+    keys_values = [torch.empty(1, tokens, 4, 128, dtype=dtype).transpose(1, 2) for _ in range(2)]
+    return [*rotary, torch.empty(1, tokens, dtype=torch.int64), *keys_values]
+
+
+def _score(ops: Any, dtype: torch.dtype) -> None:
+    ops.score_tokens(*_pruner(dtype, 1024), torch.empty(1, 1024), 1e-6)
+
+
+def _select(ops: Any, tokens: int, *selection: Any) -> None:
+    ops.select_tokens(torch.empty(1, tokens), *selection)
+
+
+def _gather(ops: Any) -> None:
+    ops.gather_tokens(_carried(torch.bfloat16, 1024), torch.empty(1, 800, dtype=torch.int64))
+
+
+def _prune(ops: Any, dtype: torch.dtype, padded: bool, *selection: Any) -> None:
+    tokens = 2048
+    hidden_states, *pruner = _pruner(dtype, tokens)
+    rows = torch.empty(1, 3, dtype=torch.int64) if padded else None
+    ops.prune_tokens(hidden_states, _carried(dtype, tokens), *pruner, *selection, rows, torch.empty(1, tokens), 1e-6)
+
+
+def _prune_unaligned(ops: Any) -> None:
+    """Sizes that are multiples of nothing, so that no access is known to be aligned."""
+    tokens, hidden_size, pruner_size, dtype = 2001, 1001, 251, torch.bfloat16
+    hidden_states = torch.empty(1, tokens, hidden_size, dtype=dtype)
+    w1 = torch.empty(pruner_size, hidden_size, dtype=dtype)
+    pruner = [w1, torch.empty(pruner_size), torch.empty(pruner_size), torch.empty(())]
+    carried = [torch.empty(1, 3, 61, tokens, dtype=dtype).transpose(2, 3)]
+    ops.prune_tokens(hidden_states, carried, *pruner, 7 * 101 + 601, 4, 601, 200, None, None, None)
+
+
+# Selections: num_keep, sink, recent, block_size.
+CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
+    "score bf16": (_score, (torch.bfloat16,)),
+    "score fp16": (_score, (torch.float16,)),
+    "score fp32": (_score, (torch.float32,)),
+    "select 131072": (_select, (131072, 104858, 4, 13108)),
+    "select blocks of 512": (_select, (8192, 6560, 4, 0, 512)),
+    "select blocks of 128": (_select, (8192, 6400, 4, 0, 128)),
+    "gather bf16": (_gather, ()),
+    "prune bf16, padded": (_prune, (torch.bfloat16, True, 1600, 4, 100, None)),
+    "prune blocks of 256 bf16": (_prune, (torch.bfloat16, False, 1600, 4, 0, 256)),
+    "prune blocks of 256 fp32, padded": (_prune, (torch.float32, True, 1600, 4, 0, 256)),
+    "prune one block of 200 bf16": (_prune, (torch.bfloat16, False, 1998, 4, 1848, 200)),
+    "prune unaligned bf16": (_prune_unaligned, ()),
+    "prune blocks of 512 bf16": (_prune, (torch.bfloat16, False, 1600, 4, 0, 512)),
+    "prune blocks of 2048 fp32, padded": (_prune, (torch.float32, True, 1600, 4, 0, 2048)),
+}
+
+
+def kernel_names() -> set[str]:
+    """Every function under @triton.jit that no other one calls: those must be launched from the host."""
+    functions = [node for path in SOURCES.glob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    jitted = [
+        node
+        for node in functions
+        if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list)
+    ]
+    called = {
+        node.func.id
+        for function in jitted
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    return {function.name for function in jitted} - called
+
+
+class _Driver:
+    """Stands in for the driver of `target` as far as compiling asks for one."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_target(name: str) -> list[dict[str, Any]]:
+    """One row for every kernel that the cases launch on target `name`; runs in a process of its own."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from sdtp_kernels.backends import triton as ops
+    from sdtp_kernels.backends.triton import configs
+
+    target = TARGETS[name]
+    triton.runtime.driver.set_active(_Driver(GPUTarget(target.backend, target.arch, target.warp_size)))
+    launch = JITFunction.run
+    compiled: list[tuple[str, int | None, Any]] = []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.__name__, kwargs.get("TILE"), kernel))
+
+    JITFunction.run = compile_only
+    # Two processors with a boundless cache: one block is too few for the one-launch form, two are enough.
+    configs.device_of = lambda device: configs.Device(name, 2, 2**62)
+
+    rows, seen = [], set()
+    for case, (call, arguments) in CASES.items():
+        compiled.clear()
+        call(ops, *arguments)
+        for kernel_name, tile, kernel in compiled:
+            if (key := (kernel_name, kernel.hash)) not in seen:
+                seen.add(key)
+                row = {"target": name, "kernel": kernel_name, "case": case, "tile": tile}
+                rows.append({**row, **measure(kernel, target)})
+    return rows
+
+
+def measure(kernel: Any, target: Target) -> dict[str, Any]:
+    """Registers, spills, shared memory, programs a processor holds, and instructions that must or must not be there.
+
+    `early` counts accesses to memory that stand before the wait for the previous launch.
+    """
+    if target.backend == "cuda":
+        (registers, spills), scalar_spills = _cuda_usage(kernel.asm["cubin"]), 0
+        text = kernel.asm["ptx"]
+        # 64 Ki registers, given out to warps in units of 256.
+        by_registers = 65536 // (-(-registers * 32 // 256) * 256) // kernel.metadata.num_warps
+    else:
+        text = kernel.asm["amdgcn"]
+        registers, spills, scalar_spills = _hip_usage(text)
+        # 512 registers a lane, vector and accumulation together, given out in units of 8; four SIMDs.
+        by_registers = 4 * min(8, 512 // (-(-registers // 8) * 8)) // kernel.metadata.num_warps
+    shared = kernel.metadata.shared
+    by_shared = target.shared_per_processor // (shared + (1024 if target.backend == "cuda" else 0)) if shared else 32
+    return {
+        "num_warps": kernel.metadata.num_warps,
+        "num_stages": kernel.metadata.num_stages,
+        "registers": registers,
+        "spills": spills,
+        "scalar_spills": scalar_spills,
+        "shared": shared,
+        "occupancy": min(by_registers, by_shared, target.max_warps // kernel.metadata.num_warps),
+        "tensor_core": len(re.findall(re.escape(target.tensor_core), text)),
+        "pdl": sorted(set(re.findall(r"griddepcontrol\.(\w+)", text))),
+        "early": len(re.findall(r"\b(?:ld|st|cp)\.\S*global", "".join(text.split("griddepcontrol.wait")[:-1]))),
+    }
+
+
+def _cuda_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack): a spill needs stack, so none means none."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def _hip_usage(assembly: str) -> tuple[int, int, int]:
+    """(vector and accumulation registers, vector registers and bytes that spill, scalars that spill).
+
+    Scalars spill into lanes of vector registers and cost a move, not an access to memory: those are counted apart.
+    """
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    # On these targets .vgpr_count is the unified file: accumulation registers are part of it.
+    spills = field("private_segment_fixed_size") + field("vgpr_spill_count")
+    return field("vgpr_count"), spills, field("sgpr_spill_count")
+
+
+def compile_all(names: tuple[str, ...] = tuple(TARGETS), workers: int = 2) -> list[dict[str, Any]]:
+    """Rows of all targets; each in a fresh process, because a kernel remembers the driver that it first met."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "triton.compiler", "sdtp_kernels"])
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+        return [row for rows in pool.map(compile_target, names) for row in rows]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each kernel and case, a column for each target."""
+    names = list(dict.fromkeys(row["target"] for row in rows))
+    lines = ["| kernel | compiled for | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    cells = {(row["kernel"], row["case"], row["target"]): row for row in rows}
+    for kernel, case in sorted({(row["kernel"], row["case"]) for row in rows}):
+        found = [cells.get((kernel, case, name)) for name in names]
+        texts = ["" if r is None else f"{r['registers']} / {r['shared'] / 1024:.0f} / {r['occupancy']}" for r in found]
+        lines.append(f"| `{kernel}` | {case} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Rewrite the table and its rows; with the name of a file, write the rows there and touch nothing else."""
+    import triton
+
+    rows = compile_all()
+    out = Path(sys.argv[1]) if sys.argv[1:] else ROWS
+    out.write_text("".join(json.dumps({"triton": triton.__version__, **row}) + "\n" for row in rows))
+    if sys.argv[1:]:
+        return 0
+    before, after = TABLE.read_text().split(MARKS[0])[0], TABLE.read_text().split(MARKS[1])[1]
+    TABLE.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{after}")
+    print(f"{len(rows)} kernels compiled, {sum(row['spills'] > 0 for row in rows)} spill")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

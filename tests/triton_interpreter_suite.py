@@ -1,0 +1,677 @@
+# ruff: noqa: E402 - the interpreter is chosen before the imports
+"""The op contract on the Triton backend, in Triton's interpreter; test_triton.py runs this file in its own processes.
+
+The interpreter is chosen when Triton is imported, for a whole process, which is why these tests cannot live beside
+others. What they compare with is `reference`, which test_ops.py holds to the text of the contract.
+"""
+
+import contextlib
+import inspect
+import itertools
+import math
+import mmap
+import os
+import random
+import sys
+import threading
+
+assert "triton" not in sys.modules, "run this file in a process of its own"
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+from triton_aot import SOURCES, kernel_names
+
+import sdtp_kernels.backends.triton as backend
+from sdtp_kernels import (
+    BackendUnavailableError,
+    PruningSchedule,
+    TokenPruner,
+    backends,
+    explain_backends,
+    gather_tokens,
+    prune_tokens,
+    score_tokens,
+    select_tokens,
+)
+from sdtp_kernels.backends.triton import configs, fused, gather, score, select
+
+MODULES = (score, select, gather, fused)
+KERNELS = {name: getattr(module, name) for name in kernel_names() for module in MODULES if name in vars(module)}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SPECIAL = [0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, 1e-45, -1e-45, 1.0, 1.0 + 2**-23, -1.0, 3e38]
+
+
+class _Patched:
+    def restore(self):
+        pass
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter():
+    """Spare the interpreter what it repeats: patching `tl` at each call of a function, and copying CPU tensors back."""
+    patch, seen = interpreter._patch_lang, set()
+
+    def patch_once(function):
+        if function not in seen:
+            seen.add(function)
+            patch(function)
+        return _Patched()
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None
+
+
+@pytest.fixture
+def launches():
+    """Names of the kernels launched so far."""
+    names = []
+    for name, kernel in KERNELS.items():
+        kernel.add_pre_run_hook(lambda *_, name=name, **__: names.append(name))
+    yield names
+    for kernel in KERNELS.values():
+        kernel.pre_run_hooks.clear()
+
+
+@contextlib.contextmanager
+def before_each_access(act):
+    """Call `act(kind, addresses)` before each access of a program to memory; kind is "load" or "store"."""
+    builder = interpreter.interpreter_builder
+
+    def wrap(kind, method):
+        def wrapped(pointers, *others):
+            mask = others[0] if kind == "load" else others[1]
+            act(kind, pointers.data[np.broadcast_to(mask.data, pointers.data.shape)])
+            return method(pointers, *others)
+
+        return wrapped
+
+    names = {"create_masked_load": "load", "create_masked_store": "store"}
+    for name, kind in names.items():
+        setattr(builder, name, wrap(kind, getattr(builder, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(builder, name)
+
+
+class Schedule:
+    """Programs of a launch as threads. One runs at a time; at each access to memory the next one is drawn at random."""
+
+    def __init__(self, seed):
+        self.random, self.turns, self.errors = random.Random(seed), {}, []
+
+    def run(self, program, places):
+        self.turns = {place: threading.Semaphore(0) for place in places}
+        threads = [threading.Thread(target=self.run_one, args=(program, place)) for place in places]
+        for thread in threads:
+            thread.start()
+        self.wake_one()
+        for thread in threads:
+            thread.join()
+        if self.errors:
+            raise self.errors[0]
+
+    def run_one(self, program, place):
+        self.turns[place].acquire()
+        interpreter.interpreter_builder.grid_idx = place
+        try:
+            program()
+        except BaseException as error:
+            self.errors.append(error)
+        del self.turns[place]
+        self.wake_one()
+
+    def wake_one(self):
+        if self.turns:
+            self.random.choice(list(self.turns.values())).release()
+
+    def switch(self, *_):
+        place = interpreter.interpreter_builder.grid_idx
+        self.wake_one()
+        self.turns[place].acquire()
+        interpreter.interpreter_builder.grid_idx = place
+
+
+@contextlib.contextmanager
+def concurrent_programs(seed):
+    """Launches run under a :class:`Schedule`, where the interpreter runs one program after the other."""
+    schedule, serial = Schedule(seed), interpreter.GridExecutor
+
+    class Concurrent(serial):
+        def __call__(self, *args, **kwargs):
+            kwargs = {name: value for name, value in kwargs.items() if name in self.arg_names}
+            for hook in self.pre_run_hooks:
+                hook(*args, **kwargs)
+            interpreter._patch_lang(self.fn)
+            args = inspect.getcallargs(self.fn, *args, **kwargs)
+            args = {k: v if k in self.constexprs else interpreter._implicit_cvt(v) for k, v in args.items()}
+            dims = (*self.grid, 1, 1)[:3]
+            interpreter.interpreter_builder.set_grid_dim(*dims)
+            schedule.run(lambda: self.fn(**args), list(itertools.product(*map(range, dims))))
+
+    interpreter.GridExecutor = Concurrent
+    try:
+        with before_each_access(schedule.switch):
+            yield
+    finally:
+        interpreter.GridExecutor = serial
+
+
+def pruner_inputs(tokens, hidden_size=48, intermediate_size=20, dtype=torch.float32, batch=1, scale=3.0):
+    pruner = TokenPruner(hidden_size, intermediate_size)
+    torch.nn.init.normal_(pruner.b1)
+    pruner.b2.data.fill_(0.7)
+    return (torch.randn(batch, tokens, hidden_size) * scale).to(dtype), pruner.weights(dtype)
+
+
+def far_apart(tokens, width, stride, dtype):
+    """``[1, tokens, width]`` whose rows stand `stride` elements apart; nothing in between is ever touched."""
+    size = ((tokens - 1) * stride + width) * dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).as_strided((1, tokens, width), (0, stride, 1))
+
+
+# ------------------------------------------------------------------------------------------------------------ score
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rms_eps", [None, 1e-6])
+@pytest.mark.parametrize(
+    ("tokens", "hidden_size", "pruner_size"), [(1, 8, 1), (300, 64, 16), (257, 100, 300), (3, 8192, 130)]
+)
+def test_score(dtype, rms_eps, tokens, hidden_size, pruner_size):
+    hidden_states, weights = pruner_inputs(tokens, hidden_size, pruner_size, dtype, batch=2)
+    bias = torch.randn(2, tokens)
+    got, expected = (
+        score_tokens(hidden_states, *weights, score_bias=bias, rms_eps=rms_eps, backend=name)
+        for name in ("triton", "reference")
+    )
+    # The products of 16-bit operands are exact in float32: the dtype does not matter.
+    torch.testing.assert_close(got, expected, atol=1e-5 * max(1.0, expected.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_score_does_not_depend_on_the_company(dtype):
+    hidden_states, weights = pruner_inputs(300, 64, 160, dtype, batch=3)
+    together = score_tokens(hidden_states, *weights, rms_eps=1e-6, backend="triton")
+    for row, length in ((0, 300), (1, 129), (2, 1), (1, 200)):  # rows are right-aligned
+        alone = score_tokens(hidden_states[row : row + 1, 300 - length :], *weights, rms_eps=1e-6, backend="triton")
+        assert torch.equal(alone[0], together[row, 300 - length :])
+
+
+def test_score_layouts_and_nan():
+    hidden_states, weights = pruner_inputs(90, 70, 16, batch=2)
+    expected = score_tokens(hidden_states, *weights, backend="triton")
+    strided = torch.full((2, 180, 140), torch.nan)[:, ::2, :140:2].copy_(hidden_states)
+    transposed = hidden_states.transpose(1, 2).contiguous().transpose(1, 2)
+    for layout in (strided, transposed):
+        assert torch.equal(score_tokens(layout, *weights, backend="triton"), expected)
+    spread = weights._replace(w1=torch.full((32, 140), torch.nan)[::2, ::2].copy_(weights.w1))
+    spread = spread._replace(b1=torch.full((32,), torch.nan)[::2].copy_(weights.b1))
+    assert torch.equal(score_tokens(hidden_states, *spread, backend="triton"), expected)
+    hidden_states[1, 40, 3] = torch.nan
+    scores = score_tokens(hidden_states, *weights, backend="triton")
+    assert scores.isnan().nonzero().tolist() == [[1, 40]]
+    assert torch.equal(scores[0], expected[0])
+
+
+def test_score_offsets_beyond_32_bits():
+    hidden_states = far_apart(tokens=3, width=16, stride=2**30 + 8, dtype=torch.float16)
+    values, weights = pruner_inputs(3, 16, 4, torch.float16)
+    hidden_states.copy_(values)
+    expected = score_tokens(values, *weights, rms_eps=1e-6, backend="triton")
+    assert torch.equal(score_tokens(hidden_states, *weights, rms_eps=1e-6, backend="triton"), expected)
+    # The same for a step along the hidden size: 64 elements, 2^25 apart.
+    values, weights = pruner_inputs(2, 66, 4, torch.float16)
+    hidden_states = far_apart(tokens=66, width=2, stride=2**25, dtype=torch.float16).transpose(1, 2)
+    hidden_states.copy_(values)
+    expected = score_tokens(values, *weights, rms_eps=1e-6, backend="triton")
+    assert torch.equal(score_tokens(hidden_states, *weights, rms_eps=1e-6, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("pruner_size", [0, 5])
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 7), (2, 0), (2, 7)])
+def test_score_of_nothing(batch, tokens, pruner_size):
+    x, (w1, b1, w2) = torch.randn(batch, tokens, 8), (torch.randn(pruner_size, 8), *torch.randn(2, pruner_size))
+    arguments = (x, w1, b1, w2, torch.tensor(0.5))
+    assert torch.allclose(score_tokens(*arguments, backend="triton"), score_tokens(*arguments, backend="reference"))
+
+
+# ----------------------------------------------------------------------------------------------------------- select
+
+
+def draw_selection(generator):
+    """A padded batch of score rows full of ties and special values, and what to keep of each."""
+
+    def integer(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    block_size = [None, None, 1, 7, 12, 100][integer(0, 5)]
+    sink = integer(0, 3)
+    per_block = integer(min(sink + 1, block_size), block_size) if block_size else None
+    few = [torch.tensor(values) for values in (SPECIAL, [0.5], [0.25, 0.5])]
+    pools = [torch.randn(50, generator=generator), *few]
+    rows, scores = [], []
+    for _ in range(integer(1, 3)):
+        tail = integer(0, 12)
+        blocks = integer(0, 3)
+        length = tail + (blocks * block_size if block_size else integer(0, 400))
+        keep = tail + (blocks * per_block if block_size else integer(min(sink, length - tail), length - tail))
+        pool = pools[integer(0, 3)]
+        rows.append((length, keep, tail))
+        scores.append(pool[torch.randint(len(pool), (length,), generator=generator)])
+    width = max(length for length, _, _ in rows) + 2
+    padded = torch.full((len(rows), width), 7.0)  # padding scores high: a row that reads it goes wrong
+    for padded_row, row in zip(padded, scores, strict=True):
+        padded_row[width - len(row) :] = row
+    num_keep = max(keep for _, keep, _ in rows) + 1
+    return padded, {"num_keep": num_keep, "sink": sink, "block_size": block_size, "rows": torch.tensor(rows)}
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_select(seed):
+    scores, selection = draw_selection(torch.Generator().manual_seed(seed))
+    expected = select_tokens(scores, **selection, backend="reference")
+    assert torch.equal(select_tokens(scores, **selection, backend="triton"), expected)
+    spread = torch.full((len(scores), 2 * scores.shape[1]), torch.nan)[:, ::2].copy_(scores)
+    assert torch.equal(select_tokens(spread, **selection, backend="triton"), expected)
+    length, keep, tail = selection["rows"][0].tolist()  # the row alone, its counts given on the host
+    alone, padding = scores[:1, scores.shape[1] - length :], scores.shape[1] - length
+    host = {"sink": selection["sink"], "recent": tail, "block_size": selection["block_size"]}
+    got = select_tokens(alone, keep, **host, backend="triton")
+    assert torch.equal(got[0] + padding, expected[0, selection["num_keep"] - keep :])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "settings"),
+    [
+        (1, {"num_keep": 1}),
+        (1, {"num_keep": 0}),
+        (4097, {"num_keep": 4000, "sink": 4, "recent": 0}),  # a tile and one token
+        (131072, {"num_keep": 104858, "sink": 4, "recent": 13108}),
+        (4608 + 300, {"num_keep": 300 * 9 + 300, "sink": 4, "recent": 300, "block_size": 512}),
+        (5000 * 2, {"num_keep": 8192, "sink": 4, "block_size": 5000}),  # blocks longer than a tile
+    ],
+)
+@pytest.mark.parametrize("kind", ["ties", "descending", "equal", "special"])
+def test_select_long_rows(tokens, settings, kind):
+    scores = {
+        "ties": torch.randn(1, tokens).bfloat16().float(),
+        "descending": -torch.arange(tokens).float().unsqueeze(0),
+        "equal": torch.full((1, tokens), 0.5),
+        "special": torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (1, tokens))],
+    }[kind]
+    expected = select_tokens(scores, **settings, backend="reference")
+    assert torch.equal(select_tokens(scores, **settings, backend="triton"), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------- gather
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [*DTYPES, torch.float64, torch.int64, torch.int8, torch.bool, torch.complex64, torch.complex128],
+)
+def test_gather(dtype, launches):
+    def make(*shape):
+        return (torch.randn(shape) * 50).to(dtype)
+
+    indices = torch.tensor([[0, 3, 4, 11], [-1, -1, 5, 6]])
+    tensors = [
+        make(2, 12, 7),
+        make(2, 12),
+        make(2, 12, 3, 5).transpose(1, 2),  # [B, heads, N, D] as attention leaves it
+        make(1, 12, 4).expand(2, -1, -1),  # position embeddings shared by the batch
+        make(2, 24, 6)[:, ::2, 1::2],
+        make(2, 7, 12).transpose(1, 2),
+        make(2, 12, 0),
+        make(2, 12, 1500),  # wider than a tile
+    ]
+    got = gather_tokens(tensors, indices, backend="triton")
+    assert launches == ["gather_kernel"]
+    for a, b in zip(got, gather_tokens(tensors, indices, backend="reference"), strict=True):
+        assert a.dtype == dtype
+        assert a.is_contiguous()
+        assert torch.equal(a, b)
+
+
+def test_gather_copies_the_bits_of_nan():
+    bits = torch.tensor([[0x7FC00001, 0x7F800123, -1]], dtype=torch.int32)
+    (got,) = gather_tokens([bits.view(torch.float32)], torch.tensor([[0, 1, 2]]), backend="triton")
+    assert torch.equal(got.view(torch.int32), bits)
+
+
+def test_gather_nothing_and_much(launches):
+    indices = torch.tensor([[0, 2, -1]])
+    assert gather_tokens([], indices, backend="triton") == []
+    empty = gather_tokens([torch.ones(1, 3, 2)], torch.empty(1, 0, dtype=torch.int64), backend="triton")
+    assert empty[0].shape == (1, 0, 2)
+    assert launches == []
+    tensors = [torch.randn(1, 3) for _ in range(gather.MAX_TENSORS + 1)]
+    got = gather_tokens(tensors, indices, backend="triton")
+    assert all(map(torch.equal, got, gather_tokens(tensors, indices, backend="reference")))
+    assert launches == ["gather_kernel"] * 2
+
+
+def test_gather_offsets_beyond_32_bits():
+    tensor = far_apart(tokens=3, width=5, stride=2**30 + 8, dtype=torch.int8)
+    tensor.copy_(torch.arange(15).view(1, 3, 5))
+    (got,) = gather_tokens([tensor], torch.tensor([[1, 2]]), backend="triton")
+    assert got.flatten().tolist() == list(range(5, 15))
+
+
+# ------------------------------------------------------------------------------------------------------------ prune
+
+PRUNE_LAUNCHES = {
+    None: ["score_kernel", "select_kernel", "gather_kernel"],
+    128: ["prune_kernel"],
+    230: ["prune_kernel"],  # what a block of 256 may hold after a stage
+    256: ["prune_kernel"],
+    300: ["score_kernel", "select_and_gather_kernel"],
+    1100: ["score_kernel", "select_and_gather_kernel"],  # longer than a tile
+}
+
+
+def prune_case(block_size, padded, dtype, tokens=620, batch=2):
+    """Arguments of `prune_tokens`: the tensors, and the selection."""
+    hidden_states, weights = pruner_inputs(tokens, 64, 160, dtype, batch)
+    carried = [
+        torch.randn(1, tokens, 8).expand(batch, -1, -1),
+        torch.arange(tokens).expand(batch, -1),
+        torch.randn(batch, tokens, 2, 6).to(dtype).transpose(1, 2),
+    ]
+    scoring = {"score_bias": torch.randn(batch, tokens), "rms_eps": 1e-6}
+    if block_size is None:
+        rows = torch.tensor([[tokens, tokens - 150, 60], [tokens - 90, tokens - 200, 45]])
+        selection = {"num_keep": tokens - 150, "recent": 60}
+    else:
+        tail, per_block = tokens % block_size, block_size * 3 // 4
+        num_keep = tokens // block_size * per_block + tail
+        rows = torch.tensor([[tokens, num_keep, tail], [block_size + 9, per_block + 9, 9]])
+        selection = {"num_keep": num_keep, "recent": tail, "block_size": block_size}
+    if padded:
+        selection |= {"rows": rows, "recent": 0, "num_keep": selection["num_keep"] + 3}
+    return (hidden_states, carried, *weights), selection | {"sink": 4}, scoring
+
+
+def assert_equals_composition(got, arguments, selection, scoring):
+    hidden_states, carried, *weights = arguments
+    scores = score_tokens(hidden_states, *weights, **scoring, backend="triton")
+    indices = select_tokens(scores, **selection, backend="reference")
+    assert torch.equal(got.indices, indices)
+    expected = gather_tokens([hidden_states, *carried], indices, backend="reference")
+    for a, b in zip([got.hidden_states, *got.tensors], expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("dtype", "padded"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("block_size", PRUNE_LAUNCHES)
+def test_prune_equals_the_composition(block_size, padded, dtype, launches):
+    arguments, selection, scoring = prune_case(block_size, padded, dtype, tokens=max(620, (block_size or 0) + 60))
+    got = prune_tokens(*arguments, **selection, **scoring, backend="triton")
+    assert launches == PRUNE_LAUNCHES[block_size]
+    assert_equals_composition(got, arguments, selection, scoring)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("block_size", [None, 128, 300])
+def test_programs_run_at_once(block_size, seed):
+    """No program reads what another one of its launch wrote: however they interleave, the result is the same."""
+    arguments, selection, scoring = prune_case(block_size, True, torch.bfloat16, tokens=400)
+    expected = prune_tokens(*arguments, **selection, **scoring, backend="triton")
+    with concurrent_programs(seed):
+        got = prune_tokens(*arguments, **selection, **scoring, backend="triton")
+    for a, b in zip(*([r.hidden_states, *r.tensors, r.indices] for r in (got, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
+@triton.jit
+def planted_read_of_a_neighbour(values_ptr):
+    """Right in the order of the serial interpreter alone: the program before this one must have written."""
+    program = tl.program_id(0)
+    tl.store(values_ptr + program + 1, tl.load(values_ptr + program) + 1)
+
+
+@triton.jit
+def planted_lost_update(values_ptr):
+    """Right in any order of whole programs; an update is lost where two of them interleave."""
+    tl.store(values_ptr + 8, tl.load(values_ptr + 8) + 1)
+
+
+@pytest.mark.parametrize("kernel", [planted_read_of_a_neighbour, planted_lost_update])
+def test_the_scheduler_bites(kernel):
+    def run():
+        values = torch.zeros(9)
+        kernel[(8,)](values)
+        return values[8].item()
+
+    assert run() == 8  # the stock interpreter finds nothing
+    found = []
+    for seed in range(5):
+        with concurrent_programs(seed):
+            found.append(run())
+        with concurrent_programs(seed):
+            assert run() == found[-1]  # a seed is one schedule
+    assert all(count < 8 for count in found)
+    assert run() == 8
+
+
+def test_kernels_have_no_atomics():
+    assert not [path for path in SOURCES.glob("*.py") if "atomic" in path.read_text()]
+
+
+@contextlib.contextmanager
+def traffic():
+    """Yields ``count(kind, tensor)``: how often each element of a contiguous tensor is loaded or stored meanwhile."""
+    accesses = {"load": [], "store": []}
+
+    def count(kind, tensor):
+        addresses = np.concatenate([np.empty(0, np.uint64), *accesses[kind]]).astype(np.int64) - tensor.data_ptr()
+        elements = addresses[(addresses >= 0) & (addresses < tensor.nbytes)] // tensor.itemsize
+        return torch.from_numpy(np.bincount(elements, minlength=tensor.numel())).view(tensor.shape)
+
+    with before_each_access(lambda kind, addresses: accesses[kind].append(addresses)):
+        yield count
+
+
+@pytest.mark.parametrize(
+    ("block_size", "pruner_size", "num_launches"),
+    [(128, 100, 1), (256, 128, 1), (256, 300, 1), (300, 100, 2), (600, 300, 2)],
+)
+def test_bytes_of_the_block_budget(block_size, pruner_size, num_launches, launches):
+    """Counted, not computed: who is read and written how often."""
+    batch, blocks, tail, hidden_size = 2, 2, 37, 64
+    per_block, tokens = block_size * 3 // 4, blocks * block_size + tail
+    hidden_states, weights = pruner_inputs(tokens, hidden_size, pruner_size, torch.bfloat16, batch)
+    carried = [torch.randn(batch, tokens, 24), torch.randn(batch, 2, tokens, 8), torch.ones(batch, tokens)]
+    bias = torch.randn(batch, tokens)
+    num_keep = blocks * per_block + tail
+    with traffic() as count:
+        got = prune_tokens(
+            hidden_states, carried, *weights, num_keep, sink=4, recent=tail, block_size=block_size,
+            score_bias=bias, rms_eps=1e-6, backend="triton",
+        )  # fmt: skip
+    assert len(launches) == num_launches
+    is_kept = torch.zeros(batch, tokens, dtype=torch.int64).scatter_(1, got.indices, 1)
+    is_scored = (torch.arange(tokens) < tokens - tail).long().expand(batch, -1)
+    width_tiles, token_tiles = -(-pruner_size // 128), -(-block_size // 128) * blocks * batch
+    if num_launches == 2:
+        token_tiles = -(-blocks * block_size // 128) * batch
+    # Hidden states: once to be scored, then the kept ones. A pruner wider than a tile takes them from L2 once more for
+    # each further tile; `fits_one_launch` sees to it that they are there.
+    expected = (is_scored * width_tiles + is_kept).unsqueeze(-1).expand_as(hidden_states)
+    assert torch.equal(count("load", hidden_states), expected)
+    assert torch.equal(count("load", carried[0]), is_kept.unsqueeze(-1).expand_as(carried[0]))
+    assert torch.equal(count("load", carried[1]), is_kept[:, None, :, None].expand_as(carried[1]))
+    assert torch.equal(count("load", carried[2]), is_kept)
+    for output in (got.hidden_states, *got.tensors, got.indices):
+        assert count("store", output).eq(1).all()
+    for output in (got.hidden_states, *got.tensors):
+        assert not count("load", output).any()
+    assert count("load", got.indices).eq(1 + len(carried)).all()  # the column of a slot, once for each tensor
+    # The pruner: every tile of tokens reads all of it, from L2.
+    assert count("load", weights.w1).eq(token_tiles).all()
+    if num_launches == 1:  # scores stay in registers
+        assert torch.equal(count("load", bias), is_scored)
+
+
+def test_one_launch_where_it_pays(monkeypatch, launches):
+    arguments, selection, scoring = prune_case(128, False, torch.bfloat16)
+    one = prune_tokens(*arguments, **selection, **scoring, backend="triton")
+    monkeypatch.setattr(configs, "device_of", lambda _: configs.Device("sm_90", 132, 50 * 2**20))  # an H100
+    two = prune_tokens(*arguments, **selection, **scoring, backend="triton")
+    assert launches == ["prune_kernel", "score_kernel", "select_and_gather_kernel"]
+    for a, b in zip(*([r.hidden_states, *r.tensors, r.indices] for r in (one, two)), strict=True):
+        assert torch.equal(a, b)
+
+    def fits(hidden_size, pruner_size, block_size, blocks, batch=1):
+        hidden_states = torch.empty(1, 1, 1, dtype=torch.bfloat16).expand(batch, 9, hidden_size)
+        return fused.fits_one_launch(hidden_states, pruner_size, block_size, blocks)
+
+    assert fits(896, 224, 256, 132)
+    assert fits(896, 224, 256, 66, batch=2)
+    assert not fits(896, 224, 256, 131)  # too few programs
+    assert not fits(896, 224, 257, 132)  # too large a block
+    assert not fits(3584, 896, 256, 132)  # hidden states would be read from HBM seven times
+    assert fits(3584, 128, 256, 132)  # read once: one tile holds the whole pruner
+
+
+def test_wrong_counts_stay_in_their_row():
+    """The host does not see the counts of rows on a GPU: wrong ones must not reach beyond the row."""
+    scores = torch.randn(1, 40)
+    for wrong in ([99, 99, 99], [-5, 3, 2], [40, 60, 50], [9, 30, 2**40], [40, -1, -1], [30, 20, 25]):
+        rows = torch.tensor([wrong])
+        for block_size in (None, 8):
+            memory = torch.full((3, 20), -7)
+            select.select_kernel[(10, 1)](
+                scores, 0, 1, None, None, None, rows, memory[1],
+                40, 20, 2, 0, block_size, 1 if block_size is None else 5, 0, TILE=256, FILL=256, PDL=False,
+            )  # fmt: skip
+            assert memory[[0, 2]].eq(-7).all()
+            assert memory[1].lt(40).all()
+
+
+def test_prune_nothing():
+    hidden_states, weights = pruner_inputs(20)
+    for selection in ({"num_keep": 0}, {"num_keep": 20, "recent": 20, "block_size": 8}, {"num_keep": 20}):
+        expected = prune_tokens(hidden_states, [], *weights, **selection, backend="reference")
+        got = prune_tokens(hidden_states, [], *weights, **selection, backend="triton")
+        assert torch.equal(got.indices, expected.indices)
+        assert torch.equal(got.hidden_states, expected.hidden_states)
+
+
+def test_prune_many_tensors(launches):
+    hidden_states, weights = pruner_inputs(40)
+    tensors = [torch.randn(1, 40) for _ in range(gather.MAX_TENSORS + 3)]
+    arguments, selection = (hidden_states, tensors, *weights), {"num_keep": 24, "recent": 8, "block_size": 16}
+    got = prune_tokens(*arguments, **selection, backend="triton")
+    assert launches == ["score_kernel", "select_kernel", "gather_kernel", "gather_kernel"]
+    assert_equals_composition(got, arguments, selection, {})
+
+
+# ------------------------------------------------------------------------------- tracing, models, errors, coverage
+
+
+def op_inputs(requires_grad):
+    hidden_states, weights = pruner_inputs(40, batch=2)
+    hidden_states.requires_grad_(requires_grad)
+    other = torch.randn(2, 2, 40, 3, requires_grad=requires_grad)
+    selection = (20, 2, 4, None, torch.tensor([[40, 20, 4], [30, 16, 3]]))
+    return {
+        "score_tokens": (hidden_states, *weights, torch.randn(2, 40), 1e-6),
+        "select_tokens": (torch.randn(2, 40), *selection),
+        "gather_tokens": ([hidden_states, other, torch.arange(80).view(2, 40)], torch.tensor([[0, 2, 39], [-1, 4, 9]])),
+        "prune_tokens": (hidden_states, [other], *weights, *selection, None, 1e-6),
+    }
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", ["score_tokens", "select_tokens", "gather_tokens", "prune_tokens"])
+def test_opcheck(name, requires_grad):
+    op = getattr(torch.ops.sdtp, name).default
+    torch.library.opcheck(op, op_inputs(requires_grad)[name], {"backend": "triton"})
+
+
+@pytest.mark.parametrize("name", ["score_tokens", "select_tokens", "gather_tokens", "prune_tokens"])
+def test_fake_layouts_are_the_real_ones(name):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    op, inputs = getattr(torch.ops.sdtp, name), op_inputs(False)[name]
+    with FakeTensorMode() as mode:
+        fake = op(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs))
+    real = op(*inputs, backend="triton")
+    for a, b in zip(torch.utils._pytree.tree_leaves(fake), torch.utils._pytree.tree_leaves(real), strict=True):
+        assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+@pytest.mark.parametrize("budget", ["global", "block"])
+def test_model(tiny_model, budget):
+    """A patched model end to end: prompt lengths of its own in a batch, and decoding after it."""
+    from sdtp_kernels import apply_sdtp
+
+    schedule = PruningSchedule((2, 4), 0.7, budget=budget, block_size=32, min_prompt=8)
+    pruners = {layer: TokenPruner(64, 16) for layer in schedule.layers}
+    tokens = torch.randint(256, (2, 70))
+    mask = torch.ones_like(tokens)
+    mask[1, :21] = 0
+    results = []
+    for name in ("reference", "triton"):
+        with apply_sdtp(tiny_model, pruners, schedule, backend=name), torch.no_grad():
+            logits = tiny_model(tokens, attention_mask=mask, logits_to_keep=1).logits
+            results.append((logits, tiny_model.generate(tokens, attention_mask=mask, max_new_tokens=5)))
+    (expected, expected_tokens), (got, got_tokens) = results
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(got_tokens, expected_tokens)
+
+
+def test_errors():
+    hidden_states, weights = pruner_inputs(5, dtype=torch.float64)
+    with pytest.raises(BackendUnavailableError, match=r"(?s)'triton' cannot run .* torch.float64.*computes in"):
+        score_tokens(hidden_states, *weights, backend="triton")
+    with pytest.raises(ValueError, match=r"backend 'triton' takes at most 65535 rows .* got 65536 rows of 3: split"):
+        select_tokens(torch.zeros(1, 1).expand(65536, 3), 2, backend="triton")
+    with pytest.raises(ValueError, match=f"of at most {backend.MAX_TOKENS} tokens"):
+        gather_tokens([], torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**24 + 1), backend="triton")
+    with pytest.raises(
+        BackendUnavailableError, match=r"(?s)'triton' cannot run on meta .*not on meta.*reference: can run"
+    ):
+        backends.choose("triton", torch.device("meta"), torch.float32)
+    hidden_states, weights = pruner_inputs(5)
+    for keys in (torch.zeros(1, 2, 2, 5, 4), torch.zeros(2, 2, 5, 4), torch.zeros(1, 2, 6, 4)):  # any heads of any size
+        with pytest.raises(ValueError, match=r"tensors\[0\]: expected the batch and tokens of hidden_states .*, got "):
+            prune_tokens(hidden_states, [keys], *weights, 3, backend="triton")
+
+
+def test_auto_never_takes_the_interpreter(monkeypatch):
+    status = {s.name: s for s in explain_backends("cpu")}
+    assert status["triton"].available
+    assert not status["triton"].chosen
+    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    assert "needs triton 3.8 or newer, found 3.7.1" in backend.unavailable_reason(torch.device("cpu"))
+
+
+def test_tables():
+    tiles = {size: configs.select_tile(size) for size in (1, 256, 257, 1024, 1025, 131072)}
+    assert tiles == {1: 256, 256: 256, 257: 1024, 1024: 1024, 1025: 4096, 131072: 4096}
+    assert [configs.select_tile(size, largest=1024) for size in (200, 1024, 5000)] == [256, 1024, 1024]
+    assert [configs.nvidia_target(*c) for c in ((8, 0), (8, 7), (9, 0), (10, 3), (12, 1))] == [
+        "sm_80", "sm_86", "sm_90", "sm_100", "sm_120",
+    ]  # fmt: skip
+
+
+def test_every_kernel_is_right_here(launches):
+    """A kernel that none of these calls launches has no test in the interpreter."""
+    for block_size in (None, 128, 300):
+        arguments, selection, scoring = prune_case(block_size, False, torch.float32, tokens=310, batch=1)
+        got = prune_tokens(*arguments, **selection, **scoring, backend="triton")
+        assert_equals_composition(got, arguments, selection, scoring)
+        inputs = (arguments[0], *arguments[2:])
+        scores = score_tokens(*inputs, **scoring, backend="reference")
+        torch.testing.assert_close(score_tokens(*inputs, **scoring, backend="triton"), scores, atol=1e-4, rtol=0)
+    assert set(launches) == set(KERNELS) == kernel_names()
