@@ -154,7 +154,8 @@ class Prompt:
         if isinstance(scorer, Fused):
             hidden_states, (cos, sin, kept), indices = ops.prune_tokens(
                 hidden_states, carried, *scorer.weights, plan.num_keep,
-                **selection, score_bias=scorer.score_bias(stage_input), rms_eps=scorer.rms_eps, backend=backend,
+                **selection, pooling=scorer.pruner.pooling,
+                score_bias=scorer.score_bias(stage_input), rms_eps=scorer.rms_eps, backend=backend,
             )  # fmt: skip
         else:
             scores = scorer(stage_input)
