@@ -75,7 +75,7 @@ def add_command(subparsers: Any) -> None:
         help="of the attention of the prompt's last tokens, which see the question; 0 for none (%(default)s). Only lm "
         "and kl train it",
     )
-    parser.add_argument("--intermediate", type=int, metavar="H", help="width of the MLP (default: hidden size / 4)")
+    parser.add_argument("--intermediate", type=int, metavar="H", help="width of the MLP (default: hidden size / 8)")
     parser.add_argument(
         "--pooling", type=int, default=7, metavar="TOKENS",
         help="rank a token by the best score among so many around it; 1 for none (%(default)s)",
@@ -586,7 +586,8 @@ def _new_pruners(args: argparse.Namespace, layers: Sequence[int], hidden_size: i
         pruners = {
             layer: TokenPruner(
                 hidden_size,
-                args.intermediate,
+                # Half the paper's width: the held-out fit is the same, the cost is not.
+                args.intermediate or max(1, hidden_size // 8),
                 distance=args.distance,
                 attention=args.attention_weight > 0,
                 pooling=args.pooling,

@@ -150,6 +150,7 @@ class Prompt:
             self.decoder.layers[layer_idx - 1],
             self.hidden_states_below,
             None if cache is None else cache.layers[layer_idx - 1].keys,
+            self.lengths is not None,
         )
         if isinstance(scorer, Fused):
             hidden_states, (cos, sin, kept), indices = ops.prune_tokens(
