@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["PrunedTokens", "gather_tokens", "prune_tokens", "score_tokens", "select_tokens"]
 
 _PRUNER = "Tensor w1, Tensor b1, Tensor w2, Tensor b2"
-_SELECTION = "SymInt num_keep, SymInt sink=0, SymInt recent=0, SymInt? block_size=None, Tensor? rows=None"
+_SELECTION = (
+    "SymInt num_keep, SymInt sink=0, SymInt recent=0, SymInt? block_size=None, Tensor? rows=None, int pooling=1"
+)
 _SCORING = "Tensor? score_bias=None, float? rms_eps=None"
 _SCHEMAS = (
     f'score_tokens(Tensor hidden_states, {_PRUNER}, {_SCORING}, str backend="auto") -> Tensor',
@@ -108,6 +110,7 @@ def select_tokens(
     recent: int = 0,
     block_size: int | None = None,
     rows: torch.Tensor | None = None,
+    pooling: int = 1,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Choose the tokens that go on.
@@ -115,7 +118,8 @@ def select_tokens(
     The last `recent` tokens of a row are kept. The tokens before them form one block, or blocks of `block_size`; every
     block keeps ``(num_keep - recent) / number of blocks`` tokens: first the forced ones (the row's first `sink` tokens
     and, where `block_size` is given, the last token of each block), then the highest scores. Equal scores: the lower
-    index wins. NaN ranks below every number, -0 equals +0.
+    index wins. NaN ranks below every number, -0 equals +0. With `pooling` a token ranks by the highest score among its
+    neighbours in the block, so that what stands together stays together.
 
     Parameters
     ----------
@@ -130,6 +134,9 @@ def select_tokens(
         For left-padded rows: valid tokens, tokens to keep and trailing tokens always kept, of each row, replacing `N`,
         `num_keep` and `recent`. See :meth:`PruningSchedule.plan_rows`. Values on an accelerator are not checked: the
         host would have to wait for them.
+    pooling : int, default 1
+        Odd width of the max-pooling, in tokens. It reaches neither into other blocks, nor the last `recent` tokens, nor
+        padding; forced tokens take part with their own scores.
     backend : str, default "auto"
         As in :func:`score_tokens`.
 
@@ -147,7 +154,7 @@ def select_tokens(
         If the named backend cannot run on these inputs.
     """
     return torch.ops.sdtp.select_tokens(  # type: ignore[no-any-return]
-        scores, num_keep, sink, recent, block_size, rows, backend
+        scores, num_keep, sink, recent, block_size, rows, pooling, backend
     )
 
 
@@ -194,6 +201,7 @@ def prune_tokens(
     recent: int = 0,
     block_size: int | None = None,
     rows: torch.Tensor | None = None,
+    pooling: int = 1,
     score_bias: torch.Tensor | None = None,
     rms_eps: float | None = None,
     backend: str = "auto",
@@ -219,7 +227,7 @@ def prune_tokens(
     return PrunedTokens(
         *torch.ops.sdtp.prune_tokens(
             hidden_states, list(tensors), w1, b1, w2, b2,
-            num_keep, sink, recent, block_size, rows, score_bias, rms_eps, backend,
+            num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps, backend,
         )
     )  # fmt: skip
 
@@ -283,8 +291,13 @@ def _check_selection(
     recent: int,
     block_size: int | None,
     rows: torch.Tensor | None,
+    pooling: int,
 ) -> None:
     batch, length = shape[0], shape[1]
+    _check(
+        pooling >= 1 and pooling % 2 == 1,
+        f"pooling={pooling}: expected an odd number of tokens, or 1 for none: a token and as many on either side",
+    )
     _check(
         min(sink, recent) >= 0 and (block_size is None or block_size >= 1),
         f"sink={sink}, recent={recent}, block_size={block_size}: expected counts >= 0, blocks of at least one token",
@@ -358,15 +371,16 @@ def _select(
     recent: int = 0,
     block_size: int | None = None,
     rows: torch.Tensor | None = None,
+    pooling: int = 1,
     backend: str = "auto",
 ) -> torch.Tensor:
     _check(
         scores.dim() == 2 and scores.dtype == torch.float32,
         f"scores: expected [B, N] torch.float32, got {_describe(scores)}",
     )
-    _check_selection(scores.shape, scores.device, num_keep, sink, recent, block_size, rows)
+    _check_selection(scores.shape, scores.device, num_keep, sink, recent, block_size, rows, pooling)
     chosen = backends.choose(backend, scores.device)
-    return chosen.select_tokens(scores, num_keep, sink, recent, block_size, rows)
+    return chosen.select_tokens(scores, num_keep, sink, recent, block_size, rows, pooling)
 
 
 def _gather(tensors: list[torch.Tensor], indices: torch.Tensor, backend: str = "auto") -> list[torch.Tensor]:
@@ -386,12 +400,13 @@ def _prune(
     recent: int = 0,
     block_size: int | None = None,
     rows: torch.Tensor | None = None,
+    pooling: int = 1,
     score_bias: torch.Tensor | None = None,
     rms_eps: float | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     _check_pruner(hidden_states, w1, b1, w2, b2, score_bias)
-    _check_selection(hidden_states.shape, hidden_states.device, num_keep, sink, recent, block_size, rows)
+    _check_selection(hidden_states.shape, hidden_states.device, num_keep, sink, recent, block_size, rows, pooling)
     for i, tensor in enumerate(tensors):
         _check(
             2 <= tensor.dim() <= 4
@@ -402,7 +417,7 @@ def _prune(
         )
     chosen = backends.choose(backend, hidden_states.device, hidden_states.dtype)
     return chosen.prune_tokens(
-        hidden_states, tensors, w1, b1, w2, b2, num_keep, sink, recent, block_size, rows, score_bias, rms_eps
+        hidden_states, tensors, w1, b1, w2, b2, num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps
     )
 
 
@@ -514,7 +529,7 @@ def _prune_backward(
 ) -> tuple[Any, ...]:
     (indices,) = ctx.saved_tensors
     first, *others = (_scatter_rows(g, indices, shape) for g, shape in zip([grad, *grads], ctx.shapes, strict=True))
-    return (first, others, *[None] * 12)
+    return (first, others, *[None] * 13)
 
 
 torch.library.register_autograd("sdtp::score_tokens", _score_backward, setup_context=_score_setup, lib=_library)

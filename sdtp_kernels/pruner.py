@@ -54,6 +54,14 @@ class TokenPruner(nn.Module):
     attention : bool, default False
         Add the attention of the prompt's last queries (:func:`~sdtp_kernels.scorers.attention_score`) with a learned
         weight. The hidden state of a token cannot know the question behind it; this term does.
+    pooling : int, default 1
+        A stage ranks a token by the highest score among so many around it (odd), see
+        :func:`~sdtp_kernels.select_tokens`: what stands together is kept together. 1 is the form of the paper.
+
+    Raises
+    ------
+    ValueError
+        If `pooling` is even or less than 1.
     """
 
     def __init__(
@@ -65,9 +73,12 @@ class TokenPruner(nn.Module):
         rms_eps: float = 1e-6,
         distance: bool = False,
         attention: bool = False,
+        pooling: int = 1,
     ) -> None:
         super().__init__()
-        self.distance, self.attention = distance, attention
+        if pooling < 1 or pooling % 2 == 0:
+            raise ValueError(f"pooling={pooling}: expected an odd number of tokens, or 1 for none")
+        self.distance, self.attention, self.pooling = distance, attention, pooling
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size or max(1, hidden_size // 4)
         self.rms_norm = rms_norm
@@ -117,14 +128,7 @@ class TokenPruner(nn.Module):
         -------
         Tensor [B, n], float32
         """
-        bias = torch.zeros_like(distance, dtype=torch.float32)
-        if self.distance:
-            # Knots at distances 0, 1, 3, 7, ...: linear between them in the logarithm.
-            place = torch.log2(1 + distance.clamp(min=0).float()).clamp(max=DISTANCE_KNOTS - 1)
-            left = place.floor().clamp(max=DISTANCE_KNOTS - 2)
-            share = place - left
-            knots = self.distance_bias.float()
-            bias = bias + knots[left.long()] * (1 - share) + knots[left.long() + 1] * share
+        bias = self.distance_term(distance)
         if self.attention:
             if attention is None:
                 raise ValueError("this pruner weighs the last-window attention: pass `attention` as well")
@@ -137,6 +141,17 @@ class TokenPruner(nn.Module):
             bias = bias + self.attention_weight.float() * centred / (spread + 1e-6)
         return bias
 
+    def distance_term(self, distance: torch.Tensor) -> torch.Tensor:
+        """The part of :meth:`score_bias` that follows from the distance to the prompt's end alone."""
+        if not self.distance:
+            return torch.zeros_like(distance, dtype=torch.float32)
+        # Knots at distances 0, 1, 3, 7, ...: linear between them in the logarithm.
+        place = torch.log2(1 + distance.clamp(min=0).float()).clamp(max=DISTANCE_KNOTS - 1)
+        left = place.floor().clamp(max=DISTANCE_KNOTS - 2)
+        share = place - left
+        knots = self.distance_bias.float()
+        return knots[left.long()] * (1 - share) + knots[left.long() + 1] * share
+
     def weights(self, dtype: torch.dtype = torch.float32) -> PrunerWeights:
         """Detached weights for the ops: ``w1`` in `dtype`, that of the hidden states, the others in float32."""
         wide = torch.promote_types(dtype, torch.float32)
@@ -144,7 +159,7 @@ class TokenPruner(nn.Module):
         return PrunerWeights(w1.to(dtype).contiguous(), b1.to(wide), w2.to(wide), b2.to(wide))
 
     def extra_repr(self) -> str:
-        return f"{self.hidden_size} -> {self.intermediate_size} -> 1, rms_norm={self.rms_norm}"
+        return f"{self.hidden_size} -> {self.intermediate_size} -> 1, rms_norm={self.rms_norm}, pooling={self.pooling}"
 
 
 @dataclass(frozen=True)
@@ -164,6 +179,7 @@ class PrunerHeader:
     training: dict[str, Any] = field(default_factory=dict)
     distance: bool = False
     attention: bool = False
+    pooling: int = 1
 
 
 class PrunerStack(dict[int, TokenPruner]):
@@ -203,7 +219,7 @@ def save_pruners(
 
     if not pruners:
         raise ValueError("no pruners to save: expected a mapping of decoder layer to TokenPruner")
-    names = ("hidden_size", "rms_norm", "rms_eps", "distance", "attention")
+    names = ("hidden_size", "rms_norm", "rms_eps", "distance", "attention", "pooling")
     shared = {tuple(getattr(pruner, name) for name in names) for pruner in pruners.values()}
     if len(shared) != 1:
         raise ValueError(f"pruners of one file share ({', '.join(names)}), got {sorted(shared)}")
@@ -271,6 +287,7 @@ def load_pruners(path: str | os.PathLike[str]) -> PrunerStack:
             rms_eps=header.rms_eps,
             distance=header.distance,
             attention=header.attention,
+            pooling=header.pooling,
         )
         wanted = pruner.state_dict()
         missing = sorted(prefix + name for name in wanted if prefix + name not in tensors)

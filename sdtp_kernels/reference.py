@@ -37,6 +37,7 @@ def select_tokens(
     recent: int = 0,
     block_size: int | None = None,
     rows: torch.Tensor | None = None,
+    pooling: int = 1,
 ) -> torch.Tensor:
     """Keep the forced tokens, then the best scores of each block; see :func:`sdtp_kernels.select_tokens`."""
     batch, width = scores.shape
@@ -58,11 +59,20 @@ def select_tokens(
     block = index.clamp(min=0) // per_block
     is_forced = (index < sink) | (index % per_block == per_block - 1 if block_size is not None else False)
 
+    # Max-pooling: the neighbours that count stand in the same block; NaN is below every number.
+    reach = torch.arange(-(pooling // 2), pooling // 2 + 1, device=scores.device)
+    neighbour = column.unsqueeze(-1) + reach
+    is_inside = (neighbour >= 0) & (neighbour < width)
+    neighbour = neighbour.clamp(0, width - 1)
+    is_near = is_inside & (is_valid & ~is_tail)[:, neighbour] & (block[:, neighbour] == block.unsqueeze(-1))
+    is_number = is_near & ~scores.isnan()[:, neighbour]
+    value = torch.where(is_number, scores[:, neighbour], -torch.inf).amax(-1) + 0.0  # turns -0 into +0
+    is_nan = ~is_number.any(-1)
+
     # Order inside a block: forced, then by value descending, then NaN; equal ones by index. Stable sorts from the last
-    # criterion to the first do exactly that. Adding 0.0 turns -0 into +0.
-    value = torch.where(scores.isnan(), -torch.inf, scores + 0.0)
+    # criterion to the first do exactly that.
     by_value = value.argsort(dim=-1, descending=True, stable=True)
-    group = 3 * block + torch.where(is_forced, 0, torch.where(scores.isnan(), 2, 1))
+    group = 3 * block + torch.where(is_forced, 0, torch.where(is_nan, 2, 1))
     group = torch.where(is_valid & ~is_tail, group, torch.iinfo(torch.int64).max)  # padding and tail: behind all blocks
     order = by_value.gather(-1, group.gather(-1, by_value).argsort(dim=-1, stable=True))
     rank = torch.empty_like(order).scatter_(-1, order, column.expand_as(order)) - block * per_block
@@ -98,12 +108,13 @@ def prune_tokens(
     recent: int = 0,
     block_size: int | None = None,
     rows: torch.Tensor | None = None,
+    pooling: int = 1,
     score_bias: torch.Tensor | None = None,
     rms_eps: float | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """Score, select and gather, one after the other."""
     scores = score_tokens(hidden_states, w1, b1, w2, b2, score_bias, rms_eps)
-    indices = select_tokens(scores, num_keep, sink, recent, block_size, rows)
+    indices = select_tokens(scores, num_keep, sink, recent, block_size, rows, pooling)
     kept_hidden_states, *kept = gather_tokens([hidden_states, *tensors], indices)
     return kept_hidden_states, kept, indices
 

@@ -35,6 +35,8 @@ class StageInput(NamedTuple):
     """Its input, ``[B, n, D]``."""
     keys_below: torch.Tensor | None = None
     """The keys it cached, ``[B, kv_heads, n, head_dim]``; ``None`` without a cache."""
+    is_padded: bool = True
+    """False where no row can have padding."""
 
 
 def random_score(stage: StageInput, seed: int = 0) -> torch.Tensor:
@@ -75,16 +77,20 @@ def attention_score(stage: StageInput) -> torch.Tensor:
 
     query = project(attention.q_proj, slice(end - window, end))
     key = project(attention.k_proj, slice(None)) if stage.keys_below is None else stage.keys_below
-    # Query heads that share a key head side by side: [B, kv_heads, groups * window, n].
-    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    logits = (grouped @ key.transpose(-1, -2)).float() * attention.scaling
-    logits = logits.unflatten(2, (-1, window))
-
-    index = stage.token_index
-    is_visible = (index[:, None, :] <= index[:, end - window : end, None]) & (index[:, None, :] >= 0)
-    # A window position that is padding sees nothing; it must not become NaN.
-    probabilities = logits.masked_fill(~is_visible[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
-    per_head = probabilities.sum(3).flatten(1, 2)
+    # Query heads that share a key head side by side: [B, kv_heads, groups * window, n]. What has this size is touched as
+    # few times as can be: the products are few, so the time is that of the memory.
+    grouped = (query * attention.scaling).unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    logits = (grouped @ key.transpose(-1, -2)).float().unflatten(2, (-1, window)).flatten(1, 2)
+    index, window_index = stage.token_index, stage.token_index[:, end - window : end]
+    # Before the window every query sees everything but padding. Not -inf: a query that is padding sees nothing, and must
+    # not become NaN; it has no say in the sum.
+    lowest = torch.finfo(torch.float32).min
+    hidden_ahead = index[:, None, end - window :] > window_index[:, :, None]
+    logits[..., end - window :].masked_fill_(hidden_ahead[:, None], lowest)
+    if stage.is_padded:
+        logits.masked_fill_((index < 0)[:, None, None], lowest)
+    weight = (window_index >= 0).float()
+    per_head = (weight[:, None, None] @ logits.softmax(-1)).squeeze(2)
     # Max-pooling by unfolding: F.max_pool1d would tie a compiled graph to one length.
     padded = F.pad(per_head, (ATTENTION_POOLING // 2,) * 2)
     return padded.unfold(-1, ATTENTION_POOLING, 1).amax(-1).mean(1)

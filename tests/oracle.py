@@ -17,7 +17,7 @@ from transformers import Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
-def naive_select(scores, num_keep, sink, recent, block_size=None):
+def naive_select(scores, num_keep, sink, recent, block_size=None, pooling=1):
     """Kept indices of one row, straight from the text of the contract."""
     before_tail = len(scores) - recent
     per_block = before_tail if block_size is None else block_size
@@ -27,10 +27,9 @@ def naive_select(scores, num_keep, sink, recent, block_size=None):
         quota = (num_keep - recent) // (before_tail // per_block)
         forced = {i for i in block if i < sink or (block_size is not None and i == block[-1])}
 
-        def order(i, forced=forced):
-            score = scores[i]
-            is_nan = math.isnan(score)
-            return (i not in forced, is_nan, 0.0 if is_nan else -score, i)
+        def order(i, block=block, forced=forced):
+            near = [scores[j] for j in block if abs(i - j) <= pooling // 2 and not math.isnan(scores[j])]
+            return (i not in forced, not near, -max(near, default=0.0), i)
 
         kept.update(sorted(block, key=order)[:quota])
     return sorted(kept)
@@ -89,7 +88,8 @@ class MaskedDense(Qwen2ForCausalLM):
                 num_keep, recent, _ = naive_keep(schedule, prompt_length, stage)
                 per_block = naive_keep(schedule, prompt_length, stage - 1)[2]
                 scores = self.pruners[i](hidden[0, alive]).tolist()
-                kept = naive_select(scores, num_keep, schedule.sink, recent, per_block)
+                pooling = self.pruners[i].pooling
+                kept = naive_select(scores, num_keep, schedule.sink, recent, per_block, pooling)
                 alive = [alive[k] for k in kept]
                 history.append(alive)
             visible = torch.zeros(length, dtype=torch.bool)

@@ -127,18 +127,20 @@ def selections(draw):
             keep = draw(st.integers(min(sink, length - tail) + tail, length))
         pool = draw(st.sampled_from([values, special, st.just(0.5), st.sampled_from([0.25, 0.5])]))
         rows.append((draw(st.lists(pool, min_size=length, max_size=length)), keep, tail))
-    return rows, sink, block_size
+    return rows, sink, block_size, draw(st.sampled_from([1, 3, 7]))
 
 
 @given(selections())
-@example(([([1.0], 1, 0)], 0, None))  # N = 1
-@example(([([], 0, 0)], 0, None))
-@example(([([float(-i) for i in range(3000)], 2500, 100)], 4, None))  # reversed, several histogram buckets
-@example(([([0.5] * 3000, 2500, 100)], 4, None))  # all equal
-@example(([([math.nan] * 50, 30, 5)], 4, None))
-@example(([([0.0, -0.0] * 20, 13, 0)], 0, None))
+@example(([([1.0], 1, 0)], 0, None, 1))  # N = 1
+@example(([([], 0, 0)], 0, None, 7))
+@example(([([float(-i) for i in range(3000)], 2500, 100)], 4, None, 1))  # reversed, several histogram buckets
+@example(([([0.5] * 3000, 2500, 100)], 4, None, 1))  # all equal
+@example(([([math.nan] * 50, 30, 5)], 4, None, 1))
+@example(([([math.nan, 1.0, math.nan, math.nan, math.nan, 2.0], 3, 1)], 0, None, 3))  # 2.0 stands in the tail
+@example(([([0.0, -0.0] * 20, 13, 0)], 0, None, 1))
 def test_select(case):
-    rows, sink, block_size = case
+    rows, sink, block_size, pooling = case
+    settings = {"sink": sink, "block_size": block_size, "pooling": pooling}
     width = max(len(scores) for scores, _, _ in rows) + 2
     num_keep = max(keep for _, keep, _ in rows) + 1
     scores = torch.full((len(rows), width), 7.0)  # padding scores high: a row that reads it goes wrong
@@ -147,19 +149,19 @@ def test_select(case):
         padding = width - len(row)
         scores[i, padding:] = torch.tensor(row)
         if keep:
-            kept = naive_select(row, keep, sink, tail, block_size)
+            kept = naive_select(row, keep, sink, tail, block_size, pooling)
             expected[i, num_keep - keep :] = torch.tensor(kept) + padding
     counts = torch.tensor([[len(row), keep, tail] for row, keep, tail in rows])
     for backend in BACKENDS:
-        got = select_tokens(scores, num_keep, sink=sink, block_size=block_size, rows=counts, backend=backend)
+        got = select_tokens(scores, num_keep, **settings, rows=counts, backend=backend)
         assert torch.equal(got, expected), backend
         spread = torch.full((len(rows), 2 * width), torch.nan)[:, ::2].copy_(scores)  # not contiguous
-        got = select_tokens(spread, num_keep, sink=sink, block_size=block_size, rows=counts, backend=backend)
+        got = select_tokens(spread, num_keep, **settings, rows=counts, backend=backend)
         assert torch.equal(got, expected), backend
     row, keep, tail = rows[0]
     alone = torch.tensor(row).reshape(1, -1)
     for backend in BACKENDS:  # the row alone, its counts given on the host
-        got = select_tokens(alone, keep, sink=sink, recent=tail, block_size=block_size, backend=backend)
+        got = select_tokens(alone, keep, **settings, recent=tail, backend=backend)
         assert torch.equal(got[0], expected[0, num_keep - keep :] - (width - len(row))), backend
 
 
@@ -169,6 +171,7 @@ def test_select_long_rows(tokens):
     for settings in (
         {"num_keep": tokens * 4 // 5, "sink": 4, "recent": tokens // 10},
         {"num_keep": tokens // 8 * 5, "sink": 4, "block_size": 8},
+        {"num_keep": tokens // 2, "pooling": 7},
     ):
         expected = select_tokens(scores, **settings, backend="reference")
         assert torch.equal(select_tokens(scores, **settings, backend="cpu"), expected)
@@ -241,6 +244,7 @@ def test_prune_equals_the_composition(backend, dtype, budget, padded):
         "recent": plan.recent,
         "block_size": plan.block_size,
         "rows": schedule.plan_rows(lengths, 1) if padded else None,
+        "pooling": 5,
         "backend": backend,
     }
     got = prune_tokens(
@@ -264,7 +268,7 @@ def op_inputs(requires_grad=False):
     hidden_states.requires_grad_(requires_grad)
     other = torch.randn(2, 2, 40, 3, requires_grad=requires_grad)
     rows = torch.tensor([[40, 20, 4], [30, 16, 3]])
-    selection = (20, 2, 4, None, rows)
+    selection = (20, 2, 4, None, rows, 3)
     indices = torch.tensor([[0, 2, 39], [-1, 4, 9]])
     trained = tuple(w.clone().requires_grad_(requires_grad) for w in weights)
     bias = torch.randn(2, 40, requires_grad=requires_grad)
@@ -327,8 +331,8 @@ def test_gradients_of_gather(backend):
 @backends
 def test_gradients_of_prune(backend):
     hidden_states, [other], *rest = op_inputs(requires_grad=True)["prune_tokens"]
-    weights, selection = rest[:4], rest[4:9]
-    keywords = dict(zip(("sink", "recent", "block_size", "rows"), selection[1:], strict=True))
+    weights, selection = rest[:4], rest[4:10]
+    keywords = dict(zip(("sink", "recent", "block_size", "rows", "pooling"), selection[1:], strict=True))
     pruned = prune_tokens(hidden_states, [other], *weights, selection[0], **keywords, backend=backend)
     weight = torch.randn_like(pruned.hidden_states)
     grads = torch.autograd.grad((pruned.hidden_states * weight).sum() + pruned.tensors[0].sum(), [hidden_states, other])
@@ -395,6 +399,8 @@ def test_no_host_sync(name):
         ({"block_size": 8}, "pass recent=6"),
         ({"block_size": 10, "num_keep": 20}, "plus a multiple of the 3 blocks"),
         ({"block_size": 10, "num_keep": 12, "sink": 4}, r"4 tokens a block, expected 5 \(forced\) to 10"),
+        ({"pooling": 4}, "an odd number of tokens"),
+        ({"pooling": -1}, "an odd number of tokens"),
         ({"rows": torch.ones(2, 3, dtype=torch.int64)}, r"rows: expected \[1, 3\]"),
         ({"tensors": [torch.ones(1, 29)]}, r"tensors\[0\]: expected the batch and tokens"),
         ({"tensors": [torch.ones(1, 2, 3, 30, 4)]}, r"tensors\[0\]"),

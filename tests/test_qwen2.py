@@ -28,7 +28,7 @@ SHORT_LENGTHS = (TOKENS, 96, 40)  # the last is shorter than min_prompt
 @pytest.fixture(scope="module")
 def pruners():
     torch.manual_seed(1)
-    return {layer: TokenPruner(64) for layer in LAYERS}
+    return {layer: TokenPruner(64, pooling=pooling) for layer, pooling in zip(LAYERS, (1, 3, 5), strict=True)}
 
 
 @pytest.fixture(params=SCHEDULES)
@@ -381,7 +381,7 @@ def test_scorers_score_what_their_names_say(tiny_model):
 def test_pruner_with_distance_and_attention(tiny_model, schedule):
     """Rows stay independent, with a cache and without, and the terms count."""
     torch.manual_seed(1)
-    pruners = {layer: TokenPruner(64, distance=True, attention=True) for layer in LAYERS}
+    pruners = {layer: TokenPruner(64, distance=True, attention=True, pooling=5) for layer in LAYERS}
     batch = padded_batch(SHORT_LENGTHS)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     results = []
@@ -432,6 +432,7 @@ def test_any_module_is_a_pruner(tiny_model, pruners):
         def forward(self, hidden_states):
             return self.inner(hidden_states)
 
+    pruners = {layer: TokenPruner(64) for layer in pruners}  # pooling is of TokenPruner alone
     with apply_sdtp(tiny_model, pruners, SCHEDULES["global"]):
         expected = tiny_model(prompt()).logits
     with apply_sdtp(tiny_model, {layer: Wrapped(p) for layer, p in pruners.items()}, SCHEDULES["global"]):

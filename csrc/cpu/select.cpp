@@ -72,7 +72,7 @@ Blocks cut_blocks(const RowPlan& plan, int64_t row, int64_t width, int64_t num_k
 }  // namespace
 
 Tensor select_tokens(const Tensor& scores, int64_t num_keep, int64_t sink, int64_t recent,
-                     std::optional<int64_t> block_size, const std::optional<Tensor>& rows) {
+                     std::optional<int64_t> block_size, const std::optional<Tensor>& rows, int64_t pooling) {
     const int64_t batch = scores.size(0);
     const int64_t width = scores.size(1);
     std::vector<RowPlan> plans;
@@ -96,7 +96,7 @@ Tensor select_tokens(const Tensor& scores, int64_t num_keep, int64_t sink, int64
         for (int64_t i = 0; i < count; ++i) {
             const int64_t forced = std::clamp<int64_t>(sink - i * size, 0, size);
             blocks.push_back({values + row * scores.stride(0) + column * stride, stride, size, in_block, forced,
-                              block_size.has_value(), column, next});
+                              block_size.has_value(), pooling / 2, column, next});
             column += size;
             next += in_block;
         }
@@ -107,8 +107,8 @@ Tensor select_tokens(const Tensor& scores, int64_t num_keep, int64_t sink, int64
     const auto num_blocks = static_cast<int64_t>(blocks.size());
     const int64_t grain = std::max<int64_t>(kGrainTokens / std::max<int64_t>(longest, 1), 1);
     stable::parallel_for(0, num_blocks, grain, [&](int64_t begin, int64_t end) {
-        std::vector<uint32_t> keys(longest);
-        for (int64_t i = begin; i < end; ++i) select_block(blocks[i], keys.data());
+        std::vector<uint32_t> keys(longest), scratch(pooling > 1 ? longest : 0);
+        for (int64_t i = begin; i < end; ++i) select_block(blocks[i], keys.data(), scratch.data());
     });
     return indices;
 }

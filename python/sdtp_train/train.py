@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 LOSSES = ("mse", "rank", "lm", "kl")
 NUM_PAIRS = 4096  # of the ranking loss, per sample and stage
 WARM_UP = 0.05  # share of the steps
+# Of a term with standard deviation 1, as the regression's goal has. Regression on what the future needs on average
+# would give the attention of the last tokens a third of that: see docs/quality.md for what it is worth.
+ATTENTION_WEIGHT = 1.0
 # A few numbers that multiply inputs of size one have far to go; the MLP's many weights have not.
 BIAS_RATE = 10.0
 WEIGHT_DECAY = 0.01
@@ -61,14 +64,22 @@ def add_command(subparsers: Any) -> None:
         "--patience", type=int, default=4, help="evaluations without progress before the end (%(default)s)"
     )
     parser.add_argument("--eval-every", type=int, metavar="STEPS", help="default: once an epoch")
-    for name, about in (
-        ("distance", "a term for the distance to the prompt's end"),
-        ("attention", "a term for the attention of the prompt's last tokens: it sees the question"),
-    ):
-        group = parser.add_mutually_exclusive_group()
-        group.add_argument(f"--{name}", action="store_true", default=True, help=f"{about} (default)")
-        group.add_argument(f"--no-{name}", action="store_false", dest=name, help="without it")
-    parser.add_argument("--intermediate", type=int, metavar="H", help="width of the MLP (default: hidden size / 4)")
+    parser.add_argument(
+        "--no-distance", action="store_false", dest="distance", help="no term for the distance to the prompt's end"
+    )
+    parser.add_argument(
+        "--attention-weight",
+        type=float,
+        default=ATTENTION_WEIGHT,
+        metavar="W",
+        help="of the attention of the prompt's last tokens, which see the question; 0 for none (%(default)s). Only lm "
+        "and kl train it",
+    )
+    parser.add_argument("--intermediate", type=int, metavar="H", help="width of the MLP (default: hidden size / 8)")
+    parser.add_argument(
+        "--pooling", type=int, default=7, metavar="TOKENS",
+        help="rank a token by the best score among so many around it; 1 for none (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--init", metavar="FILE", help="begin with these pruners")
     parser.add_argument(
         "--keep", nargs="+", type=float, default=[0.9, 0.8], help="keep ratios of lm and kl, drawn at random (0.9 0.8)"
@@ -126,7 +137,7 @@ class Objective(NamedTuple):
         found: dict[str, list[torch.Tensor]] = {name: [] for name in self.weights}
         if {"mse", "rank"} & set(self.weights):
             for stage, layer in enumerate(self.layers):
-                scores = self.scores(sample, stage, pruners[layer], generator)
+                scores = self.scores(sample, stage, pruners[layer], generator, attention=False)
                 goal = self.goal(sample, stage)
                 if "mse" in found:
                     found["mse"].append(losses.regression_loss(scores, goal))
@@ -147,9 +158,15 @@ class Objective(NamedTuple):
         return {name: sum(values[1:], values[0]) / len(values) for name, values in found.items()}
 
     def scores(
-        self, sample: Marked, stage: int, pruner: TokenPruner, generator: torch.Generator | None = None
+        self,
+        sample: Marked,
+        stage: int,
+        pruner: TokenPruner,
+        generator: torch.Generator | None = None,
+        *,
+        attention: bool = True,
     ) -> torch.Tensor:
-        """Scores of the prunable tokens ``[m]``, as the stage will compute them."""
+        """Scores of the prunable tokens ``[m]``: as the stage will compute them, or without the attention term."""
         import torch
 
         part = self.prunable(sample)
@@ -157,8 +174,11 @@ class Objective(NamedTuple):
         if generator is not None and self.dropout > 0:
             kept = torch.rand(hidden_states.shape, generator=generator, device=hidden_states.device) >= self.dropout
             hidden_states = hidden_states * kept / (1 - self.dropout)
-        distance = torch.arange(sample.info.num_context - 1, -1, -1, device=hidden_states.device)
-        bias = pruner.score_bias(distance.unsqueeze(0), sample.attention[stage].unsqueeze(0))
+        distance = torch.arange(sample.info.num_context - 1, -1, -1, device=hidden_states.device).unsqueeze(0)
+        if attention:
+            bias = pruner.score_bias(distance, sample.attention[stage].unsqueeze(0))
+        else:
+            bias = pruner.distance_term(distance)
         scores: torch.Tensor = pruner(hidden_states) + bias[0, part]
         return scores
 
@@ -510,6 +530,10 @@ def _check_settings(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout {args.dropout}: expected a share in [0, 1)")
+    if not 0 <= args.attention_weight < math.inf:
+        raise ValueError(f"--attention-weight {args.attention_weight}: expected a number from 0")
+    if args.pooling < 1 or args.pooling % 2 == 0:
+        raise ValueError(f"--pooling {args.pooling}: expected an odd number of tokens, or 1 for none")
     if not 0 < args.lr < math.inf:
         raise ValueError(f"--lr {args.lr}: expected a number above 0")
     if not out.absolute().parent.is_dir():
@@ -560,9 +584,19 @@ def _new_pruners(args: argparse.Namespace, layers: Sequence[int], hidden_size: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         pruners = {
-            layer: TokenPruner(hidden_size, args.intermediate, distance=args.distance, attention=args.attention)
+            layer: TokenPruner(
+                hidden_size,
+                # Half the paper's width: the held-out fit is the same, the cost is not.
+                args.intermediate or max(1, hidden_size // 8),
+                distance=args.distance,
+                attention=args.attention_weight > 0,
+                pooling=args.pooling,
+            )
             for layer in layers
         }
+    for pruner in pruners.values():
+        if pruner.attention:
+            torch.nn.init.constant_(pruner.attention_weight, args.attention_weight)
     if args.init:
         known = load_pruners(args.init)
         try:

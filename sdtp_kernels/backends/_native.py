@@ -15,7 +15,7 @@ import torch
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
-_SELECTION = "int num_keep, int sink, int recent, int? block_size, Tensor? rows"
+_SELECTION = "int num_keep, int sink, int recent, int? block_size, Tensor? rows, int pooling"
 _PRUNER = "Tensor w1, Tensor b1, Tensor w2, Tensor b2"
 _SCORING = "Tensor? score_bias, float? rms_eps"
 

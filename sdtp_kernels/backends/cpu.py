@@ -38,9 +38,10 @@ def select_tokens(
     recent: int = 0,
     block_size: int | None = None,
     rows: torch.Tensor | None = None,
+    pooling: int = 1,
 ) -> torch.Tensor:
     return torch.ops.sdtp_native.select_tokens(  # type: ignore[no-any-return]
-        scores, num_keep, sink, recent, block_size, rows
+        scores, num_keep, sink, recent, block_size, rows, pooling
     )
 
 
@@ -60,10 +61,12 @@ def prune_tokens(
     recent: int = 0,
     block_size: int | None = None,
     rows: torch.Tensor | None = None,
+    pooling: int = 1,
     score_bias: torch.Tensor | None = None,
     rms_eps: float | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     kept, indices = torch.ops.sdtp_native.prune_tokens(
-        [hidden_states, *tensors], w1, b1, w2, b2, num_keep, sink, recent, block_size, rows, score_bias, rms_eps
-    )
+        [hidden_states, *tensors], w1, b1, w2, b2,
+        num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps,
+    )  # fmt: skip
     return kept[0], kept[1:], indices

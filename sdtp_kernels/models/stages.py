@@ -150,11 +150,13 @@ class Prompt:
             self.decoder.layers[layer_idx - 1],
             self.hidden_states_below,
             None if cache is None else cache.layers[layer_idx - 1].keys,
+            self.lengths is not None,
         )
         if isinstance(scorer, Fused):
             hidden_states, (cos, sin, kept), indices = ops.prune_tokens(
                 hidden_states, carried, *scorer.weights, plan.num_keep,
-                **selection, score_bias=scorer.score_bias(stage_input), rms_eps=scorer.rms_eps, backend=backend,
+                **selection, pooling=scorer.pruner.pooling,
+                score_bias=scorer.score_bias(stage_input), rms_eps=scorer.rms_eps, backend=backend,
             )  # fmt: skip
         else:
             scores = scorer(stage_input)

@@ -18,6 +18,7 @@ struct BlockSelection {
     int64_t num_keep;     // tokens that stay, forced ones included
     int64_t num_forced;   // leading tokens that stay whatever their score
     bool force_last;      // whether the last token stays too
+    int64_t reach;        // a token ranks by the best score among so many neighbours on either side
     int64_t first_index;  // index to emit for the block's first token
     int64_t* indices;     // [num_keep], ascending
 };
@@ -27,11 +28,19 @@ struct Threshold {
     int64_t num_ties;  // how many tokens with exactly that key stay, lowest indices first
 };
 
-inline void load_keys(const BlockSelection& block, uint32_t* keys) {
+// `scratch` is for block.size keys where the block has a reach.
+inline void load_keys(const BlockSelection& block, uint32_t* keys, uint32_t* scratch) {
+    uint32_t* own = block.reach > 0 ? scratch : keys;
     for (int64_t i = 0; i < block.size; ++i) {
         uint32_t bits;
         std::memcpy(&bits, block.scores + i * block.stride, sizeof(bits));
-        keys[i] = order_key(bits);
+        own[i] = order_key(bits);
+    }
+    if (block.reach > 0) {
+        for (int64_t i = 0; i < block.size; ++i) {
+            const int64_t begin = std::max<int64_t>(i - block.reach, 0);
+            keys[i] = *std::max_element(own + begin, own + std::min(i + block.reach + 1, block.size));
+        }
     }
     std::fill_n(keys, block.num_forced, kForcedKey);
     if (block.force_last) keys[block.size - 1] = kForcedKey;
@@ -57,10 +66,10 @@ inline Threshold find_threshold(const uint32_t* keys, int64_t size, int64_t num_
     return {prefix, remaining};
 }
 
-// `keys` is scratch for block.size keys.
-inline void select_block(const BlockSelection& block, uint32_t* keys) {
+// `keys` is scratch for block.size keys, and so is `scratch` where the block has a reach.
+inline void select_block(const BlockSelection& block, uint32_t* keys, uint32_t* scratch) {
     if (block.num_keep == 0) return;
-    load_keys(block, keys);
+    load_keys(block, keys, scratch);
     Threshold threshold = find_threshold(keys, block.size, block.num_keep);
     int64_t* next = block.indices;
     for (int64_t i = 0; i < block.size; ++i) {
