@@ -8,7 +8,7 @@ NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*/*.* csrc/*/*/
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-mutants lint format wheel clean
+.PHONY: help demo train gpu-check test test-mutants lint format wheel clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -30,6 +30,15 @@ $(VENV)/triton-3.8: | $(VENV)/torch.done
 
 demo: $(VENV)/install.done ## a real long text, dense and pruned side by side; options in DEMO_ARGS='--keep 0.8'
 	$(BIN)/sdtp demo $(DEMO_ARGS)
+
+gpu-check: $(VENV)/install.done ## on a machine with a GPU: prove the kernels there, then time them; exits 2 without one
+	$(BIN)/sdtp bench gpu-check --out benchmarks/results/gpu-check
+
+train: $(VENV)/install.done ## the pruners of SmolLM2-135M anew, from texts that every Python has: best form and paper's form
+	$(BIN)/sdtp saliency --samples 256 --context 512 1024 --out build/train/saliency
+	$(BIN)/sdtp train --saliency build/train/saliency --epochs 6 --out build/train/smollm2-135m.safetensors
+	$(BIN)/sdtp train --saliency build/train/saliency --epochs 6 --no-distance --attention-weight 0 --pooling 1 \
+		--intermediate 144 --out build/train/smollm2-135m-paper.safetensors
 
 test: lint $(VENV)/install.done $(VENV)/triton-3.8 ## everything that proves the package right: lint, tests, planted bugs
 	$(BIN)/sdtp doctor

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,7 +51,7 @@ class TokenPruner(nn.Module):
     distance : bool, default False
         Add a learned piecewise-linear function of the distance to the prompt's end.
     attention : bool, default False
-        Add the attention of the prompt's last queries (:func:`~sdtp_kernels.scorers.attention_score`) with a learned
+        Add the attention of the prompt's last queries (:func:`~sdtp_kernels.scorers.question_attention`) with a learned
         weight. The hidden state of a token cannot know the question behind it; this term does.
     pooling : int, default 1
         A stage ranks a token by the highest score among so many around it (odd), see
@@ -239,13 +238,12 @@ def save_pruners(
     }
     metadata = {"sdtp": json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(header)})}
     path = Path(path)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    os.close(handle)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         save_file(tensors, draft, metadata)
         os.replace(draft, path)
     finally:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 def load_pruners(path: str | os.PathLike[str]) -> PrunerStack:

@@ -30,7 +30,7 @@ class Mutant(NamedTuple):
     tests: str
 
 
-MODELS, CPU = "sdtp_kernels/models/", "csrc/cpu/"
+MODELS, CPU, BENCH = "sdtp_kernels/models/", "csrc/cpu/", "python/sdtp_bench/"
 TRITON, INTERPRETED = "sdtp_kernels/backends/triton/", "test_triton.py::test_interpreter"
 MUTANTS = [
     # The selection: reference, then C++.
@@ -79,8 +79,8 @@ MUTANTS = [
     Mutant(
         "last token of a block not kept",
         CPU + "select.cpp",
-        "block_size.has_value(), column, next",
-        "false, column, next",
+        "block_size.has_value(), pooling / 2",
+        "false, pooling / 2",
         "test_ops.py::test_select",
     ),
     # The Triton kernels.
@@ -148,6 +148,34 @@ MUTANTS = [
         f"{INTERPRETED}[installed-test_select]",
     ),
     Mutant(
+        "pooling over what stands behind a Triton block",
+        TRITON + "select.py",
+        "is_inside = is_inside & (i >= 0)",
+        "is_inside = (i >= 0) & (i < size + REACH)",
+        f"{INTERPRETED}[installed-test_select]",
+    ),
+    Mutant(
+        "pooling over the masked rest of a Triton tile",
+        TRITON + "select.py",
+        "tl.where(is_inside, keys, 0)",
+        "tl.where(is_inside, keys, keys)",
+        f"{INTERPRETED}[installed-test_select]",
+    ),
+    Mutant(
+        "neighbours of a Triton tile taken for its own",
+        TRITON + "select.py",
+        "is_own & (place >= REACH) & (place < TILE - REACH)",
+        "is_own & (place >= REACH)",
+        f"{INTERPRETED}[installed-test_select]",
+    ),
+    Mutant(
+        "pooling beyond the block in the one launch",
+        TRITON + "fused.py",
+        "block_keys(scores, mask, i,",
+        "block_keys(scores, i >= 0, i,",
+        f"{INTERPRETED}[installed-test_prune]",
+    ),
+    Mutant(
         "32-bit offset of a copied token",
         TRITON + "gather.py",
         "(columns * stride_n)[:, None]",
@@ -164,8 +192,8 @@ MUTANTS = [
     Mutant(
         "sink in every block",
         TRITON + "fused.py",
-        "size, sink - start, True), mask",
-        "size, sink, True), mask",
+        "size, sink - start, True, REACH, TILE), mask",
+        "size, sink, True, REACH, TILE), mask",
         f"{INTERPRETED}[installed-test_prune]",
     ),
     Mutant(
@@ -230,6 +258,100 @@ MUTANTS = [
         "_WARP_GROUPS = ScoreConfig(128, 128, 64, num_warps=8",
         "_WARP_GROUPS = ScoreConfig(128, 128, 64, num_warps=4",
         "test_triton.py::test_nothing_spills[installed]",
+    ),
+    # Span pooling.
+    Mutant(
+        "pooling across blocks",
+        "sdtp_kernels/reference.py",
+        " & (block[:, neighbour] == block.unsqueeze(-1))",
+        "",
+        "test_ops.py::test_select",
+    ),
+    Mutant(
+        "pooling over the left neighbours alone",
+        "csrc/include/sdtp/select.h",
+        "own + std::min(i + block.reach + 1, block.size)",
+        "own + i + 1",
+        "test_ops.py::test_select",
+    ),
+    Mutant(
+        "pooling forgotten by the patch",
+        MODELS + "stages.py",
+        "pooling=scorer.pruner.pooling",
+        "pooling=1",
+        "test_qwen2.py::test_prefill_equals_masked_dense",
+    ),
+    # Evaluation.
+    Mutant(
+        "oracle looked up by the place after pruning",
+        "python/sdtp_eval/baselines.py",
+        "self.scores[stage.token_index.clamp(0, len(self.scores) - 1)]",
+        "self.scores[None, : stage.token_index.shape[1]]",
+        "test_eval_quality.py::test_an_oracle_is_looked_up_by_the_original_index",
+    ),
+    Mutant(
+        "question counted to the prompt it comes after",
+        "python/sdtp_eval/tasks.py",
+        "(len(self.question) if protocol == INSIDE else 0)",
+        "len(self.question)",
+        "test_eval_quality.py::test_a_question_after_the_pruned_context_equals_a_second_call",
+    ),
+    Mutant(
+        "differences that are not paired",
+        "python/sdtp_eval/compare.py",
+        "self.samples[i][metric] - rival.samples[i][metric] for i in both",
+        "a[metric] - b[metric] for a, b in zip(self.samples.values(), rival.samples.values())",
+        "test_eval_quality.py::test_paired_bootstrap",
+    ),
+    Mutant(
+        "a mask of the first layer's length for all",
+        "python/sdtp_eval/peers.py",
+        "        if past:  #",
+        "        if False:  #",
+        "test_eval_peers.py::test_layers_of_different_lengths",
+    ),
+    # Training.
+    Mutant(
+        "evaluation's documents trained on",
+        "python/sdtp_train/data.py",
+        "if not texts.is_held_out(document.name)",
+        "if document.name",
+        "test_train_data.py",
+    ),
+    Mutant(
+        "content of a shard not looked at",
+        "python/sdtp_train/shards.py",
+        'if header["content"] != _content_hash(tensors):',
+        "if False:",
+        "test_train_saliency.py::test_damage_is_found_and_nothing_is_overwritten",
+    ),
+    Mutant(
+        "a last query that predicts nothing",
+        "python/sdtp_train/targets.py",
+        "queries = slice(n - 1, total - 1)",
+        "queries = slice(n, total)",
+        "test_train_targets.py",
+    ),
+    Mutant(
+        "supervision that never enters the loss",
+        "python/sdtp_train/train.py",
+        "self.objective.weights[name] * value for name, value in terms.items()",
+        "0 * value for name, value in terms.items()",
+        "test_train_pruners.py::test_a_planted_score_is_learned",
+    ),
+    Mutant(
+        "a masked token that does not see itself",
+        "python/sdtp_train/simulate.py",
+        "torch.where(is_self, 1.0, mask)",
+        "mask",
+        "test_train_pruners.py::test_half_a_mask_halves_the_weights",
+    ),
+    Mutant(
+        "pooling forgotten by the simulation",
+        "python/sdtp_train/simulate.py",
+        "scores = _pool(scores, pooling, plan.recent, plan.block_size)",
+        "scores = scores.clone()",
+        "test_train_pruners.py::test_simulation_equals_real_pruning",
     ),
     # Scores and copies.
     Mutant(
@@ -362,6 +484,35 @@ MUTANTS = [
         "state[name][0] - state[name][1]",
         "state[name][1] - state[name][0]",
         "test_pruner.py",
+    ),
+    # Figures.
+    Mutant(
+        "reads of programs that share a block counted once",
+        BENCH + "roofline.py",
+        'blocks * a["shares"] * _window',
+        "blocks * _window",
+        "test_bench_roofline.py",
+    ),
+    Mutant(
+        "views counted as operations",
+        BENCH + "roofline.py",
+        "if not func.is_view:",
+        "if True:",
+        "test_bench_roofline.py::test_eager_operations_are_counted",
+    ),
+    Mutant(
+        "a wrong kernel timed",
+        BENCH + "gpu_check.py",
+        "if errors[name, False]:",
+        "if False:",
+        "test_bench_gpu_check.py::test_a_wrong_kernel_gets_no_figure",
+    ),
+    Mutant(
+        "times from a warm cache",
+        BENCH + "gpu_check.py",
+        "            device.flush()\n",
+        "",
+        "test_bench_gpu_check.py::test_runs_are_interleaved_and_cold",
     ),
 ]
 

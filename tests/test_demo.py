@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -12,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from sdtp_eval import demo, texts
+from sdtp_eval.checkpoints import DEFAULT_NAME, DEFAULT_PRUNERS, bundled_pruners
 from sdtp_eval.flops import prefill_flops, scoring_flops, tokens_per_layer
-from sdtp_kernels import PruningSchedule, TokenPruner, cli, save_pruners
+from sdtp_kernels import PruningSchedule, TokenPruner, cli, load_pruners, save_pruners
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,6 +119,17 @@ def test_scorers_and_block_budget(sdtp, tmp_path: Path, scorer: str) -> None:
     schedule = PruningSchedule(layers=(4, 7), keep_ratio=0.9, budget="block", block_size=64)
     assert result["kept_per_stage"] == [schedule.num_keep(400, s) for s in (1, 2)]
     assert result["backend"] == "reference"
+
+
+def test_the_pruners_that_come_along_fit_the_default_model() -> None:
+    stack = load_pruners(bundled_pruners()[DEFAULT_PRUNERS])
+    assert (stack.header.hidden_size, stack.header.num_hidden_layers) == (576, 30)
+    assert sorted(stack) == list(range(4, 30, 3))
+    assert stack.header.training["saliency"]["model"]["name"] == DEFAULT_NAME
+    args = argparse.Namespace(pruner=None, scorer=None, model=None, keep=0.9, budget="global", block_size=512)
+    assert demo._method(args, None)[0].header == stack.header
+    args.scorer = "recent"
+    assert demo._method(args, argparse.Namespace(num_hidden_layers=30))[0] == "recent"
 
 
 def test_pruner_file(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,8 +273,9 @@ def test_flops_by_hand() -> None:
     # Queries 8*8 for the window of 32, logits 32 * n * 4 heads * 2; the keys are in the cache.
     attention = sum(2 * (32 * 64 + 32 * n * 8) for n in (100, 50))
     assert scoring_flops(config, schedule, 100, "attention") == attention
+    # As a term of a pruner: the last 8 queries.
     both = {layer: TokenPruner(8, 3, attention=True) for layer in (1, 2)}
-    assert scoring_flops(config, schedule, 100, both) == (48 + 6) * 150 + attention
+    assert scoring_flops(config, schedule, 100, both) == (48 + 6) * 150 + attention // 4
     assert scoring_flops(config, schedule, 100, "recent") == 0
     short = PruningSchedule(layers=(1, 2), keep_ratio=0.5, min_prompt=101)
     assert scoring_flops(config, short, 100, pruners) == 0

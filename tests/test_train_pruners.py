@@ -327,7 +327,10 @@ FAINT = ("--attention-weight", 0.01)  # the planted score has no such term
 @pytest.mark.parametrize("loss", [["mse"], ["rank=0.5"]])
 def test_a_planted_score_is_learned(planted, sdtp, tmp_path, loss):
     out = tmp_path / "pruners.safetensors"
-    assert sdtp(planted, out, "--steps", 90, "--eval-every", 30, "--lr", 0.02, "--dropout", 0, "--loss", *loss, *FAINT) == 0
+    assert (
+        sdtp(planted, out, "--steps", 90, "--eval-every", 30, "--lr", 0.02, "--dropout", 0, "--loss", *loss, *FAINT)
+        == 0
+    )
     stack = load_pruners(out)
     assert sorted(stack) == [4, 7]
     assert stack.header.distance

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import make_qwen2
 
 from sdtp_kernels import PruningSchedule, apply_sdtp
-from sdtp_kernels.scorers import attention_score
+from sdtp_kernels.scorers import question_attention
 from sdtp_train import targets
 
 LAYERS = [2, 4]
@@ -112,7 +112,7 @@ def test_last_window_attention_is_what_the_stage_sees(model, ids, dense):
     seen = {}
 
     def spy(stage):
-        seen[len(seen)] = attention_score(stage)[0]
+        seen[len(seen)] = question_attention(stage)[0]
         return seen[0][None]
 
     with apply_sdtp(model, spy, PruningSchedule(layers=(LAYERS[0],), min_prompt=1)):

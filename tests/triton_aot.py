@@ -76,47 +76,58 @@ def _score(ops: Any, dtype: torch.dtype) -> None:
     ops.score_tokens(*_pruner(dtype, 1024), torch.empty(1, 1024), 1e-6)
 
 
-def _select(ops: Any, tokens: int, *selection: Any) -> None:
-    ops.select_tokens(torch.empty(1, tokens), *selection)
+def _select(ops: Any, pooling: int, tokens: int, *selection: Any) -> None:
+    ops.select_tokens(torch.empty(1, tokens), *selection, pooling=pooling)
 
 
 def _gather(ops: Any) -> None:
     ops.gather_tokens(_carried(torch.bfloat16, 1024), torch.empty(1, 800, dtype=torch.int64))
 
 
-def _prune(ops: Any, dtype: torch.dtype, padded: bool, *selection: Any) -> None:
+def _prune(ops: Any, dtype: torch.dtype, padded: bool, pooling: int, *selection: Any) -> None:
     tokens = 2048
     hidden_states, *pruner = _pruner(dtype, tokens)
     rows = torch.empty(1, 3, dtype=torch.int64) if padded else None
-    ops.prune_tokens(hidden_states, _carried(dtype, tokens), *pruner, *selection, rows, torch.empty(1, tokens), 1e-6)
+    scoring = (torch.empty(1, tokens), 1e-6)
+    ops.prune_tokens(hidden_states, _carried(dtype, tokens), *pruner, *selection, rows, pooling, *scoring)
 
 
-def _prune_unaligned(ops: Any) -> None:
+def _prune_unaligned(ops: Any, dtype: torch.dtype, pooling: int, block_size: int, transposed: bool) -> None:
     """Sizes that are multiples of nothing, so that no access is known to be aligned."""
-    tokens, hidden_size, pruner_size, dtype = 2001, 1001, 251, torch.bfloat16
+    tokens, hidden_size, pruner_size, recent = 2001, 1001, 251, 601
     hidden_states = torch.empty(1, tokens, hidden_size, dtype=dtype)
+    if transposed:
+        hidden_states = hidden_states.mT.contiguous().mT
     w1 = torch.empty(pruner_size, hidden_size, dtype=dtype)
     pruner = [w1, torch.empty(pruner_size), torch.empty(pruner_size), torch.empty(())]
     carried = [torch.empty(1, 3, 61, tokens, dtype=dtype).transpose(2, 3)]
-    ops.prune_tokens(hidden_states, carried, *pruner, 7 * 101 + 601, 4, 601, 200, None, None, None)
+    num_keep = 1400 // block_size * 101 + recent
+    ops.prune_tokens(hidden_states, carried, *pruner, num_keep, 4, recent, block_size, None, pooling, None, None)
 
 
-# Selections: num_keep, sink, recent, block_size.
+# Selections: num_keep, sink, recent, block_size. "pooled": over 7 tokens.
 CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
     "score bf16": (_score, (torch.bfloat16,)),
     "score fp16": (_score, (torch.float16,)),
     "score fp32": (_score, (torch.float32,)),
-    "select 131072": (_select, (131072, 104858, 4, 13108)),
-    "select blocks of 512": (_select, (8192, 6560, 4, 0, 512)),
-    "select blocks of 128": (_select, (8192, 6400, 4, 0, 128)),
+    "select 131072": (_select, (1, 131072, 104858, 4, 13108)),
+    "select 131072, pooled": (_select, (7, 131072, 104858, 4, 13108)),
+    "select blocks of 512": (_select, (1, 8192, 6560, 4, 0, 512)),
+    "select blocks of 512, pooled": (_select, (7, 8192, 6560, 4, 0, 512)),
+    "select blocks of 128, pooled": (_select, (7, 8192, 6400, 4, 0, 128)),
     "gather bf16": (_gather, ()),
-    "prune bf16, padded": (_prune, (torch.bfloat16, True, 1600, 4, 100, None)),
-    "prune blocks of 256 bf16": (_prune, (torch.bfloat16, False, 1600, 4, 0, 256)),
-    "prune blocks of 256 fp32, padded": (_prune, (torch.float32, True, 1600, 4, 0, 256)),
-    "prune one block of 200 bf16": (_prune, (torch.bfloat16, False, 1998, 4, 1848, 200)),
-    "prune unaligned bf16": (_prune_unaligned, ()),
-    "prune blocks of 512 bf16": (_prune, (torch.bfloat16, False, 1600, 4, 0, 512)),
-    "prune blocks of 2048 fp32, padded": (_prune, (torch.float32, True, 1600, 4, 0, 2048)),
+    "prune bf16, padded, pooled": (_prune, (torch.bfloat16, True, 7, 1600, 4, 100, None)),
+    "prune blocks of 256 bf16": (_prune, (torch.bfloat16, False, 1, 1600, 4, 0, 256)),
+    "prune blocks of 256 bf16, pooled": (_prune, (torch.bfloat16, False, 7, 1600, 4, 0, 256)),
+    "prune blocks of 256 fp32, padded, pooled": (_prune, (torch.float32, True, 7, 1600, 4, 0, 256)),
+    "prune one block of 208 bf16, pooled": (_prune, (torch.bfloat16, False, 7, 1998, 4, 1840, 208)),
+    "prune blocks of 512 bf16": (_prune, (torch.bfloat16, False, 1, 1600, 4, 0, 512)),
+    "prune blocks of 2048 fp32, padded, pooled": (_prune, (torch.float32, True, 7, 1600, 4, 0, 2048)),
+    "prune unaligned bf16": (_prune_unaligned, (torch.bfloat16, 1, 200, False)),
+    "prune unaligned bf16, transposed, pooled": (_prune_unaligned, (torch.bfloat16, 7, 200, True)),
+    "prune unaligned fp32, transposed, pooled": (_prune_unaligned, (torch.float32, 7, 200, True)),
+    "prune unaligned blocks of 700 fp32": (_prune_unaligned, (torch.float32, 1, 700, False)),
+    "prune unaligned blocks of 700 bf16, transposed, pooled": (_prune_unaligned, (torch.bfloat16, 7, 700, True)),
 }
 
 
@@ -165,25 +176,26 @@ def compile_target(name: str) -> list[dict[str, Any]]:
     target = TARGETS[name]
     triton.runtime.driver.set_active(_Driver(GPUTarget(target.backend, target.arch, target.warp_size)))
     launch = JITFunction.run
-    compiled: list[tuple[str, int | None, Any]] = []
+    compiled: list[tuple[dict[str, Any], Any]] = []
+    constants = ("BLOCK_TOKENS", "BLOCK_WIDTH", "BLOCK_HIDDEN", "num_warps", "num_stages", "INPUT_PRECISION")
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((self.__name__, kwargs.get("TILE"), kernel))
+        config = [kwargs[constant] for constant in constants] if "INPUT_PRECISION" in kwargs else None
+        compiled.append(({"kernel": self.__name__, "tile": kwargs.get("TILE"), "config": config}, kernel))
 
     JITFunction.run = compile_only
-    # Two processors with a boundless cache: one block is too few for the one-launch form, two are enough.
-    configs.device_of = lambda device: configs.Device(name, 2, 2**62)
+    # Two processors: one block is too few for the one-launch form, two are enough.
+    configs.device_of = lambda device: configs.Device(name, 2)
 
     rows, seen = [], set()
     for case, (call, arguments) in CASES.items():
         compiled.clear()
         call(ops, *arguments)
-        for kernel_name, tile, kernel in compiled:
-            if (key := (kernel_name, kernel.hash)) not in seen:
+        for chosen, kernel in compiled:
+            if (key := (chosen["kernel"], kernel.hash)) not in seen:
                 seen.add(key)
-                row = {"target": name, "kernel": kernel_name, "case": case, "tile": tile}
-                rows.append({**row, **measure(kernel, target)})
+                rows.append({"target": name, "case": case, **chosen, **measure(kernel, target)})
     return rows
 
 

@@ -222,7 +222,7 @@ def test_score_layouts_and_nan():
 
 
 def test_score_offsets_beyond_32_bits():
-    hidden_states = far_apart(tokens=3, width=16, stride=2**30 + 8, dtype=torch.float16)
+    hidden_states = far_apart(tokens=3, width=16, stride=2**30 + 16, dtype=torch.float16)
     values, weights = pruner_inputs(3, 16, 4, torch.float16)
     hidden_states.copy_(values)
     expected = score_tokens(values, *weights, rms_eps=1e-6, backend="triton")
@@ -270,8 +270,8 @@ def draw_selection(generator):
     padded = torch.full((len(rows), width), 7.0)  # padding scores high: a row that reads it goes wrong
     for padded_row, row in zip(padded, scores, strict=True):
         padded_row[width - len(row) :] = row
-    num_keep = max(keep for _, keep, _ in rows) + 1
-    return padded, {"num_keep": num_keep, "sink": sink, "block_size": block_size, "rows": torch.tensor(rows)}
+    selection = {"num_keep": max(keep for _, keep, _ in rows) + 1, "sink": sink, "block_size": block_size}
+    return padded, selection | {"rows": torch.tensor(rows), "pooling": [1, 3, 7, 21][integer(0, 3)]}
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -283,7 +283,7 @@ def test_select(seed):
     assert torch.equal(select_tokens(spread, **selection, backend="triton"), expected)
     length, keep, tail = selection["rows"][0].tolist()  # the row alone, its counts given on the host
     alone, padding = scores[:1, scores.shape[1] - length :], scores.shape[1] - length
-    host = {"sink": selection["sink"], "recent": tail, "block_size": selection["block_size"]}
+    host = {name: selection[name] for name in ("sink", "block_size", "pooling")} | {"recent": tail}
     got = select_tokens(alone, keep, **host, backend="triton")
     assert torch.equal(got[0] + padding, expected[0, selection["num_keep"] - keep :])
 
@@ -297,6 +297,9 @@ def test_select(seed):
         (131072, {"num_keep": 104858, "sink": 4, "recent": 13108}),
         (4608 + 300, {"num_keep": 300 * 9 + 300, "sink": 4, "recent": 300, "block_size": 512}),
         (5000 * 2, {"num_keep": 8192, "sink": 4, "block_size": 5000}),  # blocks longer than a tile
+        (4097, {"num_keep": 4000, "sink": 4, "pooling": 7}),
+        (131072, {"num_keep": 104858, "sink": 4, "recent": 13108, "pooling": 7}),
+        (5000 * 2, {"num_keep": 8192, "sink": 4, "block_size": 5000, "pooling": backend.MAX_POOLING}),
     ],
 )
 @pytest.mark.parametrize("kind", ["ties", "descending", "equal", "special"])
@@ -309,6 +312,21 @@ def test_select_long_rows(tokens, settings, kind):
     }[kind]
     expected = select_tokens(scores, **settings, backend="reference")
     assert torch.equal(select_tokens(scores, **settings, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("block_size", [None, 8, 300])
+def test_select_pools_inside_a_block(block_size):
+    """What stands beside a block outscores it: blocks before and after it, the tail, padding."""
+    per_block, tail = block_size or 300, 5
+    rows = torch.tensor([[2 * per_block + tail, per_block + tail, tail], [per_block + tail, 4 + tail, tail]])
+    scores = torch.full((2, 2 * per_block + tail + 3), 9.0)
+    for row, (length, _, _) in zip(scores, rows.tolist(), strict=True):
+        body = row[len(row) - length : len(row) - tail].view(-1, per_block)
+        body.copy_(-1 - torch.rand(body.shape))
+        body[1::2, 3:5] = 9.0
+    selection = {"num_keep": per_block + tail, "block_size": block_size, "rows": rows, "pooling": 7}
+    expected = select_tokens(scores, **selection, backend="reference")
+    assert torch.equal(select_tokens(scores, **selection, backend="triton"), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------- gather
@@ -378,7 +396,7 @@ PRUNE_LAUNCHES = {
 }
 
 
-def prune_case(block_size, padded, dtype, tokens=620, batch=2):
+def prune_case(block_size, padded, dtype, tokens=620, batch=2, pooling=1):
     """Arguments of `prune_tokens`: the tensors, and the selection."""
     hidden_states, weights = pruner_inputs(tokens, 64, 160, dtype, batch)
     carried = [
@@ -386,18 +404,18 @@ def prune_case(block_size, padded, dtype, tokens=620, batch=2):
         torch.arange(tokens).expand(batch, -1),
         torch.randn(batch, tokens, 2, 6).to(dtype).transpose(1, 2),
     ]
-    scoring = {"score_bias": torch.randn(batch, tokens), "rms_eps": 1e-6}
+    scoring = {"score_bias": torch.randn(batch, tokens) - 9, "rms_eps": 1e-6}  # what is masked scores higher
     if block_size is None:
         rows = torch.tensor([[tokens, tokens - 150, 60], [tokens - 90, tokens - 200, 45]])
         selection = {"num_keep": tokens - 150, "recent": 60}
     else:
-        tail, per_block = tokens % block_size, block_size * 3 // 4
+        tail, per_block = tokens % block_size, block_size * 3 // 4 if pooling == 1 else block_size // 4
         num_keep = tokens // block_size * per_block + tail
         rows = torch.tensor([[tokens, num_keep, tail], [block_size + 9, per_block + 9, 9]])
         selection = {"num_keep": num_keep, "recent": tail, "block_size": block_size}
     if padded:
         selection |= {"rows": rows, "recent": 0, "num_keep": selection["num_keep"] + 3}
-    return (hidden_states, carried, *weights), selection | {"sink": 4}, scoring
+    return (hidden_states, carried, *weights), selection | {"sink": 4, "pooling": pooling}, scoring
 
 
 def assert_equals_composition(got, arguments, selection, scoring):
@@ -410,10 +428,13 @@ def assert_equals_composition(got, arguments, selection, scoring):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("dtype", "padded"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "padded", "pooling"), [(torch.float32, False, 1), (torch.float32, False, 7), (torch.bfloat16, True, 7)]
+)
 @pytest.mark.parametrize("block_size", PRUNE_LAUNCHES)
-def test_prune_equals_the_composition(block_size, padded, dtype, launches):
-    arguments, selection, scoring = prune_case(block_size, padded, dtype, tokens=max(620, (block_size or 0) + 60))
+def test_prune_equals_the_composition(block_size, padded, pooling, dtype, launches):
+    tokens = max(620, (block_size or 0) + 60)
+    arguments, selection, scoring = prune_case(block_size, padded, dtype, tokens, pooling=pooling)
     got = prune_tokens(*arguments, **selection, **scoring, backend="triton")
     assert launches == PRUNE_LAUNCHES[block_size]
     assert_equals_composition(got, arguments, selection, scoring)
@@ -423,7 +444,7 @@ def test_prune_equals_the_composition(block_size, padded, dtype, launches):
 @pytest.mark.parametrize("block_size", [None, 128, 300])
 def test_programs_run_at_once(block_size, seed):
     """No program reads what another one of its launch wrote: however they interleave, the result is the same."""
-    arguments, selection, scoring = prune_case(block_size, True, torch.bfloat16, tokens=400)
+    arguments, selection, scoring = prune_case(block_size, True, torch.bfloat16, tokens=400, pooling=7)
     expected = prune_tokens(*arguments, **selection, **scoring, backend="triton")
     with concurrent_programs(seed):
         got = prune_tokens(*arguments, **selection, **scoring, backend="triton")
@@ -494,7 +515,7 @@ def test_bytes_of_the_block_budget(block_size, pruner_size, num_launches, launch
     num_keep = blocks * per_block + tail
     with traffic() as count:
         got = prune_tokens(
-            hidden_states, carried, *weights, num_keep, sink=4, recent=tail, block_size=block_size,
+            hidden_states, carried, *weights, num_keep, sink=4, recent=tail, block_size=block_size, pooling=7,
             score_bias=bias, rms_eps=1e-6, backend="triton",
         )  # fmt: skip
     assert len(launches) == num_launches
@@ -503,8 +524,8 @@ def test_bytes_of_the_block_budget(block_size, pruner_size, num_launches, launch
     width_tiles, token_tiles = -(-pruner_size // 128), -(-block_size // 128) * blocks * batch
     if num_launches == 2:
         token_tiles = -(-blocks * block_size // 128) * batch
-    # Hidden states: once to be scored, then the kept ones. A pruner wider than a tile takes them from L2 once more for
-    # each further tile; `fits_one_launch` sees to it that they are there.
+    # Hidden states: once to be scored, then the kept ones. A pruner wider than a tile takes them once more for each
+    # further tile, from L2 as far as it holds them.
     expected = (is_scored * width_tiles + is_kept).unsqueeze(-1).expand_as(hidden_states)
     assert torch.equal(count("load", hidden_states), expected)
     assert torch.equal(count("load", carried[0]), is_kept.unsqueeze(-1).expand_as(carried[0]))
@@ -517,29 +538,26 @@ def test_bytes_of_the_block_budget(block_size, pruner_size, num_launches, launch
     assert count("load", got.indices).eq(1 + len(carried)).all()  # the column of a slot, once for each tensor
     # The pruner: every tile of tokens reads all of it, from L2.
     assert count("load", weights.w1).eq(token_tiles).all()
-    if num_launches == 1:  # scores stay in registers
+    if num_launches == 1:  # scores stay in registers, pooled or not
         assert torch.equal(count("load", bias), is_scored)
 
 
-def test_one_launch_where_it_pays(monkeypatch, launches):
+def test_one_launch_where_blocks_fill_the_gpu(monkeypatch, launches):
     arguments, selection, scoring = prune_case(128, False, torch.bfloat16)
     one = prune_tokens(*arguments, **selection, **scoring, backend="triton")
-    monkeypatch.setattr(configs, "device_of", lambda _: configs.Device("sm_90", 132, 50 * 2**20))  # an H100
+    monkeypatch.setattr(configs, "device_of", lambda _: configs.Device("sm_90", 132))  # an H100
     two = prune_tokens(*arguments, **selection, **scoring, backend="triton")
     assert launches == ["prune_kernel", "score_kernel", "select_and_gather_kernel"]
     for a, b in zip(*([r.hidden_states, *r.tensors, r.indices] for r in (one, two)), strict=True):
         assert torch.equal(a, b)
 
-    def fits(hidden_size, pruner_size, block_size, blocks, batch=1):
-        hidden_states = torch.empty(1, 1, 1, dtype=torch.bfloat16).expand(batch, 9, hidden_size)
-        return fused.fits_one_launch(hidden_states, pruner_size, block_size, blocks)
+    def fits(block_size, blocks, batch=1):
+        return fused.fits_one_launch(torch.device("cpu"), batch, block_size, blocks)
 
-    assert fits(896, 224, 256, 132)
-    assert fits(896, 224, 256, 66, batch=2)
-    assert not fits(896, 224, 256, 131)  # too few programs
-    assert not fits(896, 224, 257, 132)  # too large a block
-    assert not fits(3584, 896, 256, 132)  # hidden states would be read from HBM seven times
-    assert fits(3584, 128, 256, 132)  # read once: one tile holds the whole pruner
+    assert fits(128, 132)
+    assert fits(256, 66, batch=2)
+    assert not fits(256, 131)  # too few programs
+    assert not fits(257, 132)  # too large a block
 
 
 def test_wrong_counts_stay_in_their_row():
@@ -551,7 +569,7 @@ def test_wrong_counts_stay_in_their_row():
             memory = torch.full((3, 20), -7)
             select.select_kernel[(10, 1)](
                 scores, 0, 1, None, None, None, rows, memory[1],
-                40, 20, 2, 0, block_size, 1 if block_size is None else 5, 0, TILE=256, FILL=256, PDL=False,
+                40, 20, 2, 0, block_size, 1 if block_size is None else 5, 0, REACH=3, TILE=256, FILL=256, PDL=False,
             )  # fmt: skip
             assert memory[[0, 2]].eq(-7).all()
             assert memory[1].lt(40).all()
@@ -582,7 +600,7 @@ def op_inputs(requires_grad):
     hidden_states, weights = pruner_inputs(40, batch=2)
     hidden_states.requires_grad_(requires_grad)
     other = torch.randn(2, 2, 40, 3, requires_grad=requires_grad)
-    selection = (20, 2, 4, None, torch.tensor([[40, 20, 4], [30, 16, 3]]))
+    selection = (20, 2, 4, None, torch.tensor([[40, 20, 4], [30, 16, 3]]), 3)
     return {
         "score_tokens": (hidden_states, *weights, torch.randn(2, 40), 1e-6),
         "select_tokens": (torch.randn(2, 40), *selection),
@@ -616,7 +634,7 @@ def test_model(tiny_model, budget):
     from sdtp_kernels import apply_sdtp
 
     schedule = PruningSchedule((2, 4), 0.7, budget=budget, block_size=32, min_prompt=8)
-    pruners = {layer: TokenPruner(64, 16) for layer in schedule.layers}
+    pruners = {layer: TokenPruner(64, 16, pooling=7) for layer in schedule.layers}
     tokens = torch.randint(256, (2, 70))
     mask = torch.ones_like(tokens)
     mask[1, :21] = 0
@@ -638,6 +656,8 @@ def test_errors():
         select_tokens(torch.zeros(1, 1).expand(65536, 3), 2, backend="triton")
     with pytest.raises(ValueError, match=f"of at most {backend.MAX_TOKENS} tokens"):
         gather_tokens([], torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**24 + 1), backend="triton")
+    with pytest.raises(ValueError, match=r"backend 'triton' pools over at most 255 tokens, got pooling=257: pool less"):
+        select_tokens(torch.zeros(1, 3), 2, pooling=257, backend="triton")
     with pytest.raises(
         BackendUnavailableError, match=r"(?s)'triton' cannot run on meta .*not on meta.*reference: can run"
     ):
@@ -660,6 +680,12 @@ def test_tables():
     tiles = {size: configs.select_tile(size) for size in (1, 256, 257, 1024, 1025, 131072)}
     assert tiles == {1: 256, 256: 256, 257: 1024, 1024: 1024, 1025: 4096, 131072: 4096}
     assert [configs.select_tile(size, largest=1024) for size in (200, 1024, 5000)] == [256, 1024, 1024]
+    x = torch.zeros(2, 3, 64)
+    whole = [x, x[1:], x[:, 1:], x[..., :32], x[..., 16:]]
+    odd = [x[..., 1:33], x[..., :33], x[..., ::2], x.mT, torch.zeros(2, 4, 63)]  # pointer, size, strides
+    assert [configs.is_aligned(t) for t in (*whole, *odd)] == [True] * len(whole) + [False] * len(odd)
+    assert {configs.score_config(t, t[0]).block_tokens for t in whole} == {128}
+    assert {configs.score_config(t, t[0]).block_tokens for t in odd} == {64}
     assert [configs.nvidia_target(*c) for c in ((8, 0), (8, 7), (9, 0), (10, 3), (12, 1))] == [
         "sm_80", "sm_86", "sm_90", "sm_100", "sm_120",
     ]  # fmt: skip

@@ -61,7 +61,7 @@ def scoring_flops(config: Any, schedule: PruningSchedule, length: int, pruners: 
     -------
     int
     """
-    from sdtp_kernels.scorers import ATTENTION_WINDOW
+    from sdtp_kernels.scorers import ATTENTION_WINDOW, QUESTION_WINDOW
 
     if length < schedule.min_prompt:
         return 0
@@ -74,8 +74,10 @@ def scoring_flops(config: Any, schedule: PruningSchedule, length: int, pruners: 
         pruner = None if isinstance(pruners, str) else pruners[layer]
         if pruner is not None:
             total += 2 * n * pruner.intermediate_size * (hidden + 1)
-        if pruners == "attention" or (pruner is not None and pruner.attention):
-            total += 2 * min(ATTENTION_WINDOW, n) * heads * head_dim * (hidden + n)
+        window = ATTENTION_WINDOW if pruners == "attention" else 0
+        if pruner is not None and pruner.attention:
+            window = QUESTION_WINDOW
+        total += 2 * min(window, n) * heads * head_dim * (hidden + n)
     return total
 
 

@@ -162,7 +162,7 @@ def find_method(word: str) -> Method:
         return Method(word, oracle=ORACLES[word])
     path = bundled_pruners().get(word, Path(word))
     if not path.is_file():
-        known = ", ".join([*bundled_pruners(), *BASELINES, *ORACLES, f"{peers.PREFIX}SnapKV"])
+        known = ", ".join([*BASELINES, *ORACLES, *bundled_pruners(), f"{peers.PREFIX}SnapKV"])
         raise ValueError(f"no method {word!r}: neither a pruner file nor one of {known}")
     stack = load_pruners(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:6]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdtp_kernels import select_tokens
-from sdtp_kernels.scorers import StageInput, attention_score
+from sdtp_kernels.scorers import StageInput, question_attention
 from sdtp_train.targets import run_layers
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _scores(
     if pruner.attention:
         cos, sin = position_embeddings
         with torch.no_grad():
-            attention = attention_score(
+            attention = question_attention(
                 StageInput(
                     hidden_states=hidden_states[:, alive],
                     position_embeddings=(cos[:, alive], sin[:, alive]),

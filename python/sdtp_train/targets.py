@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from sdtp_kernels.scorers import StageInput, attention_score
+from sdtp_kernels.scorers import StageInput, question_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +90,7 @@ def run_layers(
 
 
 def last_window_attention(dense: DensePass, layer: int) -> torch.Tensor:
-    """What the pruner of a stage at `layer` is given at run time: see :func:`sdtp_kernels.scorers.attention_score`.
+    """What the pruner of a stage at `layer` is given at run time: see :func:`sdtp_kernels.scorers.question_attention`.
 
     Returns
     -------
@@ -107,7 +107,7 @@ def last_window_attention(dense: DensePass, layer: int) -> torch.Tensor:
         hidden_states_below=dense.layer_inputs[layer - 1][:, :n],
     )
     with torch.no_grad():
-        return attention_score(stage)[0].float()
+        return question_attention(stage)[0].float()
 
 
 def future_attention(dense: DensePass, layers: Sequence[int]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from transformers.masking_utils import create_causal_mask
 
 from .. import backends, ops
 from ..pruner import PrunerStack, PrunerWeights, TokenPruner, check_finite
-from ..scorers import SCORERS, StageInput, attention_score
+from ..scorers import SCORERS, StageInput, question_attention
 from .cache import PrunedLayer, install
 from .checks import assert_left_padded
 from .report import PrefillRecorder, SdtpHandle
@@ -51,7 +51,7 @@ class Fused(NamedTuple):
             return None
         last = stage.token_index.shape[1] - stage.keep_last - 1
         distance = stage.token_index[:, last : last + 1] - stage.token_index
-        attention = attention_score(stage) if self.pruner.attention else None
+        attention = question_attention(stage) if self.pruner.attention else None
         return self.pruner.score_bias(distance, attention, (stage.token_index >= 0) & (distance >= 0))
 
 

@@ -15,6 +15,8 @@ _MIN_TRITON = (3, 8)
 MAX_BATCH = 65535
 # Columns are 32-bit inside the kernels; element offsets are 64-bit everywhere.
 MAX_TOKENS = 2**24
+# A tile holds the neighbours of its tokens too, and most of a tile should be its own.
+MAX_POOLING = 255
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
@@ -68,12 +70,14 @@ def select_tokens(
     recent: int = 0,
     block_size: int | None = None,
     rows: torch.Tensor | None = None,
+    pooling: int = 1,
 ) -> torch.Tensor:
     from . import select
 
     _check_size(scores.shape[0], scores.shape[1])
+    _check_pooling(pooling)
     with torch.cuda.device_of(scores):
-        return select.select_tokens(scores, num_keep, sink, recent, block_size, rows)
+        return select.select_tokens(scores, num_keep, sink, recent, block_size, rows, pooling)
 
 
 def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[torch.Tensor]:
@@ -96,16 +100,19 @@ def prune_tokens(
     recent: int = 0,
     block_size: int | None = None,
     rows: torch.Tensor | None = None,
+    pooling: int = 1,
     score_bias: torch.Tensor | None = None,
     rms_eps: float | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     from . import fused
 
     _check_size(hidden_states.shape[0], hidden_states.shape[1])
+    _check_pooling(pooling)
     with torch.cuda.device_of(hidden_states):
         return fused.prune_tokens(
-            hidden_states, tensors, w1, b1, w2, b2, num_keep, sink, recent, block_size, rows, score_bias, rms_eps
-        )
+            hidden_states, tensors, w1, b1, w2, b2,
+            num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps,
+        )  # fmt: skip
 
 
 def _check_size(batch_size: int, num_tokens: int) -> None:
@@ -113,4 +120,12 @@ def _check_size(batch_size: int, num_tokens: int) -> None:
         raise ValueError(
             f"backend 'triton' takes at most {MAX_BATCH} rows of at most {MAX_TOKENS} tokens, got {batch_size} rows of "
             f"{num_tokens}: split the batch, or name backend='reference'"
+        )
+
+
+def _check_pooling(pooling: int) -> None:
+    if pooling > MAX_POOLING:
+        raise ValueError(
+            f"backend 'triton' pools over at most {MAX_POOLING} tokens, got pooling={pooling}: pool less, or name "
+            "backend='reference'"
         )

@@ -1,8 +1,8 @@
 """What a launch depends on besides its arguments: the device and the table of tile shapes.
 
-Nothing is timed: a configuration is looked up by architecture and element size. What changes the order of a sum (the
-tile of the score) depends on nothing else, so a score has the same bits whatever the batch, the prompt's length or the
-path that computes it.
+Nothing is timed: a configuration is looked up by architecture, element size and whether tokens are aligned. What
+changes the order of a sum (the tile of the score) depends on nothing else, so a score has the same bits whatever the
+batch, the prompt's length or the path that computes it.
 """
 
 from __future__ import annotations
@@ -52,6 +52,23 @@ SCORE: dict[str, dict[int, ScoreConfig]] = {
     "interpreter": {2: _CDNA, 4: _CDNA_FLOAT32},
 }
 
+# The same for tensors that are not aligned. On NVIDIA their elements pass through registers one at a time, each with an
+# address of its own, which leaves room for a quarter of the tile.
+_ELEMENTS = ScoreConfig(64, 64, 32, num_warps=8, num_stages=2)
+_ELEMENTS_SPLIT = ScoreConfig(64, 64, 16, num_warps=8, num_stages=2, input_precision="tf32x3")
+
+SCORE_UNALIGNED: dict[str, dict[int, ScoreConfig]] = {
+    "sm_80": {2: _ELEMENTS, 4: _ELEMENTS_SPLIT},
+    "sm_86": {2: _ELEMENTS, 4: _ELEMENTS_SPLIT},
+    "sm_89": {2: _ELEMENTS, 4: _ELEMENTS_SPLIT},
+    "sm_90": {2: _ELEMENTS, 4: _ELEMENTS_SPLIT},
+    "sm_100": {2: _ELEMENTS, 4: _ELEMENTS_SPLIT},
+    "sm_120": {2: _ELEMENTS, 4: _ELEMENTS_SPLIT},
+    "gfx90a": {2: _CDNA, 4: _CDNA_FLOAT32},
+    "gfx942": {2: _CDNA, 4: _CDNA_FLOAT32},
+    "interpreter": {2: _ELEMENTS, 4: _ELEMENTS},
+}
+
 
 class Device(NamedTuple):
     """The accelerator as far as a launch cares."""
@@ -59,21 +76,20 @@ class Device(NamedTuple):
     target: str
     """A key of :data:`SCORE`."""
     multiprocessors: int
-    l2_bytes: int
 
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
     """The accelerator behind `device`; a property query, never a sync."""
     if device.type == "cpu":
-        return Device("interpreter", multiprocessors=1, l2_bytes=2**62)
+        return Device("interpreter", multiprocessors=1)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         target = properties.gcnArchName.split(":")[0]
         target = target if target in SCORE else "gfx90a"
     else:
         target = nvidia_target(properties.major, properties.minor)
-    return Device(target, properties.multi_processor_count, properties.L2_cache_size)
+    return Device(target, properties.multi_processor_count)
 
 
 def nvidia_target(major: int, minor: int) -> str:
@@ -82,13 +98,28 @@ def nvidia_target(major: int, minor: int) -> str:
     return f"sm_{max(arch for arch in known if arch <= 10 * major + minor)}"
 
 
-def score_config(device: torch.device, dtype: torch.dtype) -> ScoreConfig:
-    return SCORE[device_of(device).target][dtype.itemsize]
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether the compiler will see that the tensor can be read many elements at a time.
+
+    Of a stride or a size it knows only whether it is a multiple of 16, and of a pointer whether it is one of 16 bytes.
+    """
+    *strides, last = tensor.stride()
+    return last == 1 and all(n % 16 == 0 for n in (tensor.data_ptr(), tensor.shape[-1], *strides))
+
+
+def score_config(hidden_states: torch.Tensor, w1: torch.Tensor) -> ScoreConfig:
+    table = SCORE if is_aligned(hidden_states) and is_aligned(w1) else SCORE_UNALIGNED
+    return table[device_of(hidden_states.device).target][hidden_states.itemsize]
 
 
 # For every launch. Roundings are then as the source has them, so a tile gives the same bits in every kernel that
 # inlines it; and Triton's default, which changes with 3.10, does not matter.
 EXACT = {"enable_fp_fusion": False}
+
+
+def registers(limit: int, device: torch.device) -> dict[str, object]:
+    """Registers that a thread may take. Left to itself, ptxas spills a few for an occupancy of no use here."""
+    return {} if device_of(device).target.startswith("gfx") else {"maxnreg": limit}
 
 
 def has_pdl(device: torch.device) -> bool:
@@ -119,15 +150,17 @@ def select_tile(block_size: int, largest: int = max(SELECT_THREADS)) -> int:
 
 def select_options(tile: int, device: torch.device) -> dict[str, object]:
     """How to launch a kernel that ranks tiles of this size."""
-    if device_of(device).target.startswith("gfx"):
-        return {"num_warps": SELECT_THREADS[tile] // 64, **EXACT}
-    # Left to itself, ptxas spills a few registers for an occupancy that these kernels have no use for.
-    return {"num_warps": SELECT_THREADS[tile] // 32, "maxnreg": 128, **EXACT}
+    warp_size = 64 if device_of(device).target.startswith("gfx") else 32
+    return {"num_warps": SELECT_THREADS[tile] // warp_size, **registers(128, device), **EXACT}
 
 
 GATHER_TOKENS = 16  # tokens of one program
 
 
-def gather_tile(width: int, itemsize: int) -> int:
-    """Columns that a program moves at a time, of tokens of `width` elements: at most 1 KiB of each token."""
-    return min(1 << (width - 1).bit_length(), 1024 // itemsize)
+def gather_tile(source: torch.Tensor) -> int:
+    """Columns of a ``[B, heads, N, D]`` that a program moves at a time: at most 1 KiB of each token.
+
+    Of tokens that are not aligned, half of that: every element takes registers for an address of its own.
+    """
+    width = source.shape[1] * source.shape[3]
+    return min(1 << (width - 1).bit_length(), (1024 if is_aligned(source) else 512) // source.itemsize)

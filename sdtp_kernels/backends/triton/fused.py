@@ -28,7 +28,7 @@ def select_and_gather_kernel(
     sources, outputs, strides_b, strides_h, strides_n, strides_d,
     num_tokens, num_keep, sink, recent, block_size, num_blocks, shares, first_fill_slot,
     NUM_HEADS: tl.constexpr, WIDTHS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr,
-    TILE: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
+    REACH: tl.constexpr, TILE: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Second of two launches: programs (share of a block, row), then (run of slots outside all blocks, row).
 
@@ -52,7 +52,7 @@ def select_and_gather_kernel(
         select_block(
             scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr,
             batch.to(tl.int64) * num_tokens + first_column, size, quota, sink - start,
-            out_ptr + block_slot, first_column, first_slot, last_slot, True, TILE,
+            out_ptr + block_slot, first_column, first_slot, last_slot, True, REACH, TILE,
         )  # fmt: skip
         first_slot += block_slot
         last_slot += block_slot
@@ -80,7 +80,7 @@ def prune_kernel(
     num_tokens, hidden_size, pruner_size, rms_eps,
     num_keep, sink, recent, block_size, num_blocks, first_fill_slot,
     NUM_HEADS: tl.constexpr, WIDTHS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr,
-    TILE: tl.constexpr, FILL: tl.constexpr,
+    REACH: tl.constexpr, TILE: tl.constexpr, FILL: tl.constexpr,
     UPCAST: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +112,7 @@ def prune_kernel(
             scores = tl.where(i // BLOCK_TOKENS * BLOCK_TOKENS == first, repeated, scores)
         mask = i < size
         scores = add_biases(scores, b2_ptr, bias_ptr, batch.to(tl.int64) * num_tokens + first_column + i, mask)
-        slots, is_kept = rank_tile(block_keys(scores, i, size, sink - start, True), mask, quota)
+        slots, is_kept = rank_tile(block_keys(scores, mask, i, size, sink - start, True, REACH, TILE), mask, quota)
         first_slot = num_keep - keep + program * quota
         last_slot = first_slot + quota
         tl.store(out_ptr + first_slot + slots, (first_column + i).to(tl.int64), mask=is_kept)
@@ -132,23 +132,13 @@ def prune_kernel(
     )  # fmt: skip
 
 
-def fits_one_launch(hidden_states: torch.Tensor, pruner_size: int, block_size: int, num_blocks: int) -> bool:
+def fits_one_launch(device: torch.device, batch_size: int, block_size: int, num_blocks: int) -> bool:
     """Whether programs score, select and copy a block each, or a launch of its own scores.
 
-    One launch wants (1) blocks of at most :data:`ONE_LAUNCH_BLOCK` tokens, (2) a block for every multiprocessor, or a
-    short prompt would leave most of the GPU idle, and (3) hidden states that come from HBM once: a program reads its
-    tile again for each tile of the pruner's width, so where there are several, the tiles of all resident programs must
-    fit the L2 cache together. On an H100 that holds up to a hidden size of 1480 in 16 bits.
+    One launch wants blocks of at most :data:`ONE_LAUNCH_BLOCK` tokens, and a block for every multiprocessor: a short
+    prompt would leave most of the GPU idle, where two launches spread a block over several programs.
     """
-    device = configs.device_of(hidden_states.device)
-    config = configs.score_config(hidden_states.device, hidden_states.dtype)
-    batch_size, _, hidden_size = hidden_states.shape
-    resident = device.multiprocessors * config.block_tokens * hidden_size * hidden_states.itemsize
-    return (
-        block_size <= ONE_LAUNCH_BLOCK
-        and num_blocks * batch_size >= device.multiprocessors
-        and (pruner_size <= config.block_width or resident <= device.l2_bytes)
-    )
+    return block_size <= ONE_LAUNCH_BLOCK and num_blocks * batch_size >= configs.device_of(device).multiprocessors
 
 
 def prune_tokens(
@@ -163,6 +153,7 @@ def prune_tokens(
     recent: int = 0,
     block_size: int | None = None,
     rows: torch.Tensor | None = None,
+    pooling: int = 1,
     score_bias: torch.Tensor | None = None,
     rms_eps: float | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
@@ -171,7 +162,7 @@ def prune_tokens(
     skip_last = recent if rows is None else 0  # rows have tails of their own, which the host does not know
     if block_size is None or len(carried) > MAX_TENSORS:
         parts = score_parts(hidden_states, w1, b1, w2, b2, score_bias, rms_eps, skip_last)
-        indices = select_scores(parts, num_keep, sink, recent, block_size, rows)
+        indices = select_scores(parts, num_keep, sink, recent, block_size, rows, pooling)
         kept = gather_tokens(carried, indices, chained=True)
         return kept[0], kept[1:], indices
 
@@ -183,7 +174,6 @@ def prune_tokens(
     pairs = [(tensor, output) for tensor, output in zip(carried, outputs, strict=True) if output.numel()]
     num_blocks = (num_tokens if rows is not None else num_tokens - recent) // block_size
     first_fill_slot, num_fills = fill_plan(num_keep, recent, rows, _FILL)
-    tile = configs.select_tile(block_size, configs.MAX_TILE_WITH_COPY)
     arguments: dict[str, object] = {
         **copy_arguments([tensor for tensor, _ in pairs], [output for _, output in pairs]),
         "rows_ptr": None if rows is None else rows.contiguous(),
@@ -196,21 +186,22 @@ def prune_tokens(
         "num_blocks": num_blocks,
         "first_fill_slot": first_fill_slot,
         "TOKENS": configs.GATHER_TOKENS,
-        "TILE": tile,
+        "REACH": pooling // 2,
         "FILL": _FILL,
     }
-    if fits_one_launch(hidden_states, w1.shape[0], block_size, num_blocks):
+    if fits_one_launch(hidden_states.device, batch_size, block_size, num_blocks):
         bias = None if score_bias is None else score_bias.contiguous()
         prune_kernel[(num_blocks + num_fills, batch_size)](
             *pruner_arguments(hidden_states, w1, b1, w2), b2, bias,
-            hidden_size=hidden_size, pruner_size=w1.shape[0], rms_eps=rms_eps,
-            **arguments, **tile_arguments(hidden_states.device, hidden_states.dtype),
+            hidden_size=hidden_size, pruner_size=w1.shape[0], rms_eps=rms_eps, TILE=ONE_LAUNCH_BLOCK,
+            **arguments, **tile_arguments(configs.score_config(hidden_states, w1), hidden_states.device),
         )  # fmt: skip
     else:
         parts = score_parts(hidden_states, w1, b1, w2, b2, score_bias, rms_eps, skip_last)
+        tile = configs.select_tile(block_size + pooling - 1, configs.MAX_TILE_WITH_COPY)
         shares = min(_MAX_SHARES, triton.cdiv(block_size, configs.GATHER_TOKENS))
         select_and_gather_kernel[(num_blocks * shares + num_fills, batch_size)](
-            *parts.arguments, shares=shares, **arguments,
+            *parts.arguments, shares=shares, TILE=tile, **arguments,
             **configs.select_options(tile, indices.device), **configs.overlap(indices.device),
         )  # fmt: skip
     return outputs[0], outputs[1:], indices

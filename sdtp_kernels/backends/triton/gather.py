@@ -106,7 +106,7 @@ def copy_arguments(tensors: list[torch.Tensor], outputs: list[torch.Tensor]) -> 
         "strides_d": tuple(s[3] for s in strides),
         "NUM_HEADS": tuple(source.shape[1] for source in sources),
         "WIDTHS": tuple(source.shape[3] for source in sources),
-        "TILES": tuple(configs.gather_tile(source.shape[1] * source.shape[3], source.itemsize) for source in sources),
+        "TILES": tuple(map(configs.gather_tile, sources)),
     }
 
 

@@ -144,9 +144,8 @@ def pruner_arguments(
     return hidden_states, *hidden_states.stride(), w1, *w1.stride(), b1.contiguous(), w2.contiguous()
 
 
-def tile_arguments(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+def tile_arguments(config: configs.ScoreConfig, device: torch.device) -> dict[str, object]:
     """The constants of :func:`score_tile`, and how to launch a kernel that calls it."""
-    config = configs.score_config(device, dtype)
     return {
         "UPCAST": configs.INTERPRETED,
         "INPUT_PRECISION": config.input_precision,
@@ -155,6 +154,7 @@ def tile_arguments(device: torch.device, dtype: torch.dtype) -> dict[str, object
         "BLOCK_HIDDEN": config.block_hidden,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **configs.registers(255, device),
         **configs.EXACT,
     }
 
@@ -171,7 +171,7 @@ def score_parts(
 ) -> Scores:
     """One launch: partial scores of every token but for the last `skip_last` of each row."""
     batch_size, num_tokens, hidden_size = hidden_states.shape
-    config = configs.score_config(hidden_states.device, hidden_states.dtype)
+    config = configs.score_config(hidden_states, w1)
     num_parts = triton.cdiv(w1.shape[0], config.block_width)
     parts = b1.new_empty(num_parts, batch_size, num_tokens)
     num_scored = num_tokens - skip_last
@@ -180,7 +180,7 @@ def score_parts(
         score_kernel[grid](
             *pruner_arguments(hidden_states, w1, b1, w2), parts, batch_size, num_tokens, num_scored,
             hidden_size, w1.shape[0], rms_eps, PDL=configs.has_pdl(hidden_states.device),
-            **tile_arguments(hidden_states.device, hidden_states.dtype),
+            **tile_arguments(config, hidden_states.device),
         )  # fmt: skip
     return Scores(parts, b2, None if score_bias is None else score_bias.contiguous())
 

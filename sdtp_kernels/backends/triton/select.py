@@ -70,12 +70,50 @@ def block_plan(block, block_size, length, keep, tail):
 
 
 @triton.jit
-def block_keys(scores, i, size, num_sink, BLOCKED: tl.constexpr):
-    """Keys of tokens `i` of a block; the forced ones rank highest."""
+def pool_keys(keys, REACH: tl.constexpr, TILE: tl.constexpr):
+    """Highest key at most `REACH` places away in the tile; places beyond its ends count as the ends.
+
+    Maxima of 1, 2, 4, ... keys from a place on, then two of those: a logarithm of the window's width in exchanges.
+    """
+    place = tl.arange(0, TILE)
+    for power in tl.static_range(7):  # enough for MAX_POOLING
+        if (1 << power) <= REACH:
+            shift = 1 << power if 2 << power <= REACH else REACH + 1 - (1 << power)
+            keys = tl.maximum(keys, tl.gather(keys, tl.minimum(place + shift, TILE - 1), 0))
+    return tl.maximum(keys, tl.gather(keys, tl.maximum(place - REACH, 0), 0))
+
+
+@triton.jit
+def block_keys(scores, is_inside, i, size, num_sink, BLOCKED: tl.constexpr, REACH: tl.constexpr, TILE: tl.constexpr):
+    """Keys of tokens `i`, a tile, by the best score within `REACH` inside their block; the forced ones rank highest."""
+    keys = order_keys(scores)
+    if REACH > 0:
+        keys = pool_keys(tl.where(is_inside, keys, 0).to(tl.uint32), REACH, TILE)
     is_forced = i < num_sink
     if BLOCKED:
         is_forced = is_forced | (i == size - 1)
-    return tl.where(is_forced, 0xFFFFFFFF, order_keys(scores)).to(tl.uint32)
+    return tl.where(is_forced, 0xFFFFFFFF, keys).to(tl.uint32)
+
+
+@triton.jit
+def load_keys(
+    scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr,
+    first_offset, first, size, num_sink,
+    BLOCKED: tl.constexpr, REACH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """(keys of a tile, their tokens, whether they are the tile's own).
+
+    A tile holds its own ``TILE - 2 * REACH`` tokens of the block, from `first` on, and their neighbours on both sides.
+    """
+    place = tl.arange(0, TILE)
+    i = first + place - REACH
+    is_inside = i < size
+    is_own = is_inside
+    if REACH > 0:
+        is_inside = is_inside & (i >= 0)
+        is_own = is_own & (place >= REACH) & (place < TILE - REACH)
+    scores = load_scores(scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, first_offset + i, is_inside)
+    return block_keys(scores, is_inside, i, size, num_sink, BLOCKED, REACH, TILE), i, is_own
 
 
 @triton.jit
@@ -124,7 +162,7 @@ def select_block(
     scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr,
     first_offset, size, quota, num_sink,
     out_ptr, first_column, first_slot, last_slot,
-    BLOCKED: tl.constexpr, TILE: tl.constexpr,
+    BLOCKED: tl.constexpr, REACH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write the columns of the best `quota` of the block's `size` tokens, as far as their slots are in a range.
 
@@ -136,19 +174,20 @@ def select_block(
     ties = quota
     for shift in tl.static_range(24, -1, -8):
         counts = tl.zeros([256], tl.int32)
-        for first in range(0, size, TILE):
-            i = first + tl.arange(0, TILE)
-            mask = i < size
-            scores = load_scores(scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, first_offset + i, mask)
-            counts += count_digits(block_keys(scores, i, size, num_sink, BLOCKED), mask, threshold, shift)
+        for first in range(0, size, TILE - 2 * REACH):
+            keys, i, mask = load_keys(
+                scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, first_offset, first, size, num_sink,
+                BLOCKED, REACH, TILE,
+            )  # fmt: skip
+            counts += count_digits(keys, mask, threshold, shift)
         threshold, ties = add_digit(counts, threshold, ties, shift)
     above = tl.zeros([], tl.int32)
     equal = tl.zeros([], tl.int32)
-    for first in range(0, size, TILE):
-        i = first + tl.arange(0, TILE)
-        mask = i < size
-        scores = load_scores(scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, first_offset + i, mask)
-        keys = block_keys(scores, i, size, num_sink, BLOCKED)
+    for first in range(0, size, TILE - 2 * REACH):
+        keys, i, mask = load_keys(
+            scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, first_offset, first, size, num_sink,
+            BLOCKED, REACH, TILE,
+        )  # fmt: skip
         slots, is_kept, flags = find_slots(keys, mask, threshold, ties, above, equal)
         is_mine = is_kept & (slots >= first_slot) & (slots < last_slot)
         tl.store(out_ptr + slots, (first_column + i).to(tl.int64), mask=is_mine)
@@ -172,7 +211,7 @@ def select_kernel(
     scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, finished_ptr,
     rows_ptr, indices_ptr,
     num_tokens, num_keep, sink, recent, block_size, num_blocks, first_fill_slot,
-    TILE: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
+    REACH: tl.constexpr, TILE: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs (block, row), then (run of slots that lie in no block, row).
 
@@ -195,7 +234,7 @@ def select_kernel(
         if finished_ptr is None:
             select_block(
                 scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, first_offset, size, quota, sink - start,
-                out_ptr + first_slot, first_column, 0, quota, block_size is not None, TILE,
+                out_ptr + first_slot, first_column, 0, quota, block_size is not None, REACH, TILE,
             )  # fmt: skip
         else:
             for first in range(0, size, TILE):
@@ -207,7 +246,7 @@ def select_kernel(
             tl.debug_barrier()
             select_block(
                 finished_ptr, 0, 1, None, None, first_offset, size, quota, sink - start,
-                out_ptr + first_slot, first_column, 0, quota, block_size is not None, TILE,
+                out_ptr + first_slot, first_column, 0, quota, block_size is not None, REACH, TILE,
             )  # fmt: skip
     else:
         first_slot = first_fill_slot + (program - num_blocks) * FILL
@@ -227,6 +266,7 @@ def select_scores(
     recent: int,
     block_size: int | None,
     rows: torch.Tensor | None,
+    pooling: int,
 ) -> torch.Tensor:
     """One launch, on complete scores or on parts that the previous launch wrote."""
     batch_size, num_tokens = scores.parts.shape[1:]
@@ -236,12 +276,12 @@ def select_scores(
         num_blocks = (num_tokens if rows is not None else num_tokens - recent) // block_size
     first_fill_slot, num_fills = fill_plan(num_keep, recent, rows, _FILL)
     if indices.numel():
-        tile = configs.select_tile(num_tokens if block_size is None else block_size)
+        tile = configs.select_tile((num_tokens if block_size is None else block_size) + pooling - 1)
         finished = None if scores.b2 is None else scores.parts.new_empty(batch_size, num_tokens)
         select_kernel[(num_blocks + num_fills, batch_size)](
             *scores.arguments, finished, None if rows is None else rows.contiguous(), indices,
             num_tokens, num_keep, sink, recent, block_size, num_blocks, first_fill_slot,
-            TILE=tile, FILL=_FILL, **configs.select_options(tile, indices.device),
+            REACH=pooling // 2, TILE=tile, FILL=_FILL, **configs.select_options(tile, indices.device),
             **configs.overlap(indices.device, chained=finished is not None),
         )  # fmt: skip
     return indices
@@ -254,6 +294,7 @@ def select_tokens(
     recent: int = 0,
     block_size: int | None = None,
     rows: torch.Tensor | None = None,
+    pooling: int = 1,
 ) -> torch.Tensor:
     complete = Scores(scores.contiguous().unsqueeze(0), None, None)
-    return select_scores(complete, num_keep, sink, recent, block_size, rows)
+    return select_scores(complete, num_keep, sink, recent, block_size, rows, pooling)

@@ -1,0 +1,15 @@
+"""The command group ``sdtp bench``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sdtp_bench import gpu_check, roofline
+
+
+def add_command(subparsers: Any) -> None:
+    """Add ``bench`` to the parsers of ``sdtp``."""
+    parser = subparsers.add_parser("bench", help="how fast the pruning step is, and how fast it can be")
+    commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
+    roofline.add_parser(commands)
+    gpu_check.add_parser(commands)

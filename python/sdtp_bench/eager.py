@@ -1,0 +1,82 @@
+"""The pruning step as people write it in PyTorch: what the fused op is compared with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from sdtp_bench.shapes import Stage
+    from sdtp_kernels.schedule import StagePlan
+
+
+def prune_tokens(
+    stage: Stage, plan: StagePlan, pooling: int = 1
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Linear, GELU, linear, topk, sort and gather, in the model's dtype.
+
+    Rows have no padding. Near ties may fall otherwise than in the op: scores are rounded to the model's dtype, and
+    ``topk`` promises no order of equal values.
+
+    Parameters
+    ----------
+    stage : Stage
+        All in one dtype, as the parts of a model are; see :func:`in_one_dtype`.
+    plan : StagePlan
+    pooling : int, default 1
+
+    Returns
+    -------
+    hidden_states, tensors, indices
+        As :func:`sdtp_kernels.prune_tokens`.
+    """
+    hidden_states, tensors, w1, b1, w2, b2 = stage
+    batch, tokens, _ = hidden_states.shape
+    scores = F.linear(F.gelu(F.linear(hidden_states, w1, b1)), w2.unsqueeze(0), b2.unsqueeze(0)).squeeze(-1)
+    ranked = ranked_blocks(scores, plan, pooling)
+    _, blocks, size = ranked.shape
+    best = ranked.topk((plan.num_keep - plan.recent) // max(blocks, 1)).indices
+    if plan.block_size:
+        best = best + torch.arange(0, blocks * size, size, device=best.device).unsqueeze(-1)
+    tail = torch.arange(tokens - plan.recent, tokens, device=best.device).expand(batch, -1)
+    indices = torch.cat([best.flatten(1).sort().values, tail], dim=1)
+    kept = []
+    for tensor in (hidden_states, *tensors):
+        index = indices if tensor.dim() == 2 else indices.unsqueeze(-1).expand(-1, -1, tensor.shape[2])
+        kept.append(tensor.gather(1, index))
+    return kept[0], kept[1:], indices
+
+
+def ranked_blocks(scores: torch.Tensor, plan: StagePlan, pooling: int) -> torch.Tensor:
+    """What the tokens before the tail rank by: pooled in their block, forced ones at infinity.
+
+    Parameters
+    ----------
+    scores : Tensor [B, N]
+        Without NaN. May be written to.
+    plan : StagePlan
+    pooling : int
+
+    Returns
+    -------
+    Tensor [B, blocks, tokens of a block]
+    """
+    batch, tokens = scores.shape
+    body = tokens - plan.recent
+    size = plan.block_size or max(body, 1)
+    values = scores[:, :body].reshape(-1, size)
+    if pooling > 1:
+        values = F.max_pool1d(values.unsqueeze(1), pooling, stride=1, padding=pooling // 2).squeeze(1)
+    values = values.view(batch, body // size, size)
+    values[:, :1, : plan.sink].fill_(torch.inf)
+    if plan.block_size:
+        values[:, :, -1].fill_(torch.inf)
+    return values
+
+
+def in_one_dtype(stage: Stage) -> Stage:
+    """The stage with the whole pruner in the dtype of the hidden states, as ``model.to(dtype)`` leaves it."""
+    dtype = stage.hidden_states.dtype
+    return stage._replace(b1=stage.b1.to(dtype), w2=stage.w2.to(dtype), b2=stage.b2.to(dtype))

@@ -1,0 +1,613 @@
+"""``sdtp bench gpu-check``: what only a GPU can show. The kernels compute the right thing there, and how fast.
+
+Three parts: every backend against the reference, over many shapes; the same, small, under compute-sanitizer; times.
+Nothing is timed whose output has not been found right. All contact with the GPU goes through a :class:`Device`, so that
+tests run everything else on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from sdtp_bench import eager
+from sdtp_bench.shapes import DTYPES, GPUS, Case, Stage, make_stage, random_stage
+from sdtp_kernels import (
+    PruningSchedule,
+    explain_backends,
+    gather_tokens,
+    prune_tokens,
+    reference,
+    score_tokens,
+    select_tokens,
+)
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator, Sequence
+
+    from sdtp_kernels.schedule import StagePlan
+
+    # hidden_states, tensors, indices
+    Output = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]
+
+Result = TypeVar("Result")
+
+ROWS, PICTURE = "gpu_check.jsonl", "gpu_check.png"
+REPEATS = 30
+
+
+class Shape(NamedTuple):
+    """Sizes of one correctness check."""
+
+    batch: int
+    tokens: int
+    hidden_size: int
+    pruner_size: int
+
+
+# What models have, the smallest and the largest, and multiples of nothing.
+CHECK_SHAPES = (
+    Shape(1, 1, 64, 16),
+    Shape(3, 17, 100, 25),
+    Shape(2, 300, 896, 224),
+    Shape(1, 1023, 1001, 251),
+    Shape(2, 4097, 1536, 384),
+    Shape(1, 8192, 3584, 896),
+    Shape(1, 1500, 8192, 2048),
+    Shape(1, 131072, 896, 224),
+)
+SMALL_SHAPES = (Shape(2, 300, 100, 130), Shape(1, 1100, 64, 16))
+# Block 256 takes one launch where there are enough blocks, 512 two.
+BLOCK_SIZES = (None, 128, 256, 512)
+
+BENCH_CASES = tuple(
+    Case(model, 2**power, keep=0.8, budget=budget, block_size=block_size)
+    for model in ("qwen2-0.5b", "qwen2-7b")
+    for budget, block_size in (("global", 512), ("block", 256), ("block", 512))
+    for power in range(10, 18)
+)
+
+
+class Device(Protocol):
+    """The GPU, as far as checks and times need one."""
+
+    torch_device: torch.device
+    compiler: str
+    """Backend of ``torch.compile``."""
+    name: str
+
+    def flush(self) -> None:
+        """Drive everything out of the L2 cache."""
+
+    def mark(self) -> Any:
+        """A point in time between the work given to the device before and after it."""
+
+    def synchronize(self) -> None:
+        """Wait for all work."""
+
+    def microseconds(self, begin: Any, end: Any) -> float:
+        """Time between two marks that have passed."""
+
+    def capture(self, run: Callable[[], Result]) -> Callable[[], Result]:
+        """The work of `run` as one replayable graph."""
+
+
+class CudaDevice:
+    """A GPU of NVIDIA or AMD; see :class:`Device`."""
+
+    torch_device = torch.device("cuda")
+    compiler = "inductor"
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(self.torch_device)
+        self.name = torch.cuda.get_device_name(self.torch_device)
+        # AMD's last cache is not in the properties: at least 512 MB is twice that of every GPU there is.
+        self._cold = torch.empty(max(4 * properties.L2_cache_size, 2**29), dtype=torch.int8, device=self.torch_device)
+
+    def flush(self) -> None:
+        self._cold.zero_()
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def microseconds(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end)) * 1e3
+
+    def capture(self, run: Callable[[], Result]) -> Callable[[], Result]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = run()
+
+        def replay() -> Result:
+            graph.replay()
+            return output
+
+        return replay
+
+
+# ---------------------------------------------------------------------------------------------------- 1: right or wrong
+
+
+def check_kernels(device: Device, shapes: Sequence[Shape] = CHECK_SHAPES) -> Iterator[dict[str, Any]]:
+    """Every op of every backend that can run on `device`, against the reference.
+
+    Selections and copies bit for bit, scores by tolerance, a row's scores bit for bit without its neighbours, and
+    ``prune_tokens`` bit for bit as the composition of the backend's own scores with the reference.
+
+    Parameters
+    ----------
+    device : Device
+    shapes : sequence of Shape
+
+    Yields
+    ------
+    dict
+        One row a check: ``kind="check"``, ``backend``, ``op``, sizes and settings, ``error`` (empty where right).
+    """
+    for dtype_name, dtype in DTYPES.items():
+        backends = _backends(device, dtype)
+        for shape in shapes:
+            stage = random_stage(device.torch_device, dtype, *shape, head_dim=64)
+            sizes = {**shape._asdict(), "dtype": dtype_name}
+            checks: list[tuple[str, dict[str, Any], Callable[[str], str]]] = [
+                ("score_tokens", {"rms_eps": rms_eps}, functools.partial(_check_score, stage, rms_eps))
+                for rms_eps in (None, 1e-6)
+            ]
+            for settings in _settings(shape):
+                selection = _selection(shape, **settings, device=device.torch_device)
+                checks.append(("prune_tokens", settings, functools.partial(_check_prune, stage, selection)))
+                if dtype is torch.float32:  # what is selected by, in every dtype
+                    checks.append(
+                        (
+                            "select_tokens",
+                            settings,
+                            functools.partial(_check_select, shape, selection, device.torch_device),
+                        )
+                    )
+            checks.append(("gather_tokens", {}, functools.partial(_check_gather, stage)))
+            for op, settings, check in checks:
+                for backend in backends:
+                    error = _error_of(check, backend)
+                    yield {"kind": "check", "backend": backend, "op": op, **sizes, **settings, "error": error}
+
+
+def _backends(device: Device, dtype: torch.dtype) -> list[str]:
+    """Who can run there, but for the oracle."""
+    statuses = explain_backends(device.torch_device, dtype)
+    return [status.name for status in statuses if status.available and status.name != "reference"]
+
+
+def _settings(shape: Shape) -> Iterator[dict[str, Any]]:
+    for block_size in BLOCK_SIZES:
+        for padded in (False, True)[: shape.batch]:
+            for pooling in (1, 7):
+                yield {"block_size": block_size, "padded": padded, "pooling": pooling}
+
+
+def _selection(
+    shape: Shape, block_size: int | None, padded: bool, pooling: int, device: torch.device
+) -> dict[str, Any]:
+    """Arguments of a selection as a patched model passes them; padded rows have lengths of their own."""
+    budget = {"budget": "block", "block_size": block_size} if block_size else {}
+    schedule = PruningSchedule((1,), 0.75, min_prompt=1, **budget)  # type: ignore[arg-type]
+    plan = schedule.plan(shape.tokens, 1, padded=padded)
+    rows = None
+    if padded:
+        lengths = [max(1, shape.tokens * (shape.batch - i) // shape.batch) for i in range(shape.batch)]
+        rows = schedule.plan_rows(torch.tensor(lengths, device=device), 1)
+    return {**plan._asdict(), "rows": rows, "pooling": pooling}
+
+
+def _check_score(stage: Stage, rms_eps: float | None, backend: str) -> str:
+    weights = stage.weights
+    got = score_tokens(stage.hidden_states, *weights, rms_eps=rms_eps, backend=backend)
+    expected = score_tokens(stage.hidden_states, *weights, rms_eps=rms_eps, backend="reference")
+    # Backends may round the pre-activation to the dtype.
+    error = (got - expected).abs().max().item()
+    allowed = _tolerance(expected, max(1e-4, torch.finfo(stage.hidden_states.dtype).eps / 2))
+    if not error <= allowed:  # also where it is NaN
+        return f"scores differ by {error:.3g}, allowed are {allowed:.3g}"
+    tail = stage.hidden_states[-1:, stage.hidden_states.shape[1] // 3 :]
+    alone = score_tokens(tail, *weights, rms_eps=rms_eps, backend=backend)
+    return "" if torch.equal(alone[0], got[-1, -alone.shape[1] :]) else "scores depend on the rest of the batch"
+
+
+def _check_select(shape: Shape, selection: dict[str, Any], device: torch.device, backend: str) -> str:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(shape.batch, shape.tokens, generator=generator).bfloat16().float()  # rounded: full of ties
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45])
+    scores[:, ::7] = special[torch.randint(len(special), scores[:, ::7].shape, generator=generator)]
+    scores = scores.to(device)
+    got, expected = (select_tokens(scores, **selection, backend=name) for name in (backend, "reference"))
+    return "" if torch.equal(got, expected) else f"{(got != expected).sum().item()} of {got.numel()} indices differ"
+
+
+def _check_gather(stage: Stage, backend: str) -> str:
+    hidden_size = stage.hidden_states.shape[-1]
+    positions = stage.tensors[-1]
+    indices = torch.where(positions % 3 == 0, -1, positions)  # zeros where a row is padded
+    keys = stage.hidden_states[..., : hidden_size // 2 * 2].unflatten(-1, (2, -1)).transpose(1, 2)
+    tensors = [stage.hidden_states, *stage.tensors, keys, positions % 2 == 0]
+    got, expected = (gather_tokens(tensors, indices, backend=name) for name in (backend, "reference"))
+    return _copy_error(got, expected)
+
+
+def _check_prune(stage: Stage, selection: dict[str, Any], backend: str) -> str:
+    hidden_states, tensors, weights = stage.hidden_states, stage.tensors, stage.weights
+    got = prune_tokens(hidden_states, tensors, *weights, **selection, rms_eps=1e-6, backend=backend)
+    scores = score_tokens(hidden_states, *weights, rms_eps=1e-6, backend=backend)
+    indices = select_tokens(scores, **selection, backend="reference")
+    if not torch.equal(got.indices, indices):
+        return f"{(got.indices != indices).sum().item()} of {indices.numel()} indices differ"
+    expected = gather_tokens([hidden_states, *tensors], indices, backend="reference")
+    return _copy_error([got.hidden_states, *got.tensors], expected)
+
+
+def _copy_error(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str:
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"tensor {i}: {list(a.shape)} {a.dtype}, expected {list(b.shape)} {b.dtype}"
+        if not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
+            return f"tensor {i}: not the rows that its indices name"
+    return ""
+
+
+def _tolerance(expected: torch.Tensor, relative: float) -> float:
+    return relative * max(1.0, expected.abs().max().item())
+
+
+def _error_of(check: Callable[..., str], *arguments: Any) -> str:
+    """What a check finds; what it raises counts as found."""
+    try:
+        return check(*arguments)
+    except Exception as error:  # the other checks go on
+        return f"{type(error).__name__}: {error}"
+
+
+# ------------------------------------------------------------------------------------------------ 2: compute-sanitizer
+
+SANITIZER = "compute-sanitizer"
+SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
+
+
+def sanitize() -> Iterator[dict[str, Any]]:
+    """A small run of part 1 under each tool of compute-sanitizer, where that is found.
+
+    Yields
+    ------
+    dict
+        One row a tool: ``kind="sanitizer"``, ``tool``, ``error`` (empty where nothing was found); a single one with
+        ``tool=None`` where the program is not on the path.
+    """
+    program = shutil.which(SANITIZER)
+    if program is None:
+        yield {"kind": "sanitizer", "tool": None, "error": ""}
+        return
+    # Without PyTorch's pool every tensor ends where its memory does, so that an access beyond it is seen.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for tool in SANITIZER_TOOLS:
+        command = [program, "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", __name__]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        error = "" if result.returncode == 0 else f"exit {result.returncode}: {(result.stdout + result.stderr)[-4000:]}"
+        yield {"kind": "sanitizer", "tool": tool, "error": error}
+
+
+def _small_run(device: Device) -> int:
+    errors = [row for row in check_kernels(device, SMALL_SHAPES) if row["error"]]
+    for row in errors:
+        print(row)
+    return 1 if errors else 0
+
+
+# ------------------------------------------------------------------------------------------------------------ 3: times
+
+WARM_UPS = 3
+
+
+def providers(device: Device, case: Case, stage: Stage, plan: StagePlan) -> dict[str, Callable[[], Output]]:
+    """Everyone who prunes: eager PyTorch, the same compiled, and every backend that can run there.
+
+    The reference is not among them: it computes in float64, to be right.
+    """
+    # A program compiled for each length is what is to be timed, and Dynamo stops compiling after a few.
+    torch._dynamo.reset()
+    compiled = torch.compile(eager.prune_tokens, backend=device.compiler, fullgraph=True, dynamic=False)
+    narrow = eager.in_one_dtype(stage)
+    selection = {**plan._asdict(), "pooling": case.pooling}
+    return {
+        "eager": functools.partial(eager.prune_tokens, narrow, plan, case.pooling),
+        "torch.compile": functools.partial(compiled, narrow, plan, case.pooling),
+        **{
+            name: functools.partial(
+                prune_tokens, stage.hidden_states, stage.tensors, *stage.weights, **selection, backend=name
+            )
+            for name in _backends(device, stage.hidden_states.dtype)
+        },
+    }
+
+
+def measure(device: Device, case: Case, repeats: int = REPEATS) -> list[dict[str, Any]]:
+    """Time everyone on one case, by turns, each launched directly and as a captured graph.
+
+    A provider's output is compared first, in both forms; where it is wrong, its row has an ``error`` and no figure.
+    The host may run ahead of the device, as it does in a prefill.
+
+    Parameters
+    ----------
+    device : Device
+    case : Case
+    repeats : int, default 30
+
+    Returns
+    -------
+    list of dict
+        Rows ``kind="time"`` with ``provider``, ``graph``, the case, ``num_keep``, ``error``; where that is empty
+        ``us`` (quantiles p10, p50, p90) and ``us_all``; ``model_bytes`` and ``model_bound_us`` of the fused launches
+        on this GPU, computed and not measured, or None where :data:`~sdtp_bench.shapes.GPUS` does not hold it.
+    """
+    stage, plan = make_stage(case, device.torch_device), case.plan()
+    scores = reference.score_tokens(stage.hidden_states, *stage.weights)
+    # Who computes in the model's dtype rounds scores to it: tokens that near the threshold may change places.
+    tolerance = _tolerance(scores, max(torch.finfo(stage.hidden_states.dtype).eps, 1e-5))
+    ranked = eager.ranked_blocks(scores, plan, case.pooling)
+
+    def check(run: Callable[[], Output]) -> str:
+        return output_error(run(), stage, plan, ranked, tolerance)
+
+    runs: dict[tuple[str, bool], Callable[[], Output]] = {}
+    errors: dict[tuple[str, bool], str] = {}
+    for name, run in providers(device, case, stage, plan).items():
+        errors[name, False] = _error_of(check, run)
+        if errors[name, False]:
+            continue
+        runs[name, False] = run
+        try:
+            replay = device.capture(run)
+        except Exception as error:  # not everything can be captured; the rest is timed all the same
+            errors[name, True] = f"{type(error).__name__}: {error}"
+            continue
+        errors[name, True] = _error_of(check, replay)
+        if not errors[name, True]:
+            runs[name, True] = replay
+    times = _times(device, runs, repeats)
+    about = {**case._asdict(), "num_keep": plan.num_keep, **_model(device, case, plan)}
+    return [
+        {"kind": "time", "provider": name, "graph": graph, **about, "error": error, **times.get((name, graph), {})}
+        for (name, graph), error in errors.items()
+    ]
+
+
+def output_error(output: Output, stage: Stage, plan: StagePlan, ranked: torch.Tensor, tolerance: float) -> str:
+    """What is wrong with a result of ``prune_tokens``, or nothing.
+
+    Parameters
+    ----------
+    output : tuple
+        hidden_states, tensors, indices.
+    stage : Stage
+    plan : StagePlan
+    ranked : Tensor [B, blocks, tokens of a block]
+        :func:`sdtp_bench.eager.ranked_blocks` of exact scores.
+    tolerance : float
+        A dropped token may rank above a kept one by so much.
+
+    Returns
+    -------
+    str
+    """
+    hidden_states, tensors, indices = output
+    batch, tokens, _ = stage.hidden_states.shape
+    if indices.shape != (batch, plan.num_keep):
+        return f"indices are {list(indices.shape)}, expected [{batch}, {plan.num_keep}]"
+    if not ((indices >= 0) & (indices < tokens)).all() or not (indices.diff(dim=1) > 0).all():
+        return "indices are not ascending, or outside the prompt"
+    body = tokens - plan.recent
+    is_kept = torch.zeros(batch, tokens, dtype=torch.bool, device=indices.device).scatter_(1, indices, True)
+    in_block = is_kept[:, :body].view(ranked.shape)
+    if not is_kept[:, body:].all() or in_block.sum(-1).unique().numel() > 1:
+        return "not the last tokens, or not the same count in every block"
+    lowest_kept = ranked.where(in_block, torch.inf).amin(-1)
+    highest_dropped = ranked.where(~in_block, -torch.inf).amax(-1)
+    if not (highest_dropped <= lowest_kept + tolerance).all():
+        return "a token was dropped that ranks above one that was kept"
+    expected = reference.gather_tokens([stage.hidden_states, *stage.tensors], indices)
+    return _copy_error([hidden_states, *tensors], expected)
+
+
+def _times(
+    device: Device, runs: dict[tuple[str, bool], Callable[[], Output]], repeats: int
+) -> dict[tuple[str, bool], dict[str, Any]]:
+    """Microseconds of each run, interleaved and from a cold cache, so that a drift falls on all alike."""
+    keys = list(runs)
+    marks: dict[tuple[str, bool], list[tuple[Any, Any]]] = {key: [] for key in keys}
+    for repeat in range(WARM_UPS + repeats):
+        for i in range(len(keys)):
+            key = keys[(i + repeat) % len(keys)]
+            device.flush()
+            begin = device.mark()
+            runs[key]()
+            end = device.mark()
+            if repeat >= WARM_UPS:
+                marks[key].append((begin, end))
+    device.synchronize()
+    times = {}
+    for key, pairs in marks.items():
+        values = [device.microseconds(*pair) for pair in pairs]
+        deciles = statistics.quantiles(values, n=10, method="inclusive")
+        quantiles = {"p10": deciles[0], "p50": statistics.median(values), "p90": deciles[-1]}
+        times[key] = {"us": quantiles, "us_all": values}
+    return times
+
+
+def _model(device: Device, case: Case, plan: StagePlan) -> dict[str, float | None]:
+    from sdtp_bench import roofline
+
+    gpu = next((gpu for gpu in GPUS.values() if gpu.device_name in device.name), None)
+    if gpu is None:
+        return {"model_bytes": None, "model_bound_us": None}
+    sums = roofline.total(roofline.triton_costs(make_stage(case, "meta"), plan, gpu, case.pooling), gpu)
+    return {"model_bytes": sums["bytes_read"] + sums["bytes_written"], "model_bound_us": sums["bound_us"]}
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``gpu-check`` to the parsers of ``sdtp bench``."""
+    parser = commands.add_parser("gpu-check", help="prove the kernels on this machine's GPU, then time them")
+    parser.add_argument("--out", metavar="DIR", default="gpu-check", help=f"for {ROWS} and {PICTURE} (%(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check and measure; 0 where all is right, 1 where something is not, 2 without a GPU."""
+    from sdtp_kernels.cli import CommandError
+
+    if not torch.cuda.is_available():
+        raise CommandError(
+            f"no GPU that torch {torch.__version__} can use, so there is nothing to check. What can be shown without "
+            "one, 'make test' shows: every kernel in Triton's interpreter, and compiled for every target"
+        )
+    try:
+        return examine(CudaDevice(), Path(args.out))
+    except OSError as error:
+        raise CommandError(f"--out {args.out}: {error}") from error
+    except ImportError as error:
+        raise CommandError(f"{error}: pip install 'sdtp-kernels[bench]'") from error
+
+
+def examine(
+    device: Device,
+    out: Path,
+    shapes: Sequence[Shape] = CHECK_SHAPES,
+    cases: Sequence[Case] = BENCH_CASES,
+    repeats: int = REPEATS,
+) -> int:
+    """All three parts; rows and a picture go to the directory `out`, a summary to the terminal.
+
+    Returns
+    -------
+    int
+        0 where all is right, else 1.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    about = _about(device)
+    print(f"{device.name}, torch {torch.__version__}, revision {about['revision']}")
+    rows: list[dict[str, Any]] = []
+    with torch.no_grad(), (out / ROWS).open("w", encoding="utf-8") as file:
+        for row in _rows(device, shapes, cases, repeats):
+            rows.append(row)
+            file.write(json.dumps({**row, **about}) + "\n")
+            file.flush()
+            _report(row)
+    wrong = [row for row in rows if row["error"]]
+    draw([row for row in rows if row["kind"] == "time"], out / PICTURE, device.name)
+    print(f"{len(rows) - len(wrong)} right, {len(wrong)} wrong; see {out / ROWS} and {out / PICTURE}")
+    return 1 if wrong else 0
+
+
+def _rows(device: Device, shapes: Sequence[Shape], cases: Sequence[Case], repeats: int) -> Iterator[dict[str, Any]]:
+    yield from check_kernels(device, shapes)
+    if device.torch_device.type == "cuda":
+        yield from sanitize()
+    for case in cases:
+        yield from measure(device, case, repeats)
+
+
+def _report(row: dict[str, Any]) -> None:
+    """One line for what is wrong, and for each time."""
+    what = {name: value for name, value in row.items() if name not in ("error", "us", "us_all")}
+    if row["error"]:
+        print(f"WRONG {what}: {row['error']}", flush=True)
+    elif row["kind"] == "time":
+        budget = f"blocks of {row['block_size']}" if row["budget"] == "block" else "global"
+        bound = "" if row["model_bound_us"] is None else f", at least {row['model_bound_us']:.1f} by the model"
+        name = row["provider"] + (" (graph)" if row["graph"] else "")
+        print(
+            f"{row['model']} {row['tokens']:>6} {budget:<13} {name:<22} {row['us']['p50']:9.1f} us{bound}", flush=True
+        )
+    elif row["kind"] == "sanitizer":
+        print(f"{SANITIZER}: {row['tool'] or 'not found, left out'}", flush=True)
+
+
+def _about(device: Device) -> dict[str, Any]:
+    """What stands with every row: the machine, the versions, the revision, the date."""
+    import triton
+
+    import sdtp_kernels
+
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = None  # not a checkout
+    return {
+        "machine": {
+            "gpu": device.name,
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+            "processor": platform.machine(),
+            "system": platform.system(),
+        },
+        "versions": {
+            "sdtp-kernels": sdtp_kernels.__version__,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "python": platform.python_version(),
+        },
+        "revision": revision,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Medians against prompt length, one PNG: a panel a model and budget, a colour a provider, dashed as a graph."""
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    budgets = list(dict.fromkeys((row["budget"], row["block_size"]) for row in rows))
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    figure = Figure(figsize=(5 * len(budgets), 4 * len(models)), layout="constrained")
+    figure.suptitle(f"{title}: one pruning stage, microseconds")
+    axes = figure.subplots(len(models), len(budgets), squeeze=False)
+    panels = itertools.product(models, budgets)
+    for axis, (model, (budget, block_size)) in zip(axes.flat, panels, strict=True):
+        here = [row for row in rows if (row["model"], row["budget"], row["block_size"]) == (model, budget, block_size)]
+        for i, name in enumerate(names):
+            for graph in (False, True):
+                timed = [row for row in here if (row["provider"], row["graph"]) == (name, graph) and "us" in row]
+                axis.plot(
+                    [row["tokens"] for row in timed], [row["us"]["p50"] for row in timed],
+                    f"C{i}{'--' if graph else '-'}", marker=".", label=f"{name}{' (graph)' if graph else ''}",
+                )  # fmt: skip
+        bounds = {row["tokens"]: row["model_bound_us"] for row in here if row["model_bound_us"] is not None}
+        axis.plot(list(bounds), list(bounds.values()), "k:", label="least, by the model (not measured)")
+        axis.set(
+            xscale="log", yscale="log", xlabel="tokens",
+            title=f"{model}, {'global' if budget == 'global' else f'blocks of {block_size}'}",
+        )  # fmt: skip
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7, handlelength=4)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(_small_run(CudaDevice()))

@@ -1,0 +1,158 @@
+"""The registry: models, GPUs, and the pruning stage that every benchmark runs."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+
+from sdtp_kernels import PruningSchedule
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sdtp_kernels.schedule import StagePlan
+
+Entry = TypeVar("Entry")
+
+
+class Model(NamedTuple):
+    """Sizes of a model that a pruning stage depends on."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_layers: int
+
+    @property
+    def pruner_size(self) -> int:
+        """Width of the pruner's MLP, as :class:`~sdtp_kernels.TokenPruner` has it by default."""
+        return self.hidden_size // 4
+
+
+# config.json of the published checkpoints.
+MODELS = {
+    "qwen2-0.5b": Model(896, 14, 2, 64, 24),
+    "qwen2-1.5b": Model(1536, 12, 2, 128, 28),
+    "qwen2-7b": Model(3584, 28, 4, 128, 28),
+}
+
+
+class Gpu(NamedTuple):
+    """What bounds a kernel on one GPU, as its vendor states it."""
+
+    device_name: str
+    """Part of the name that the driver gives the device; other variants of it have other figures."""
+    target: str
+    """Its row in :data:`sdtp_kernels.backends.triton.configs.SCORE`."""
+    multiprocessors: int
+    tensor_flops: float
+    """Peak of bf16 and fp16 matrix products with float32 sums, dense, in operations a second."""
+    hbm_bytes: float
+    """Bytes a second."""
+    l2_bytes: int
+
+
+GPUS = {
+    # SXM5. H100 data sheet (half of the figures with sparsity); Hopper architecture white paper: 132 SMs, 50 MB.
+    "h100": Gpu("H100 80GB HBM3", "sm_90", 132, 989.4e12, 3.35e12, 50 * 2**20),
+    # H200 data sheet: the die of the H100 with faster memory.
+    "h200": Gpu("NVIDIA H200", "sm_90", 132, 989.4e12, 4.8e12, 50 * 2**20),
+    # 80 GB SXM4. A100 data sheet; Ampere architecture white paper: 108 SMs, 40 MB.
+    "a100": Gpu("A100-SXM4-80GB", "sm_80", 108, 312e12, 2.039e12, 40 * 2**20),
+    # Ada architecture white paper, appendix A.
+    "4090": Gpu("RTX 4090", "sm_89", 128, 165.2e12, 1.008e12, 72 * 2**20),
+    # MI300X data sheet; CDNA 3 white paper: 4 MB of L2 for each of 8 dies. The 256 MB behind it are not counted.
+    "mi300x": Gpu("MI300X", "gfx942", 304, 1307.4e12, 5.3e12, 32 * 2**20),
+}
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def lookup(table: Mapping[str, Entry], name: str, what: str) -> Entry:
+    """The entry called `name`; a ``ValueError`` that lists the known ones where there is none."""
+    if name not in table:
+        raise ValueError(f"{what} {name!r} is not known; known: {', '.join(table)}")
+    return table[name]
+
+
+class Case(NamedTuple):
+    """The first pruning stage of one prompt."""
+
+    model: str
+    tokens: int
+    dtype: str = "bf16"
+    batch: int = 1
+    keep: float = 0.9
+    budget: str = "global"
+    block_size: int = 512
+    pooling: int = 1
+
+    def plan(self) -> StagePlan:
+        """What the stage asks of the selection, as a patched model would.
+
+        Raises
+        ------
+        ValueError
+            If the keep ratio, the budget or the block size cannot be.
+        """
+        schedule = PruningSchedule(
+            (1,), self.keep, budget=self.budget, block_size=self.block_size, min_prompt=1  # type: ignore[arg-type]
+        )  # fmt: skip
+        return schedule.plan(self.tokens, 1)
+
+
+class Stage(NamedTuple):
+    """Arguments of :func:`sdtp_kernels.prune_tokens`, but for the selection."""
+
+    hidden_states: torch.Tensor
+    tensors: list[torch.Tensor]
+    """cos, sin and positions: what a patched model carries."""
+    w1: torch.Tensor
+    b1: torch.Tensor
+    w2: torch.Tensor
+    b2: torch.Tensor
+
+    @property
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The pruner."""
+        return self.w1, self.b1, self.w2, self.b2
+
+
+def make_stage(case: Case, device: torch.device | str) -> Stage:
+    """Random arguments for a case; on the device ``"meta"``, their shapes alone.
+
+    The pruner is the paper's, without an RMS norm: the fused kernels take one along for nothing, the usual composition
+    in PyTorch needs further passes for it.
+    """
+    model = lookup(MODELS, case.model, "model")
+    return random_stage(
+        device, lookup(DTYPES, case.dtype, "dtype"), case.batch, case.tokens,
+        model.hidden_size, model.pruner_size, model.head_dim,
+    )  # fmt: skip
+
+
+def random_stage(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    batch: int,
+    tokens: int,
+    hidden_size: int,
+    pruner_size: int,
+    head_dim: int,
+) -> Stage:
+    """:func:`make_stage` for any sizes; the same numbers whenever it is called."""
+    device = torch.device(device)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+    normal = functools.partial(torch.randn, device=device, generator=generator)
+    rotary = [normal(1, tokens, head_dim).to(dtype).expand(batch, -1, -1) for _ in range(2)]
+    return Stage(
+        normal(batch, tokens, hidden_size, dtype=dtype),
+        [*rotary, torch.arange(tokens, device=device).expand(batch, -1)],
+        (normal(pruner_size, hidden_size) * hidden_size**-0.5).to(dtype),
+        normal(pruner_size) * 0.1,
+        normal(pruner_size) * pruner_size**-0.5,
+        normal(()),
+    )
