@@ -563,7 +563,7 @@ def test_one_launch_where_blocks_fill_the_gpu(monkeypatch, launches):
 def test_wrong_counts_stay_in_their_row():
     """The host does not see the counts of rows on a GPU: wrong ones must not reach beyond the row."""
     scores = torch.randn(1, 40)
-    for wrong in ([99, 99, 99], [-5, 3, 2], [40, 60, 50], [9, 30, 2**40], [40, -1, -1], [30, 20, 25]):
+    for wrong in ([99, 99, 99], [-5, 3, 2], [40, 60, 50], [40, 30, 5], [9, 30, 2**40], [40, -1, -1], [30, 20, 25]):
         rows = torch.tensor([wrong])
         for block_size in (None, 8):
             memory = torch.full((3, 20), -7)
