@@ -31,7 +31,8 @@ class Mutant(NamedTuple):
 
 
 MODELS, CPU, BENCH = "sdtp_kernels/models/", "csrc/cpu/", "python/sdtp_bench/"
-TRITON, INTERPRETED = "sdtp_kernels/backends/triton/", "test_triton.py::test_interpreter"
+TRITON, SUITE = "sdtp_kernels/backends/triton/", "triton_interpreter_suite.py"
+INTERPRETED = "test_triton.py::test_interpreter"  # the same in processes of its own: a bug may take the process down
 MUTANTS = [
     # The selection: reference, then C++.
     Mutant(
@@ -89,14 +90,14 @@ MUTANTS = [
         TRITON + "score.py",
         "        if UPCAST:\n",
         "        if False:\n",
-        f"{INTERPRETED}[installed-test_score]",
+        f"{SUITE}::test_score",
     ),
     Mutant(
         "no mask at the end of the hidden size",
         TRITON + "score.py",
         "mask=is_token[:, None] & is_d[None, :]",
         "mask=is_token[:, None]",
-        f"{INTERPRETED}[installed-test_score]",
+        f"{SUITE}::test_score",
     ),
     Mutant(
         "32-bit offset of a hidden state",
@@ -110,70 +111,70 @@ MUTANTS = [
         TRITON + "score.py",
         "ptrs += part_stride",
         "ptrs += 0",
-        f"{INTERPRETED}[installed-test_score]",
+        f"{SUITE}::test_score",
     ),
     Mutant(
         "ties to the higher index in a Triton tile",
         TRITON + "select.py",
         "is_equal & (num_equal < ties)",
         "is_equal & (num_equal >= tl.sum(is_equal.to(tl.int32)) - ties)",
-        f"{INTERPRETED}[installed-test_select]",
+        f"{SUITE}::test_select",
     ),
     Mutant(
         "NaN above every number in a Triton key",
         TRITON + "select.py",
         "tl.where(magnitude > 0x7F800000, 0, keys)",
         "tl.where(magnitude > 0x7F800000, 0xFFFFFFFE, keys)",
-        f"{INTERPRETED}[installed-test_select]",
+        f"{SUITE}::test_select",
     ),
     Mutant(
         "-0 below +0 in a Triton key",
         TRITON + "select.py",
         "    keys = tl.where(magnitude == 0, sign, keys)\n",
         "",
-        f"{INTERPRETED}[installed-test_select]",
+        f"{SUITE}::test_select_long_rows",
     ),
     Mutant(
         "unfinished block pruned",
         TRITON + "select.py",
         "body = length - tail",
         "body = length",
-        f"{INTERPRETED}[installed-test_select]",
+        f"{SUITE}::test_select",
     ),
     Mutant(
         "last token of a Triton block not kept",
         TRITON + "select.py",
         "is_forced | (i == size - 1)",
         "is_forced",
-        f"{INTERPRETED}[installed-test_select]",
+        f"{SUITE}::test_select",
     ),
     Mutant(
         "pooling over what stands behind a Triton block",
         TRITON + "select.py",
         "is_inside = is_inside & (i >= 0)",
         "is_inside = (i >= 0) & (i < size + REACH)",
-        f"{INTERPRETED}[installed-test_select]",
+        f"{SUITE}::test_select",
     ),
     Mutant(
         "pooling over the masked rest of a Triton tile",
         TRITON + "select.py",
         "tl.where(is_inside, keys, 0)",
         "tl.where(is_inside, keys, keys)",
-        f"{INTERPRETED}[installed-test_select]",
+        f"{SUITE}::test_select_long_rows",
     ),
     Mutant(
         "neighbours of a Triton tile taken for its own",
         TRITON + "select.py",
         "is_own & (place >= REACH) & (place < TILE - REACH)",
         "is_own & (place >= REACH)",
-        f"{INTERPRETED}[installed-test_select]",
+        f"{SUITE}::test_select_long_rows",
     ),
     Mutant(
         "pooling beyond the block in the one launch",
         TRITON + "fused.py",
         "block_keys(scores, mask, i,",
         "block_keys(scores, i >= 0, i,",
-        f"{INTERPRETED}[installed-test_prune]",
+        f"{SUITE}::test_prune_equals_the_composition",
     ),
     Mutant(
         "32-bit offset of a copied token",
@@ -187,49 +188,49 @@ MUTANTS = [
         TRITON + "gather.py",
         "is_read = mask & (columns >= 0)",
         "is_read = mask",
-        f"{INTERPRETED}[installed-test_gather]",
+        f"{SUITE}::test_gather",
     ),
     Mutant(
         "sink in every block",
         TRITON + "fused.py",
         "size, sink - start, True, REACH, TILE), mask",
         "size, sink, True, REACH, TILE), mask",
-        f"{INTERPRETED}[installed-test_prune]",
+        f"{SUITE}::test_prune_equals_the_composition",
     ),
     Mutant(
         "bias forgotten in the one launch",
         TRITON + "fused.py",
         "add_biases(scores, b2_ptr, bias_ptr,",
         "add_biases(scores, b2_ptr, None,",
-        f"{INTERPRETED}[installed-test_prune]",
+        f"{SUITE}::test_prune_equals_the_composition",
     ),
     Mutant(
         "remainder of a shared block lost",
         TRITON + "fused.py",
         "share_size = tl.cdiv(quota, shares)",
         "share_size = quota // shares",
-        f"{INTERPRETED}[installed-test_prune]",
+        f"{SUITE}::test_prune_equals_the_composition",
     ),
     Mutant(
         "a program copies what another one may not have written",
         TRITON + "fused.py",
         "mask=is_kept)\n        first_skipped = num_keep\n        last_skipped = num_keep\n",
         "mask=is_kept)\n        last_slot += 1\n        first_skipped = num_keep\n        last_skipped = num_keep\n",
-        f"{INTERPRETED}[installed-rest]",
+        f"{SUITE}::test_bytes_of_the_block_budget",
     ),
     Mutant(
         "counts of rows unclamped",
         TRITON + "select.py",
         "tl.minimum(tl.maximum(tl.load(rows_ptr + batch * 3 + 1), 0), tl.minimum(length, num_keep))",
         "tl.load(rows_ptr + batch * 3 + 1)",
-        f"{INTERPRETED}[installed-rest]",
+        f"{SUITE}::test_wrong_counts_stay_in_their_row",
     ),
     Mutant(
         "hidden states read again for the ranking",
         TRITON + "fused.py",
         "tl.range(0, pruner_size, BLOCK_WIDTH, disable_licm=True)",
         "tl.range(-BLOCK_WIDTH, pruner_size, BLOCK_WIDTH, disable_licm=True)",
-        f"{INTERPRETED}[installed-rest]",
+        f"{SUITE}::test_bytes_of_the_block_budget",
     ),
     Mutant(
         "a kernel that no test launches",
@@ -541,7 +542,12 @@ def build(source: Path) -> None:
 
 
 def run_tests(source: Path, tests: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{source / 'python'}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{source}{os.pathsep}{source / 'python'}",
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": str(int(SUITE in tests)),
+    }
     command = [
         sys.executable,
         "-m",
@@ -580,8 +586,12 @@ def control() -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         copy_source(Path(folder))
         build(Path(folder))
-        result = run_tests(Path(folder), " ".join(sorted({test for m in MUTANTS for test in m.tests.split()})))
-        return None if result.returncode == 0 else f"the copy fails without a bug:\n{result.stdout[-4000:]}"
+        tests = sorted({test for m in MUTANTS for test in m.tests.split()})
+        for some in ([t for t in tests if SUITE in t], [t for t in tests if SUITE not in t]):
+            result = run_tests(Path(folder), " ".join(some))
+            if result.returncode != 0:
+                return f"the copy fails without a bug:\n{result.stdout[-4000:]}"
+        return None
 
 
 def main() -> int:
