@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ATTENTION_WINDOW = 32  # SnapKV's window of last queries
-QUESTION_WINDOW = 8  # that of a pruner's attention term: sharper on what is asked for, at a quarter of the cost
+QUESTION_WINDOW = 8  # that of a pruner's attention term: sharper on what is asked for
 ATTENTION_POOLING = 7  # and its max-pooling width, so that a hit keeps its neighbours
 
 

@@ -17,6 +17,7 @@ from test_demo import checkpoint, one_thread  # noqa: F401 - fixtures
 from transformers import DynamicCache
 
 from sdtp_eval import baselines, compare, quality
+from sdtp_eval.checkpoints import identify
 from sdtp_eval.tasks import AFTER, INSIDE, Sample
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp, cli, save_pruners
 
@@ -374,9 +375,9 @@ def test_refusals(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "line 1" in capsys.readouterr().err
 
 
-def test_fingerprint_tells_models_apart() -> None:
+def test_models_are_told_apart() -> None:
     one, two = make_qwen2(num_layers=2), make_qwen2(num_layers=2)
-    assert quality.fingerprint(one) == quality.fingerprint(two)
+    assert identify(one) == identify(two)
     with torch.no_grad():
         two.model.layers[-1].mlp.down_proj.weight[0, 0] += 1
-    assert quality.fingerprint(one) != quality.fingerprint(two)
+    assert identify(one) != identify(two)

@@ -105,10 +105,10 @@ def test_ruler_runs_offline_and_resumes(
 ) -> None:
     out = tmp_path / "run"
     options = ["--out", out, "--tasks", "niah_single_1", "--methods", "recent", "--keep", 0.9, "--samples", 2]
-    options += ["--tokens", 700, "--new-tokens", 4, "--protocols", "after"]
+    options += ["--tokens", 700, "--new-tokens", 4]
     assert sdtp("ruler", *options) == 0
     rows = read(out)
-    assert len(rows) == 2 * 2  # samples, methods with dense
+    assert len(rows) == 2 * 2 * 2  # samples, methods with dense, protocols
     for row in rows:
         assert row["task"] == "ruler niah_single_1"
         assert row["exact"] in (0.0, 1.0)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_train_data import make_checkpoint, make_texts
 
+from sdtp_eval.checkpoints import identify
 from sdtp_kernels import cli
 from sdtp_train import checkpoint, saliency, shards
 from sdtp_train.parallel import Workers, join_workers
@@ -305,7 +306,7 @@ def test_an_unfinished_directory_is_not_read(whole, tmp_path):
 
 def test_a_model_is_recognised_in_either_dtype(place):
     exact, half = (
-        checkpoint.identify(checkpoint.load_frozen(str(place / "model"), dtype, torch.device("cpu"))[0])
+        identify(checkpoint.load_frozen(str(place / "model"), dtype, torch.device("cpu"))[0])
         for dtype in ("float32", "bfloat16")
     )
     assert exact == half

@@ -7,6 +7,7 @@ become the same thing: a directory that ``AutoModelForCausalLM`` and ``AutoToken
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -37,6 +38,8 @@ PROBE_TEXT = (
 # Logits of the imported model may differ from those of the file's own form by this much of their range: a
 # projection with a zero bias may take another kernel than one without.
 LOGIT_TOLERANCE = 1e-5
+
+_PROBES = 16  # elements of each weight that tell checkpoints apart: any training step changes nearly all of them
 
 _ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
 _LAYER_WEIGHTS = (*_ATTENTION, "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
@@ -176,6 +179,26 @@ def load_checkpoint(
     except Exception as error:  # a damaged file fails in many ways, all of them an answer to the user
         raise CheckpointError(f"{name}: no checkpoint that transformers can load ({_one_line(error)})") from error
     return model.eval(), tokenizer
+
+
+def identify(model: Any) -> dict[str, Any]:
+    """Facts that say which model it is, whatever dtype it was loaded in: sizes, and a hash of its weights."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.flatten()
+        places = torch.linspace(0, flat.numel() - 1, min(_PROBES, flat.numel()), dtype=torch.float64).long()
+        # Rounded to bfloat16, the coarsest dtype that a model is loaded in here.
+        values = flat[places.to(flat.device)].to(torch.bfloat16).float().tolist()
+        digest.update(f"{name} {list(weight.shape)} {values}\n".encode())
+    config = model.config
+    return {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "weights": digest.hexdigest(),
+    }
 
 
 def add_command(subparsers: Any) -> None:

@@ -659,10 +659,12 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def open_results(out: Path, args: argparse.Namespace, model: Any) -> Path:
     """The per-sample file of this run, empty or to be continued; another model's is refused."""
+    from sdtp_eval.checkpoints import identify
+
     out.mkdir(parents=True, exist_ok=True)
     path, about = out / SAMPLES, out / "settings.json"
     settings = {name: value for name, value in vars(args).items() if name not in ("run", "command", "eval_command")}
-    settings["fingerprint"] = f"{fingerprint(model)} {args.dtype}"
+    settings["fingerprint"] = f"{identify(model)['weights'][:12]} {args.dtype}"
     if about.is_file():
         found = json.loads(about.read_text(encoding="utf-8")).get("fingerprint")
         if found != settings["fingerprint"]:
@@ -676,14 +678,3 @@ def open_results(out: Path, args: argparse.Namespace, model: Any) -> Path:
         text = text[: text.rfind("\n") + 1]
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def fingerprint(model: Any) -> str:
-    """A short hash of a model's sizes and of some weights of its first and last layer."""
-    digest = hashlib.sha256()
-    config = model.config
-    sizes = (config.model_type, config.hidden_size, config.num_hidden_layers, config.vocab_size)
-    digest.update(repr(sizes).encode())
-    for weight in (model.get_input_embeddings().weight, model.model.layers[-1].mlp.down_proj.weight):
-        digest.update(weight[:16].detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]

@@ -298,10 +298,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[list[
     """
     if not (chat and tokenizer.chat_template):
         return list(tokenizer("").input_ids), "\n"
-    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
-    messages = [{"role": "user", "content": mark}]
-    prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    before, after = prompt.split(mark)
+    before, after = texts.user_turn(tokenizer)
     return encode(tokenizer, before), after
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from transformers import PreTrainedTokenizerBase
+
 REFERENCE = "python-reference"
 HELD_OUT_EVERY = 5  # one document in so many is kept from training
 
@@ -39,6 +41,23 @@ def read_text(path: str | os.PathLike[str]) -> str:
     if not text.strip():
         raise ValueError(f"{path}: holds no text")
     return text
+
+
+def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the tokenizer's chat template writes before a user's text, and between that and the answer.
+
+    Returns
+    -------
+    before, after : str
+        Both empty where the tokenizer has no template.
+    """
+    if not tokenizer.chat_template:
+        return "", ""
+    mark = "\N{OBJECT REPLACEMENT CHARACTER}text\N{OBJECT REPLACEMENT CHARACTER}"
+    messages = [{"role": "user", "content": mark}]
+    prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    before, after = prompt.split(mark)
+    return before, after
 
 
 def is_held_out(name: str) -> bool:

@@ -1,16 +1,13 @@
-"""The model that pruners are made for: loaded, frozen, and recognised again."""
+"""The model that pruners are made for: loaded and frozen."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
-
-_PROBES = 16  # elements of each weight that tell checkpoints apart: any training step changes nearly all of them
 
 
 def load_frozen(path: str | None, dtype: str, device: torch.device) -> tuple[Any, PreTrainedTokenizerBase, str]:
@@ -21,8 +18,7 @@ def load_frozen(path: str | None, dtype: str, device: torch.device) -> tuple[Any
     path : str, optional
         A Qwen2 checkpoint; SmolLM2-135M-Instruct by default.
     dtype : str
-        ``float32`` or ``bfloat16``. float16 would overflow: see flaw 3 of the public reproduction, whose saved
-        saliency is NaN from the middle layers on.
+        ``float32`` or ``bfloat16``; the range of float16 is too small for gradients and massive activations.
     device : torch.device
 
     Raises
@@ -39,23 +35,3 @@ def load_frozen(path: str | None, dtype: str, device: torch.device) -> tuple[Any
     if "sliding_attention" in model.config.layer_types:
         raise ValueError(f"{source}: sliding-window layers cannot be pruned; set use_sliding_window to false")
     return model.requires_grad_(False).to(device), tokenizer, Path(source).name
-
-
-def identify(model: Any) -> dict[str, Any]:
-    """Facts that say which model it is, whatever dtype it was loaded in: sizes, and a hash of its weights."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        flat = weight.flatten()
-        places = torch.linspace(0, flat.numel() - 1, min(_PROBES, flat.numel()), dtype=torch.float64).long()
-        # Rounded to bfloat16, the coarsest dtype that a model is loaded in here.
-        values = flat[places.to(flat.device)].to(torch.bfloat16).float().tolist()
-        digest.update(f"{name} {list(weight.shape)} {values}\n".encode())
-    config = model.config
-    return {
-        "model_type": config.model_type,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "weights": digest.hexdigest(),
-    }

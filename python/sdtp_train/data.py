@@ -204,8 +204,7 @@ class _Wanted:
 
     def _instruction(self, document: Document) -> Iterator[Sample]:
         body = "\n\n".join(part for part in (document.text, document.question) if part)
-        before, after = prompt_frame(self.tokenizer, body)
-        prompt = self._ids(before + after, special=not self.tokenizer.chat_template)
+        prompt = self._ids(self._as_prompt(body), special=not self.tokenizer.chat_template)
         answer = self._ids(document.answer, special=False)[: self.continuation]
         if MIN_CONTEXT <= len(prompt) <= max(self.context) and answer:
             yield Sample(prompt, answer, document.name, "instruction", self.is_validation)
@@ -227,7 +226,7 @@ class _Wanted:
         def prompt(body: str) -> str:
             if not use_template:
                 return f"{body}\n\n{question}{lead}"
-            return "".join((*prompt_frame(self.tokenizer, f"{body}\n\n{question}"), lead))
+            return self._as_prompt(f"{body}\n\n{question}") + lead
 
         # Cutting facts into a text costs a token or two at each seam.
         room = max(16, length - len(self._ids(prompt("\n".join(task.facts)))) - 4 * len(task.facts))
@@ -241,6 +240,11 @@ class _Wanted:
         context = self._ids(text, special=not use_template)
         return Sample(context, ids, document.name, f"lookup-{task.name}", self.is_validation)
 
+    def _as_prompt(self, content: str) -> str:
+        """`content` as a user's turn, up to where the answer begins."""
+        before, after = texts.user_turn(self.tokenizer)
+        return f"{before}{content}{after}" if self.tokenizer.chat_template else f"{content}\n"
+
     def _first_tokens(self, text: str, number: int) -> str:
         # By the share of the characters: decoding token ids does not give every text back.
         share = number / max(number, len(self._ids(text, special=False)))
@@ -249,16 +253,6 @@ class _Wanted:
     def _ids(self, text: str, *, special: bool = True) -> list[int]:
         # Not verbose: a slice may well be longer than what the model was made for.
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
-
-
-def prompt_frame(tokenizer: PreTrainedTokenizerBase, content: str) -> tuple[str, str]:
-    """`content` as a user's turn, up to its end, and what stands between it and the answer."""
-    if not tokenizer.chat_template:
-        return content, "\n"
-    mark = "\N{OBJECT REPLACEMENT CHARACTER}text\N{OBJECT REPLACEMENT CHARACTER}"
-    messages = [{"role": "user", "content": mark}]
-    before, after = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)).split(mark)
-    return before + content, after
 
 
 def _by_source(documents: Sequence[Document]) -> list[list[Document]]:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 LOSSES = ("mse", "rank", "lm", "kl")
 NUM_PAIRS = 4096  # of the ranking loss, per sample and stage
 WARM_UP = 0.05  # share of the steps
-# Of a term with standard deviation 1, as the regression's goal has. Regression on what the future needs on average
-# would give the attention of the last tokens a third of that: see docs/quality.md for what it is worth.
+# Of a term with standard deviation 1, as the regression's goal has. Regression itself gave it about 0.35 on
+# SmolLM2-135M, and pass keys were lost with 2: see docs/quality.md.
 ATTENTION_WEIGHT = 1.0
 # A few numbers that multiply inputs of size one have far to go; the MLP's many weights have not.
 BIAS_RATE = 10.0
@@ -226,8 +226,9 @@ def train(args: argparse.Namespace) -> None:
     ValueError, OSError, ImportError
         For settings, files and models that cannot work. Nothing is written then.
     """
+    from sdtp_eval.checkpoints import identify
     from sdtp_kernels import PruningSchedule, save_pruners
-    from sdtp_train.checkpoint import identify, load_frozen
+    from sdtp_train.checkpoint import load_frozen
     from sdtp_train.parallel import join_workers
 
     weights = _parse_losses(args.loss)
