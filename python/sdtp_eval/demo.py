@@ -160,8 +160,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "device": str(device),
             "layers": schedule.layers,
         },
-        "machine": _machine(device),
-        "versions": _versions(),
+        "machine": describe_machine(device),
+        "versions": describe_versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -382,7 +382,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in ("run", "command", "json")}
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What ran: processor, cores, threads, GPU, system."""
     import torch
 
     processor = platform.machine()
@@ -401,7 +402,8 @@ def _machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def describe_versions() -> dict[str, str]:
+    """Of everything that a figure depends on."""
     import torch
     import transformers
 

@@ -40,7 +40,7 @@ KEEP_ALL = 1 - 1e-8
 
 def add_command(subparsers: Any) -> None:
     """Add ``eval`` to the parsers of ``sdtp``."""
-    from sdtp_eval import longbench, ruler
+    from sdtp_eval import cost, longbench, ruler
 
     parser = subparsers.add_parser("eval", help="measure what pruning costs in quality")
     commands = parser.add_subparsers(dest="eval_command", required=True, metavar="COMMAND")
@@ -82,6 +82,7 @@ def add_command(subparsers: Any) -> None:
     comparer.add_argument("--solved", action="store_true", help="only questions that the dense model answers")
     comparer.add_argument("--plot", metavar="PNG", help="draw quality against B and against time")
     comparer.set_defaults(run=compare.run)
+    cost.add_parser(commands)
     ruler.add_parser(commands)
     longbench.add_parser(commands)
 
