@@ -73,6 +73,7 @@ INTERPRETED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, "tests")
+import triton_interpreter
 import test_bench_gpu_check as test
 from sdtp_bench import gpu_check, shapes
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from importlib import metadata
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,40 +16,19 @@ from sdtp_bench import eager, roofline
 from sdtp_bench.shapes import GPUS, Case, Gpu, make_stage, random_stage
 from sdtp_kernels import PruningSchedule, cli, prune_tokens, reference
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 pytest.importorskip("triton", reason="the launches are those of the Triton backend")
 
 # Runs `prune_tokens` in Triton's interpreter and counts, launch by launch, the bytes of every load and store.
 COUNTED = """
 import json
-import numpy as np
+import sys
 import torch
-from triton.runtime import interpreter
+sys.path.insert(0, "tests")
+from triton_interpreter import before_each_access, recorded_launches
 from sdtp_bench import roofline
 from sdtp_bench.shapes import Gpu, random_stage
 from sdtp_kernels import prune_tokens
-from sdtp_kernels.backends.triton import fused, gather, score, select
 from sdtp_kernels.schedule import StagePlan
-
-builder, launches = interpreter.interpreter_builder, []
-
-def count(kind, method, mask_of):
-    def counted(pointers, *others):
-        width = pointers.get_element_ty().primitive_bitwidth // 8
-        mask = np.broadcast_to(others[mask_of].data, pointers.data.shape)
-        launches[-1][kind] += int(mask.sum()) * width
-        return method(pointers, *others)
-    return counted
-
-builder.create_masked_load = count("read", builder.create_masked_load, 0)
-builder.create_masked_store = count("written", builder.create_masked_store, 1)
-for module in (score, select, gather, fused):
-    for name, kernel in vars(module).items():
-        if name.endswith("_kernel") and not kernel.pre_run_hooks:
-            start = lambda *_, name=name, **__: launches.append({"name": name, "read": 0, "written": 0})
-            kernel.add_pre_run_hook(start)
 
 # One block a multiprocessor is enough there, and the tiles are the interpreter's.
 gpu = Gpu("", "interpreter", 1, 1.0, 1.0, 1)
@@ -58,9 +37,15 @@ for block_size, blocks, batch, pooling in cases:
     body = blocks * (block_size or 300)
     stage = random_stage("cpu", torch.bfloat16, batch, body + 37, hidden_size=64, pruner_size=304, head_dim=16)
     plan = StagePlan(body * 3 // 4 + 37, 4, 37, block_size)
-    launches.clear()
-    prune_tokens(*stage, **plan._asdict(), pooling=pooling, backend="triton")
-    counted = [dict(launch) for launch in launches]
+    moved = {}  # by number of the launch and kind of access
+
+    def count(kind, addresses, itemsize):
+        key = len(launches) - 1, kind
+        moved[key] = moved.get(key, 0) + addresses.size * itemsize
+
+    with recorded_launches() as launches, before_each_access(count):
+        prune_tokens(*stage, **plan._asdict(), pooling=pooling, backend="triton")
+    counted = [{"name": n, "read": moved[i, "load"], "written": moved[i, "store"]} for i, n in enumerate(launches)]
     costs = roofline.triton_costs(stage, plan, gpu, pooling)
     print(json.dumps({"counted": counted, "computed": [cost._asdict() for cost in costs]}))
 """
@@ -70,7 +55,8 @@ def run_interpreted(script: str, *arguments: object) -> str:
     """The script in a process of its own, because the interpreter is chosen when Triton is imported."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=root)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
 

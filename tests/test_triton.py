@@ -28,15 +28,15 @@ OLDEST = Path(sys.prefix) / "triton-3.8"
 VERSIONS = {"installed": None, "3.8": OLDEST}
 
 
-def run(version, *command):
-    """Run Python in a process of its own, with another Triton before the installed one."""
+def run(version, *command, **settings):
+    """Run Python in a process of its own, with another Triton before the installed one and more in the environment."""
     folder = VERSIONS[version]
     if folder and not folder.is_dir():
         pytest.skip(
             f"needs a second Triton: pip install --no-deps --target {folder.name} 'triton==3.8.*' in {sys.prefix}"
         )
     path = os.pathsep.join(filter(None, (str(folder or ""), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path, **settings}
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, capture_output=True, text=True, cwd=SUITE.parents[1], env=environment, check=False)
 
@@ -47,7 +47,7 @@ def run(version, *command):
 def run_suite(group, version):
     """The tests of `triton_interpreter_suite.py` whose names begin with `group`."""
     chosen = f"not ({' or '.join(GROUPS[:-1])})" if group == GROUPS[-1] else group
-    return run(version, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", SUITE, "-k", chosen)
+    return run(version, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", SUITE, "-k", chosen, TRITON_INTERPRET="1")
 
 
 @pytest.fixture(scope="module")

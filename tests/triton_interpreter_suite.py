@@ -1,4 +1,3 @@
-# ruff: noqa: E402 - the interpreter is chosen before the imports
 """The op contract on the Triton backend, in Triton's interpreter; test_triton.py runs this file in its own processes.
 
 The interpreter is chosen when Triton is imported, for a whole process, which is why these tests cannot live beside
@@ -6,25 +5,16 @@ others. What they compare with is `reference`, which test_ops.py holds to the te
 """
 
 import contextlib
-import inspect
-import itertools
 import math
 import mmap
-import os
-import random
-import sys
-import threading
-
-assert "triton" not in sys.modules, "run this file in a process of its own"
-os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
 from triton_aot import SOURCES, kernel_names
+from triton_interpreter import KERNELS, before_each_access, concurrent_programs, recorded_launches
 
 import sdtp_kernels.backends.triton as backend
 from sdtp_kernels import (
@@ -38,129 +28,16 @@ from sdtp_kernels import (
     score_tokens,
     select_tokens,
 )
-from sdtp_kernels.backends.triton import configs, fused, gather, score, select
+from sdtp_kernels.backends.triton import configs, fused, gather, select
 
-MODULES = (score, select, gather, fused)
-KERNELS = {name: getattr(module, name) for name in kernel_names() for module in MODULES if name in vars(module)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPECIAL = [0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, 1e-45, -1e-45, 1.0, 1.0 + 2**-23, -1.0, 3e38]
 
 
-class _Patched:
-    def restore(self):
-        pass
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _quick_interpreter():
-    """Spare the interpreter what it repeats: patching `tl` at each call of a function, and copying CPU tensors back."""
-    patch, seen = interpreter._patch_lang, set()
-
-    def patch_once(function):
-        if function not in seen:
-            seen.add(function)
-            patch(function)
-        return _Patched()
-
-    interpreter._patch_lang = patch_once
-    interpreter.GridExecutor._restore_args_dev = lambda *_: None
-
-
 @pytest.fixture
 def launches():
-    """Names of the kernels launched so far."""
-    names = []
-    for name, kernel in KERNELS.items():
-        kernel.add_pre_run_hook(lambda *_, name=name, **__: names.append(name))
-    yield names
-    for kernel in KERNELS.values():
-        kernel.pre_run_hooks.clear()
-
-
-@contextlib.contextmanager
-def before_each_access(act):
-    """Call `act(kind, addresses)` before each access of a program to memory; kind is "load" or "store"."""
-    builder = interpreter.interpreter_builder
-
-    def wrap(kind, method):
-        def wrapped(pointers, *others):
-            mask = others[0] if kind == "load" else others[1]
-            act(kind, pointers.data[np.broadcast_to(mask.data, pointers.data.shape)])
-            return method(pointers, *others)
-
-        return wrapped
-
-    names = {"create_masked_load": "load", "create_masked_store": "store"}
-    for name, kind in names.items():
-        setattr(builder, name, wrap(kind, getattr(builder, name)))
-    try:
-        yield
-    finally:
-        for name in names:
-            delattr(builder, name)
-
-
-class Schedule:
-    """Programs of a launch as threads. One runs at a time; at each access to memory the next one is drawn at random."""
-
-    def __init__(self, seed):
-        self.random, self.turns, self.errors = random.Random(seed), {}, []
-
-    def run(self, program, places):
-        self.turns = {place: threading.Semaphore(0) for place in places}
-        threads = [threading.Thread(target=self.run_one, args=(program, place)) for place in places]
-        for thread in threads:
-            thread.start()
-        self.wake_one()
-        for thread in threads:
-            thread.join()
-        if self.errors:
-            raise self.errors[0]
-
-    def run_one(self, program, place):
-        self.turns[place].acquire()
-        interpreter.interpreter_builder.grid_idx = place
-        try:
-            program()
-        except BaseException as error:
-            self.errors.append(error)
-        del self.turns[place]
-        self.wake_one()
-
-    def wake_one(self):
-        if self.turns:
-            self.random.choice(list(self.turns.values())).release()
-
-    def switch(self, *_):
-        place = interpreter.interpreter_builder.grid_idx
-        self.wake_one()
-        self.turns[place].acquire()
-        interpreter.interpreter_builder.grid_idx = place
-
-
-@contextlib.contextmanager
-def concurrent_programs(seed):
-    """Launches run under a :class:`Schedule`, where the interpreter runs one program after the other."""
-    schedule, serial = Schedule(seed), interpreter.GridExecutor
-
-    class Concurrent(serial):
-        def __call__(self, *args, **kwargs):
-            kwargs = {name: value for name, value in kwargs.items() if name in self.arg_names}
-            for hook in self.pre_run_hooks:
-                hook(*args, **kwargs)
-            interpreter._patch_lang(self.fn)
-            args = inspect.getcallargs(self.fn, *args, **kwargs)
-            args = {k: v if k in self.constexprs else interpreter._implicit_cvt(v) for k, v in args.items()}
-            dims = (*self.grid, 1, 1)[:3]
-            interpreter.interpreter_builder.set_grid_dim(*dims)
-            schedule.run(lambda: self.fn(**args), list(itertools.product(*map(range, dims))))
-
-    interpreter.GridExecutor = Concurrent
-    try:
-        with before_each_access(schedule.switch):
-            yield
-    finally:
-        interpreter.GridExecutor = serial
+    with recorded_launches() as names:
+        yield names
 
 
 def pruner_inputs(tokens, hidden_size=48, intermediate_size=20, dtype=torch.float32, batch=1, scale=3.0):
@@ -497,7 +374,7 @@ def traffic():
         elements = addresses[(addresses >= 0) & (addresses < tensor.nbytes)] // tensor.itemsize
         return torch.from_numpy(np.bincount(elements, minlength=tensor.numel())).view(tensor.shape)
 
-    with before_each_access(lambda kind, addresses: accesses[kind].append(addresses)):
+    with before_each_access(lambda kind, addresses, _: accesses[kind].append(addresses)):
         yield count
 
 
