@@ -8,6 +8,7 @@ arguments.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import re
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "benchmarks" / "results" / "aot.jsonl"
@@ -105,29 +107,38 @@ def _prune_unaligned(ops: Any, dtype: torch.dtype, pooling: int, block_size: int
     ops.prune_tokens(hidden_states, carried, *pruner, num_keep, 4, recent, block_size, None, pooling, None, None)
 
 
+class Case(NamedTuple):
+    """A call of an op, whose launches are compiled."""
+
+    call: Callable[..., None]
+    arguments: tuple[Any, ...]
+    is_first: bool = False
+    """One of the few that together launch every kernel and use every configuration of the table."""
+
+
 # Selections: num_keep, sink, recent, block_size. "pooled": over 7 tokens.
-CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
-    "score bf16": (_score, (torch.bfloat16,)),
-    "score fp16": (_score, (torch.float16,)),
-    "score fp32": (_score, (torch.float32,)),
-    "select 131072": (_select, (1, 131072, 104858, 4, 13108)),
-    "select 131072, pooled": (_select, (7, 131072, 104858, 4, 13108)),
-    "select blocks of 512": (_select, (1, 8192, 6560, 4, 0, 512)),
-    "select blocks of 512, pooled": (_select, (7, 8192, 6560, 4, 0, 512)),
-    "select blocks of 128, pooled": (_select, (7, 8192, 6400, 4, 0, 128)),
-    "gather bf16": (_gather, ()),
-    "prune bf16, padded, pooled": (_prune, (torch.bfloat16, True, 7, 1600, 4, 100, None)),
-    "prune blocks of 256 bf16": (_prune, (torch.bfloat16, False, 1, 1600, 4, 0, 256)),
-    "prune blocks of 256 bf16, pooled": (_prune, (torch.bfloat16, False, 7, 1600, 4, 0, 256)),
-    "prune blocks of 256 fp32, padded, pooled": (_prune, (torch.float32, True, 7, 1600, 4, 0, 256)),
-    "prune one block of 208 bf16, pooled": (_prune, (torch.bfloat16, False, 7, 1998, 4, 1840, 208)),
-    "prune blocks of 512 bf16": (_prune, (torch.bfloat16, False, 1, 1600, 4, 0, 512)),
-    "prune blocks of 2048 fp32, padded, pooled": (_prune, (torch.float32, True, 7, 1600, 4, 0, 2048)),
-    "prune unaligned bf16": (_prune_unaligned, (torch.bfloat16, 1, 200, False)),
-    "prune unaligned bf16, transposed, pooled": (_prune_unaligned, (torch.bfloat16, 7, 200, True)),
-    "prune unaligned fp32, transposed, pooled": (_prune_unaligned, (torch.float32, 7, 200, True)),
-    "prune unaligned blocks of 700 fp32": (_prune_unaligned, (torch.float32, 1, 700, False)),
-    "prune unaligned blocks of 700 bf16, transposed, pooled": (_prune_unaligned, (torch.bfloat16, 7, 700, True)),
+CASES = {
+    "score bf16": Case(_score, (torch.bfloat16,), True),
+    "score fp16": Case(_score, (torch.float16,)),
+    "score fp32": Case(_score, (torch.float32,), True),
+    "select 131072": Case(_select, (1, 131072, 104858, 4, 13108)),
+    "select 131072, pooled": Case(_select, (7, 131072, 104858, 4, 13108)),
+    "select blocks of 512": Case(_select, (1, 8192, 6560, 4, 0, 512)),
+    "select blocks of 512, pooled": Case(_select, (7, 8192, 6560, 4, 0, 512), True),
+    "select blocks of 128, pooled": Case(_select, (7, 8192, 6400, 4, 0, 128), True),
+    "gather bf16": Case(_gather, ()),
+    "prune bf16, padded, pooled": Case(_prune, (torch.bfloat16, True, 7, 1600, 4, 100, None), True),
+    "prune blocks of 256 bf16": Case(_prune, (torch.bfloat16, False, 1, 1600, 4, 0, 256)),
+    "prune blocks of 256 bf16, pooled": Case(_prune, (torch.bfloat16, False, 7, 1600, 4, 0, 256), True),
+    "prune blocks of 256 fp32, padded, pooled": Case(_prune, (torch.float32, True, 7, 1600, 4, 0, 256)),
+    "prune one block of 208 bf16, pooled": Case(_prune, (torch.bfloat16, False, 7, 1998, 4, 1840, 208), True),
+    "prune blocks of 512 bf16": Case(_prune, (torch.bfloat16, False, 1, 1600, 4, 0, 512)),
+    "prune blocks of 2048 fp32, padded, pooled": Case(_prune, (torch.float32, True, 7, 1600, 4, 0, 2048), True),
+    "prune unaligned bf16": Case(_prune_unaligned, (torch.bfloat16, 1, 200, False)),
+    "prune unaligned bf16, transposed, pooled": Case(_prune_unaligned, (torch.bfloat16, 7, 200, True), True),
+    "prune unaligned fp32, transposed, pooled": Case(_prune_unaligned, (torch.float32, 7, 200, True), True),
+    "prune unaligned blocks of 700 fp32": Case(_prune_unaligned, (torch.float32, 1, 700, False)),
+    "prune unaligned blocks of 700 bf16, transposed, pooled": Case(_prune_unaligned, (torch.bfloat16, 7, 700, True)),
 }
 
 
@@ -164,7 +175,7 @@ class _Driver:
         return 0
 
 
-def compile_target(name: str) -> list[dict[str, Any]]:
+def compile_target(name: str, first_cases: bool) -> list[dict[str, Any]]:
     """One row for every kernel that the cases launch on target `name`; runs in a process of its own."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -189,13 +200,14 @@ def compile_target(name: str) -> list[dict[str, Any]]:
     configs.device_of = lambda device: configs.Device(name, 2)
 
     rows, seen = [], set()
-    for case, (call, arguments) in CASES.items():
+    for name_of_case, case in CASES.items():
         compiled.clear()
-        call(ops, *arguments)
+        if case.is_first or not first_cases:
+            case.call(ops, *case.arguments)
         for chosen, kernel in compiled:
             if (key := (chosen["kernel"], kernel.hash)) not in seen:
                 seen.add(key)
-                rows.append({"target": name, "case": case, **chosen, **measure(kernel, target)})
+                rows.append({"target": name, "case": name_of_case, **chosen, **measure(kernel, target)})
     return rows
 
 
@@ -258,12 +270,12 @@ def _hip_usage(assembly: str) -> tuple[int, int, int]:
     return field("vgpr_count"), spills, field("sgpr_spill_count")
 
 
-def compile_all(names: tuple[str, ...] = tuple(TARGETS), workers: int = 2) -> list[dict[str, Any]]:
-    """Rows of all targets; each in a fresh process, because a kernel remembers the driver that it first met."""
+def compile_all(names: Sequence[str] = tuple(TARGETS), first_cases: bool = False) -> list[dict[str, Any]]:
+    """Rows of the targets; each in a fresh process, because a kernel remembers the driver that it first met."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch", "triton.compiler", "sdtp_kernels"])
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        return [row for rows in pool.map(compile_target, names) for row in rows]
+    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
+        return [row for rows in pool.map(compile_target, names, repeat(first_cases)) for row in rows]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -282,11 +294,17 @@ def main() -> int:
     """Rewrite the table and its rows; with the name of a file, write the rows there and touch nothing else."""
     import triton
 
-    rows = compile_all()
-    out = Path(sys.argv[1]) if sys.argv[1:] else ROWS
-    out.write_text("".join(json.dumps({"triton": triton.__version__, **row}) + "\n" for row in rows))
-    if sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, help="write rows there alone")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--first-cases", action="store_true", help="every kernel and every configuration once")
+    args = parser.parse_args()
+    rows = compile_all(args.targets, args.first_cases)
+    lines = "".join(json.dumps({"triton": triton.__version__, **row}) + "\n" for row in rows)
+    if args.out:
+        args.out.write_text(lines)
         return 0
+    ROWS.write_text(lines)
     before, after = TABLE.read_text().split(MARKS[0])[0], TABLE.read_text().split(MARKS[1])[1]
     TABLE.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{after}")
     print(f"{len(rows)} kernels compiled, {sum(row['spills'] > 0 for row in rows)} spill")
