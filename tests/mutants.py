@@ -103,7 +103,7 @@ MUTANTS = [
         TRITON + "score.py",
         "mask=is_token[:, None] & is_d[None, :]",
         "mask=is_token[:, None]",
-        f"{SUITE}::test_score[257-100-300-None-torch.float32]",
+        f"{SUITE}::test_score_layouts_and_nan",
     ),
     Mutant(
         "32-bit offset of a hidden state",
@@ -272,6 +272,13 @@ MUTANTS = [
         "_WARP_GROUPS = ScoreConfig(128, 128, 64, num_warps=8",
         "_WARP_GROUPS = ScoreConfig(128, 128, 64, num_warps=4",
         "test_triton.py::test_nothing_spills[installed-sm_90]",
+    ),
+    Mutant(
+        "an AMD GPU without matrix instructions taken",
+        TRITON + "__init__.py",
+        "target in _AMD_TARGETS",
+        'target.startswith("gfx9")',
+        "test_triton.py::test_unavailable_reasons",
     ),
     # Span pooling.
     Mutant(

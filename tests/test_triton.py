@@ -189,6 +189,8 @@ def test_unavailable_reasons(monkeypatch):
     properties = SimpleNamespace(gcnArchName="gfx1100")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert backend.unavailable_reason(cuda) == "needs AMD CDNA (gfx90a, gfx942); Radeon RX 7900 is gfx1100"
+    properties.gcnArchName = "gfx906:sramecc+:xnack-"  # Vega 20: no matrix instructions
+    assert backend.unavailable_reason(cuda).endswith("is gfx906")
     properties.gcnArchName = "gfx942:sramecc+:xnack-"
     assert backend.unavailable_reason(cuda) is None
     monkeypatch.setitem(sys.modules, "triton", None)

@@ -11,6 +11,7 @@ import torch
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_TRITON = (3, 8)
+_AMD_TARGETS = ("gfx90a", "gfx942")  # CDNA 2 and 3: what the table of configurations holds
 # Rows are the second axis of every launch, and a launch has at most so many programs along it.
 MAX_BATCH = 65535
 # Columns are 32-bit inside the kernels; element offsets are 64-bit everywhere.
@@ -41,8 +42,8 @@ def _gpu_reason(device: torch.device) -> str | None:
         return f"no GPU that torch {torch.__version__} can use"
     name = torch.cuda.get_device_name(device)
     if torch.version.hip:
-        architecture = torch.cuda.get_device_properties(device).gcnArchName
-        return None if architecture.startswith("gfx9") else f"needs AMD CDNA (gfx90a, gfx942); {name} is {architecture}"
+        target = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return None if target in _AMD_TARGETS else f"needs AMD CDNA ({', '.join(_AMD_TARGETS)}); {name} is {target}"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"needs compute capability 8.0 or newer; {name} has {major}.{minor}"
 

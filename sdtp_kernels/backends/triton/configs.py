@@ -86,7 +86,6 @@ def device_of(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         target = properties.gcnArchName.split(":")[0]
-        target = target if target in SCORE else "gfx90a"
     else:
         target = nvidia_target(properties.major, properties.minor)
     return Device(target, properties.multi_processor_count)
