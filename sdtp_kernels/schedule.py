@@ -124,6 +124,14 @@ class PruningSchedule:
     def num_stages(self) -> int:
         return len(self.layers)
 
+    @property
+    def sees_prompt_end(self) -> bool:
+        """Whether a score may depend on where the prompt ends.
+
+        Under the block budget it may not: what a block keeps has to be the same whatever stands behind it.
+        """
+        return self.budget == "global"
+
     def drops(self, stage: int) -> bool:
         """Whether stage `stage` can drop anything; a stage whose own keep ratio is 1 never does."""
         return self._share(stage) != self._share(stage - 1)
@@ -160,6 +168,11 @@ class PruningSchedule:
             recent = _max(_min(length, 1), _ceil_share(length, self._recent_share))  # type: ignore[attr-defined]
         return self._unless_short(length, recent)
 
+    @property
+    def max_unfinished(self) -> int:
+        """Most tokens of a prompt that the block budget keeps whole at its end, whatever its length."""
+        return max(self.block_size, self.min_prompt) - 1
+
     def block_keep(self, stage: int) -> int:
         """Tokens that a complete block still holds after `stage` stages."""
         forced = self.sink + 1  # the sink falls into the first block, and every block keeps its last token
@@ -178,7 +191,9 @@ class PruningSchedule:
             widest = _max(widest, _min(almost_finished, length))
         return widest
 
-    def plan(self, length: int, stage: int, keep_last: int = 0, *, padded: bool = False) -> StagePlan:
+    def plan(
+        self, length: int, stage: int, keep_last: int = 0, *, padded: bool = False, finished: int = 0
+    ) -> StagePlan:
         """Arguments of the selection at `stage` for a prompt of `length` tokens.
 
         Parameters
@@ -191,12 +206,21 @@ class PruningSchedule:
             Further tokens behind the prompt that are kept whatever happens and count as no part of it.
         padded : bool, default False
             Whether rows may be shorter than `length`; their own counts then come from :meth:`plan_rows`.
+        finished : int, default 0
+            Tokens of the prompt in blocks that an earlier call has pruned; the selection is of those behind them. Where
+            `padded` they are no part of `length`.
         """
-        num_keep = self.max_keep(length, stage) if padded else self.num_keep(length, stage)
+        if padded:
+            num_keep = self.max_keep(length, stage)
+        else:
+            num_keep = self.num_keep(length, stage) - self._finished_keep(finished, stage)
         block_size = self.block_keep(stage - 1) if self.budget == "block" else None
-        return StagePlan(num_keep + keep_last, self.sink, self.num_recent(length) + keep_last, block_size)
+        sink = self.sink if padded or finished == 0 else 0
+        return StagePlan(num_keep + keep_last, sink, self.num_recent(length) + keep_last, block_size)
 
-    def plan_rows(self, lengths: torch.Tensor, stage: int, keep_last: int = 0) -> torch.Tensor:
+    def plan_rows(
+        self, lengths: torch.Tensor, stage: int, keep_last: int = 0, finished: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Per-row counts of a padded batch, computed on its device.
 
         Parameters
@@ -205,19 +229,28 @@ class PruningSchedule:
             Prompt length of each row, without padding and without the `keep_last` tokens.
         stage, keep_last
             As in :meth:`plan`.
+        finished : int64 tensor [B], optional
+            Tokens of each row in blocks that an earlier call has pruned; the counts are of those behind them.
 
         Returns
         -------
         int64 tensor [B, 3]
             Columns: valid tokens when the stage begins, tokens to keep, trailing tokens always kept.
         """
-        counts = (self.num_keep(lengths, stage - 1), self.num_keep(lengths, stage), self.num_recent(lengths))
-        return torch.stack(counts, dim=-1) + keep_last
+        before, after = self.num_keep(lengths, stage - 1), self.num_keep(lengths, stage)
+        if finished is not None:
+            before = before - self._finished_keep(finished, stage - 1)
+            after = after - self._finished_keep(finished, stage)
+        return torch.stack((before, after, self.num_recent(lengths)), dim=-1) + keep_last
 
     def mean_keep(self, length: int, num_layers: int) -> float:
         """Mean kept tokens per layer over the prompt's length, ``B = sum_l n_l / (L * n)``: the budget's unit."""
         kept = sum(self.num_keep(length, sum(start <= layer for start in self.layers)) for layer in range(num_layers))
         return kept / (num_layers * length)
+
+    def _finished_keep(self, finished: Length, stage: int) -> Length:
+        """What is left after `stage` stages of so many tokens of complete blocks."""
+        return finished // self.block_size * self.block_keep(stage)
 
     def _share(self, stage: int) -> tuple[int, int]:
         shares: tuple[tuple[int, int], ...] = self._shares  # type: ignore[attr-defined]

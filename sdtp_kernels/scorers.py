@@ -32,14 +32,25 @@ class StageInput(NamedTuple):
     """Tokens behind the prompt that are kept whatever their score."""
     layer_below: Any
     """The decoder layer that has just run, on the same tokens."""
-    hidden_states_below: torch.Tensor
-    """Its input, ``[B, n, D]``."""
+    hidden_states_below: torch.Tensor | None
+    """Its input, ``[B, n, D]``; ``None`` where some tokens have waited for others (see :func:`block_local`)."""
     keys_below: torch.Tensor | None = None
-    """The keys it cached, ``[B, kv_heads, n, head_dim]``; ``None`` without a cache."""
+    """The keys it cached, ``[B, kv_heads, n, head_dim]``; ``None`` without a cache, and where some tokens waited."""
     is_padded: bool = True
     """False where no row can have padding."""
 
 
+def block_local(scorer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Declare that a scorer's order of the tokens of a block depends on nothing behind the block.
+
+    Under the block budget a prompt may then come in pieces, whose tokens are scored together with those that waited for
+    them: ``hidden_states_below`` and ``keys_below`` can be missing.
+    """
+    scorer.is_block_local = True  # type: ignore[attr-defined]
+    return scorer
+
+
+@block_local
 def random_score(stage: StageInput, seed: int = 0) -> torch.Tensor:
     """A fixed pseudo-random number per token index: the same in every stage, row and run."""
     x = stage.token_index + (seed + 1) * 0x9E3779B9
@@ -48,11 +59,13 @@ def random_score(stage: StageInput, seed: int = 0) -> torch.Tensor:
     return ((x >> 8) & 0xFFFFFF).float()
 
 
+@block_local
 def recent_score(stage: StageInput) -> torch.Tensor:
     """The later the better: what remains is the sink and the end of the prompt (StreamingLLM, progressively)."""
     return stage.token_index.float()
 
 
+@block_local
 def norm_score(stage: StageInput) -> torch.Tensor:
     """L2 norm of the hidden state."""
     return stage.hidden_states.float().square().sum(-1).sqrt()
@@ -66,12 +79,13 @@ def attention_score(stage: StageInput, window: int = ATTENTION_WINDOW) -> torch.
     """
     from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
-    layer, attention = stage.layer_below, stage.layer_below.self_attn
+    layer, attention, hidden_states_below = stage.layer_below, stage.layer_below.self_attn, stage.hidden_states_below
+    assert hidden_states_below is not None, "the prompt's end is not known while it comes in pieces"
     end = stage.hidden_states.shape[1] - stage.keep_last
     window = min(window, end)
 
     def project(projection: Any, tokens: slice) -> torch.Tensor:
-        normed = layer.input_layernorm(stage.hidden_states_below[:, tokens])
+        normed = layer.input_layernorm(hidden_states_below[:, tokens])
         x = projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         cos, sin = (t[:, None, tokens] for t in stage.position_embeddings)
         return x * cos + rotate_half(x) * sin  # type: ignore[no-any-return]

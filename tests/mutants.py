@@ -298,8 +298,8 @@ MUTANTS = [
     Mutant(
         "pooling forgotten by the patch",
         MODELS + "stages.py",
-        "pooling=scorer.pruner.pooling",
-        "pooling=1",
+        "return self.pruner.pooling",
+        "return 1",
         "test_qwen2.py::test_prefill_equals_masked_dense",
     ),
     # Evaluation.
@@ -444,23 +444,22 @@ MUTANTS = [
     Mutant(
         "padding mask not compacted",
         MODELS + "stages.py",
-        "mask = indices >= 0",
-        "mask = torch.ones_like(indices, dtype=torch.bool)",
+        "mask = index >= 0 if layer is None",
+        "mask = index >= -1 if layer is None",
         "test_qwen2.py::test_padded_rows_equal_rows_alone",
     ),
     Mutant(
         "positions renumbered",
         MODELS + "stages.py",
-        "stage, segment_mask(self.decoder, layer_idx, hidden_states, mask, cache), (cos, sin), None, kept",
-        "stage, segment_mask(self.decoder, layer_idx, hidden_states, mask, cache), "
-        "tuple(t[:, :cos.shape[1]] for t in segment.position_embeddings), None, kept",
+        "position_embeddings=(cos, sin), token_index=index",
+        "position_embeddings=tuple(t[:, :cos.shape[1]] for t in segment.position_embeddings), token_index=index",
         "test_qwen2.py::test_prefill_equals_masked_dense",
     ),
     Mutant(
         "row's own length ignored",
         MODELS + "stages.py",
-        "self.lengths = padding_mask.sum(-1) - keep_last",
-        "self.lengths = torch.full_like(padding_mask.sum(-1), self.width - keep_last)",
+        "tokens_so_far - keep_last\n",
+        "torch.full_like(tokens_so_far, width) - keep_last\n",
         "test_qwen2.py::test_padded_rows_equal_rows_alone",
     ),
     Mutant(
@@ -473,15 +472,15 @@ MUTANTS = [
     Mutant(
         "scored tokens pruned",
         MODELS + "qwen2.py",
-        "keep_last = kwargs.pop(KEEP_LAST, 0)",
-        "keep_last = kwargs.pop(KEEP_LAST, 0) * 0",
+        "keep_last, prompt_length = kwargs.pop(KEEP_LAST, 0), ",
+        "keep_last, prompt_length = kwargs.pop(KEEP_LAST, 0) * 0, ",
         "test_qwen2.py::test_scored_continuation_is_never_pruned",
     ),
     Mutant(
         "host sync in the loop",
         MODELS + "stages.py",
-        "        mask = None\n",
-        "        mask = None\n        indices.sum().item()\n",
+        "        if is_padded:\n            index = torch.where",
+        "        indices.sum().item()\n        if is_padded:\n            index = torch.where",
         "test_compile.py::test_no_host_sync_in_the_patched_loop",
     ),
     Mutant(
@@ -494,7 +493,7 @@ MUTANTS = [
     Mutant(
         "state left behind when rows are selected",
         MODELS + "cache.py",
-        "self.kept = self.kept[indices, ...]",
+        "self._each_row(lambda t: t[indices, ...])",
         "",
         "test_qwen2.py::test_cache_operations_carry_the_state",
     ),

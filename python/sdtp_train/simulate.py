@@ -69,7 +69,7 @@ def simulate_pruning(
     for i in range(first, len(decoder.layers)):
         if i in schedule.layers and n >= schedule.min_prompt:
             stage = schedule.layers.index(i) + 1
-            scores = _scores(pruners[i], decoder.layers[i - 1], hidden_states, below, embeddings, alive)
+            scores = _scores(pruners[i], schedule, decoder.layers[i - 1], hidden_states, below, embeddings, alive)
             kept, decisions = _decide(scores, pruners[i].pooling, schedule, n, stage, generator)
             mask = mask.scatter(0, alive, mask[alive] * decisions)
             alive = alive[kept]
@@ -115,6 +115,7 @@ def masked_layer(
 
 def _scores(
     pruner: TokenPruner,
+    schedule: PruningSchedule,
     layer_below: Any,
     hidden_states: torch.Tensor,
     hidden_states_below: torch.Tensor,
@@ -123,7 +124,7 @@ def _scores(
 ) -> torch.Tensor:
     """Scores ``[alive]`` as a stage computes them, from the tokens that are left."""
     scores: torch.Tensor = pruner(hidden_states[0, alive])
-    if not (pruner.distance or pruner.attention):
+    if not schedule.sees_prompt_end or not (pruner.distance or pruner.attention):
         return scores
     attention = None
     if pruner.attention:

@@ -20,6 +20,8 @@ def apply_sdtp(
     pruners: Mapping[int, Any] | str | Callable[[StageInput], Any],
     schedule: PruningSchedule,
     backend: str = "auto",
+    *,
+    later_turns: bool = True,
 ) -> SdtpHandle:
     """Make a model prune long prompts during prefill.
 
@@ -41,6 +43,9 @@ def apply_sdtp(
     schedule : PruningSchedule
     backend : str, default "auto"
         A name from :func:`explain_backends`; a name never falls back to another backend.
+    later_turns : bool, default True
+        Under the block budget, whether a prompt that continues a cache (a later turn of a chat, what follows a kept
+        prefix) is pruned as it completes blocks. Generated tokens wait for the next prompt.
 
     Returns
     -------
@@ -66,4 +71,4 @@ def apply_sdtp(
         raise NotImplementedError(
             f"no SDTP patch for {type(model).__name__} (model_type={model_type!r}); supported: {', '.join(families)}"
         )
-    return families[model_type](model, pruners, schedule, backend)
+    return families[model_type](model, pruners, schedule, backend, later_turns=later_turns)

@@ -2,40 +2,104 @@
 
 Two requests never mix, and whatever ``generate()`` does to a cache (beam reordering, cropping, copying) happens to the
 state as well.
+
+Under the block budget a prompt may arrive in pieces: chunks of a prefill, turns of a chat, a kept prefix and what
+follows it. Its unfinished block is then *waiting*: its tokens are in all layers, because what comes next attends to
+them, but only until the block is complete. A layer from the first stage on holds first what is finished, which never
+changes again, then what waits: the unfinished block, and tokens generated since. The layer at the first stage keeps
+the hidden states of all that waits as well, as they arrived there.
+
+The next piece of the prompt goes through the layers below the first stage by itself, and from there on together with
+what has waited, whose entries it replaces. So each layer computes what one call with the whole prompt would: below the
+first stage nothing is ever dropped, and from there on complete blocks alone are final, pruned at each stage from all
+their tokens, while queries behind them see what they kept. A piece whose logits nobody wants (a chunk that is not the
+last) leaves what is unfinished at the first stage: *behind*, until the next piece takes it along.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
+
+from .. import ops
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Waiting(NamedTuple):
+    """Tokens behind the last finished block, as they arrive at the first stage."""
+
+    hidden_states: torch.Tensor
+    """``[B, n, D]``"""
+    position_ids: torch.Tensor
+    """``[B, n]``"""
+    token_index: torch.Tensor
+    """``[B, n]`` index in the row's own prompt, -1 for padding."""
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Waiting:
+        return Waiting(*map(change, self))
+
+    def followed_by(self, other: Waiting) -> Waiting:
+        return Waiting(*(torch.cat(pair, dim=1) for pair in zip(self, other, strict=True)))
 
 
 class PrunedLayer(DynamicLayer):
     """A cache layer whose prompt was pruned.
 
+    Its state is set by :class:`~sdtp_kernels.models.stages.Prompt` before the decoder layer writes to it.
+
     Parameters
     ----------
-    stage : int
-        Number of the last stage before this layer; layers of one stage hold the same tokens.
     kept : Tensor [B, K], int64
-        Column of ``input_ids`` of each cached prompt token, ascending; -1 is padding.
-    prompt_length : int
-        Columns of ``input_ids`` that the prefill had.
-    num_tail : int
-        Trailing prompt tokens known to be in every layer, so that a crop of them is the same in all.
-    is_padded : bool
-        Whether `kept` may hold padding.
+        Index in the row's own prompt of each cached prompt token, ascending; -1 is padding.
     """
 
-    def __init__(self, stage: int, kept: torch.Tensor, prompt_length: int, num_tail: int, is_padded: bool) -> None:
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, kept: torch.Tensor) -> None:
         super().__init__()
-        self.stage = stage
         self.kept = kept
-        self.prompt_length = prompt_length
-        self.num_tail = num_tail
-        self.is_padded = is_padded
+        self.stage = 0
+        """Number of the last stage before this layer; layers of one stage hold the same tokens."""
+        self.prompt_length = 0
+        """Columns of ``input_ids`` that have been read as a prompt."""
+        self.num_tail = 0
+        """Trailing prompt tokens known to be in every layer, so that a crop of them is the same in all."""
+        self.is_padded = False
+        """Whether `kept` may hold padding."""
+        self.num_finished = 0
+        """Entries of finished blocks; where padded, the most that any row can have."""
+        self.most_kept = 0
+        """The most entries that any finished block has left here."""
+        self.finished: torch.Tensor | None = None
+        """``[B, 1]`` tokens of each row in finished blocks; ``None`` where all rows are alike."""
+        self.waiting: Waiting | None = None
+        """In the layer at the first stage, while the prompt may go on."""
+        self.is_waiting_padded = False
+        """Whether a row may have padding among what waits."""
+        self.is_behind = False
+        """Whether what waits is not in the cache: more of the prompt was to come at once."""
+
+    def drop_waiting(self) -> None:
+        """Reduce the layer to its finished blocks: what waits comes again, with the next piece of the prompt."""
+        held = self.kept.shape[1]
+        if self.finished is None:
+            self.kept = self.kept[:, : self.num_finished]
+            if self.is_initialized:
+                self.keys = self.keys[:, :, : self.num_finished]
+                self.values = self.values[:, :, : self.num_finished]
+            return
+        is_finished = (self.kept >= 0) & (self.kept < self.finished)
+        columns = torch.where(is_finished, torch.arange(held, device=self.kept.device), -1)
+        columns = columns.sort(dim=-1).values[:, held - self.num_finished :]
+        (kept,) = ops.gather_tokens([self.kept], columns)
+        self.kept = torch.where(columns < 0, -1, kept)
+        if self.is_initialized:
+            self.keys, self.values = ops.gather_tokens([t[:, :, :held] for t in (self.keys, self.values)], columns)
 
     def padding_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """The logical padding mask ``[B, past + new]`` in terms of what this layer holds, ``[B, K + new]``."""
@@ -49,6 +113,8 @@ class PrunedLayer(DynamicLayer):
                 f"{self.num_tail} are known to be in every layer: prefill the shorter prompt instead"
             )
         super().crop(tokens_to_remove)
+        if self.waiting is not None and tokens_to_remove != 0:
+            self.waiting = self.waiting.each(lambda t: t[:, : -abs(tokens_to_remove)])
         if into_prompt > 0:
             self.kept = self.kept[:, :-into_prompt]
             self.prompt_length -= into_prompt
@@ -58,25 +124,44 @@ class PrunedLayer(DynamicLayer):
         super().reset()
         self.stage = 0
         self.kept = self.kept[:, :0]
+        self.waiting = self.finished = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.kept = self.kept.index_select(0, beam_idx.to(self.kept.device))
+        self._each_row(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self.kept = self.kept.repeat_interleave(repeats, dim=0)
+        self._each_row(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self.kept = self.kept[indices, ...]
+        self._each_row(lambda t: t[indices, ...])
+
+    def _each_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.kept = change(self.kept)
+        self.finished = None if self.finished is None else change(self.finished)
+        self.waiting = None if self.waiting is None else self.waiting.each(change)
+
+
+def pruned_layer(cache: Cache | None, layer_idx: int) -> PrunedLayer | None:
+    """This layer of the cache, where it is one that holds a pruned prompt."""
+    if cache is None or layer_idx >= len(cache.layers):
+        return None
+    layer = cache.layers[layer_idx]
+    return layer if isinstance(layer, PrunedLayer) else None
+
+
+def waiting_layer(cache: Cache | None, layer_idx: int) -> PrunedLayer | None:
+    """The same at the first stage, where a prompt is in the cache that may go on."""
+    layer = pruned_layer(cache, layer_idx)
+    return None if layer is None or layer.waiting is None else layer
 
 
 def stage_of(cache: Cache | None, layer_idx: int) -> int:
     """Stages that the tokens in this layer of the cache went through."""
-    if cache is None or layer_idx >= len(cache.layers):
-        return 0
-    return getattr(cache.layers[layer_idx], "stage", 0)
+    layer = pruned_layer(cache, layer_idx)
+    return 0 if layer is None else layer.stage
 
 
 def install(cache: Cache, layer_idx: int, layer: PrunedLayer) -> None:

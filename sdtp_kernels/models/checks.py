@@ -10,16 +10,19 @@ import transformers
 from packaging.version import Version
 from transformers import Qwen2ForCausalLM, Qwen2Model
 
-from .cache import check_supported
+from .cache import check_supported, waiting_layer
 
 if TYPE_CHECKING:
     from ..schedule import PruningSchedule
+    from .stages import Pruning
 
 ATTENTIONS = ("sdpa", "eager")
 TRANSFORMERS = (Version("5.23"), Version("6"))  # from, before: the range the tests run on
 
 # How the outer model's hook tells the decoder about tokens that must survive; travels in its keyword arguments.
 KEEP_LAST = "sdtp_keep_last"
+# How a call says that it reads a prompt, or a piece of it, and how many columns the prompt has.
+PROMPT_LENGTH = "sdtp_prompt_length"
 
 
 def decoder_of(model: Any) -> Qwen2Model:
@@ -81,15 +84,24 @@ def check_call(model: Qwen2ForCausalLM, args: tuple[Any, ...], kwargs: dict[str,
     return args, kwargs
 
 
-def refuse_chunks(
-    model: Qwen2ForCausalLM, input_ids: torch.Tensor, generation_config: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """Stands before ``generate()``'s prefill."""
-    if generation_config.prefill_chunk_size is not None:
+def check_pieces(pruning: Pruning, cache: Any, is_chunked: bool) -> None:
+    """Before ``generate()`` prefills: whether a prompt may come in pieces."""
+    schedule = pruning.schedule
+    if is_chunked and schedule.budget != "block":
         raise NotImplementedError(
-            "prefill_chunk_size: only the first chunk would be pruned. Prefill in one piece (prefill_chunk_size=None)"
+            "prefill_chunk_size: the global budget ranks the whole prompt at once. Prefill in one piece "
+            '(prefill_chunk_size=None), or use PruningSchedule(budget="block"), where every chunk size gives the same'
         )
-    return type(model)._prefill(model, input_ids, generation_config, *args, **kwargs)
+    is_later = waiting_layer(cache, schedule.layers[0]) is not None
+    if not (is_chunked or is_later):
+        return
+    for layer, scorer in pruning.scorers.items():
+        if not scorer.is_block_local:
+            raise NotImplementedError(
+                f"{scorer.name} (layer {layer}) looks past its block: a prompt in pieces would not be pruned like the "
+                "whole. Prefill in one piece and apply_sdtp(..., later_turns=False), or mark a scorer that looks at "
+                "nothing behind the block with @block_local"
+            )
 
 
 def check_inputs(
@@ -121,10 +133,12 @@ def check_inputs(
             )
 
 
-def assert_left_padded(padding_mask: torch.Tensor) -> None:
+def assert_left_padded(padding_mask: torch.Tensor, is_last: bool) -> None:
     # An assertion on the device: reading the mask here would make the host wait for a GPU.
     mask = padding_mask.bool()
-    is_left_padded = (mask[:, 1:] >= mask[:, :-1]).all() & mask[:, -1].all()
+    is_left_padded = (mask[:, 1:] >= mask[:, :-1]).all()
+    if is_last:  # a row may begin in a later chunk
+        is_left_padded = is_left_padded & mask[:, -1].all()
     torch._assert_async(
         is_left_padded,
         "SDTP needs left padding: attention_mask has a zero behind a one. Set tokenizer.padding_side='left'",

@@ -17,10 +17,29 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .. import backends
-from .cache import stage_of
-from .checks import KEEP_LAST, check_call, check_inputs, check_layers, decoder_of, refuse_chunks
+from .cache import stage_of, waiting_layer
+from .checks import (
+    KEEP_LAST,
+    PROMPT_LENGTH,
+    assert_left_padded,
+    check_call,
+    check_inputs,
+    check_layers,
+    check_pieces,
+    decoder_of,
+)
 from .report import SdtpHandle
-from .stages import Prompt, Pruning, Segment, continue_segment, resolve_pruners
+from .stages import (
+    Piece,
+    Prompt,
+    Pruning,
+    Segment,
+    append_waiting,
+    continue_segment,
+    later_piece_is_padded,
+    resolve_pruners,
+    token_index,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,6 +56,8 @@ def apply_sdtp_to_qwen2(
     pruners: Mapping[int, Any] | str | Callable[[StageInput], torch.Tensor],
     schedule: PruningSchedule,
     backend: str = "auto",
+    *,
+    later_turns: bool = True,
 ) -> SdtpHandle:
     """:func:`sdtp_kernels.apply_sdtp` for Qwen2. Everything is checked before anything is changed."""
     backends.check_name(backend)
@@ -49,19 +70,44 @@ def apply_sdtp_to_qwen2(
 
     undo = contextlib.ExitStack()
     handle = SdtpHandle(undo.close)
-    pruning = Pruning(schedule, scorers, backend, handle)
+    pruning = Pruning(schedule, scorers, backend, handle, later_turns)
     decoder.forward = types.MethodType(_make_forward(pruning), decoder)
     undo.callback(decoder.__dict__.pop, "forward")
     if model is not decoder:
         undo.callback(model.register_forward_pre_hook(check_call, with_kwargs=True).remove)
-        model._prefill = types.MethodType(refuse_chunks, model)
+        model._prefill = types.MethodType(_make_prefill(pruning), model)
         undo.callback(model.__dict__.pop, "_prefill")
     return handle
+
+
+def _make_prefill(pruning: Pruning) -> Callable[..., Any]:
+    """``generate()``'s prefill, which alone knows how long the prompt is that its chunks belong to."""
+
+    def prefill(
+        self: Qwen2ForCausalLM,
+        input_ids: torch.Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        cache, is_chunked = model_kwargs.get("past_key_values"), generation_config.prefill_chunk_size is not None
+        if is_first_iteration:  # an assistant model drafts by calls that are none
+            attention_mask = model_kwargs.get("attention_mask")
+            tokens = input_ids if attention_mask is None else attention_mask
+            check_pieces(pruning, cache, is_chunked)
+            model_kwargs[PROMPT_LENGTH] = tokens.shape[1]
+        try:
+            return type(self)._prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration)
+        finally:
+            model_kwargs.pop(PROMPT_LENGTH, None)
+
+    return prefill
 
 
 def _make_forward(pruning: Pruning) -> Callable[..., Any]:
     schedule, handle = pruning.schedule, pruning.handle
     any_drop = any(schedule.drops(stage) for stage in range(1, schedule.num_stages + 1))
+    may_go_on = schedule.budget == "block" and pruning.later_turns
 
     def forward(
         self: Qwen2Model,
@@ -73,20 +119,24 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        keep_last = kwargs.pop(KEEP_LAST, 0)
-        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
-        if is_prefill:
-            inputs = input_ids if inputs_embeds is None else inputs_embeds
-            length = 0 if inputs is None else inputs.shape[1] - keep_last
-            is_pruned = any_drop and length >= schedule.min_prompt
-            if not is_pruned and not torch.compiler.is_compiling():
+        keep_last, prompt_length = kwargs.pop(KEEP_LAST, 0), kwargs.pop(PROMPT_LENGTH, None)
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        width = 0 if inputs is None else inputs.shape[1]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        is_last = prompt_length is None or past + width >= prompt_length
+        earlier = waiting_layer(past_key_values, schedule.layers[0])
+        if past == 0:
+            is_prompt = any_drop and (may_go_on or not is_last or width - keep_last >= schedule.min_prompt)
+            if not is_prompt and not torch.compiler.is_compiling():
                 handle.note(
-                    f"a prompt of {length} tokens is shorter than min_prompt={schedule.min_prompt}: not pruned"
+                    f"a prompt of {width - keep_last} tokens is shorter than min_prompt={schedule.min_prompt}: not "
+                    "pruned"
                     if any_drop
                     else "every keep ratio is 1.0: nothing to prune"
                 )
         else:
-            is_pruned = any(stage_of(past_key_values, i) for i in range(len(self.layers)))
+            is_prompt = earlier is not None and (prompt_length is not None or earlier.is_behind)
+        is_pruned = is_prompt or (past > 0 and any(stage_of(past_key_values, i) for i in range(len(self.layers))))
         if not is_pruned:
             return type(self).forward(
                 self,
@@ -106,21 +156,33 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+            position_ids = (torch.arange(width, device=inputs_embeds.device) + past).unsqueeze(0)
 
         dense_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         # transformers has just looked whether the batch is padded; where it found none, neither mask is needed.
         padding_mask = attention_mask.bool() if attention_mask is not None and dense_mask is not None else None
+        index = token_index(padding_mask, past, inputs_embeds)
         hidden_states = inputs_embeds
-        segment = Segment(0, dense_mask, self.rotary_emb(hidden_states, position_ids), position_ids)
-        prompt = Prompt(self, pruning, padding_mask, inputs_embeds, keep_last) if is_prefill else None
+        segment = Segment(0, dense_mask, self.rotary_emb(hidden_states, position_ids), position_ids, index)
+        prompt = None
+        if is_prompt:
+            is_padded = padding_mask is not None
+            if past > 0 and earlier is not None:
+                is_padded = later_piece_is_padded(self, inputs_embeds, attention_mask, earlier)
+            elif padding_mask is not None:
+                assert_left_padded(padding_mask, is_last)
+            piece = Piece(past + width, keep_last, is_padded, is_last)
+            prompt = Prompt(self, pruning, past_key_values, piece, inputs_embeds)
 
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             if prompt is not None:
-                hidden_states, segment = prompt.enter(i, hidden_states, segment, past_key_values)
+                hidden_states, segment = prompt.enter(i, hidden_states, segment)
+                if hidden_states.shape[1] == 0:  # all of it waits
+                    break
             elif stage_of(past_key_values, i) != segment.stage:
+                if earlier is not None and i == schedule.layers[0]:
+                    append_waiting(earlier, hidden_states, segment, padding_mask is not None)
                 segment = continue_segment(self, i, hidden_states, segment, padding_mask, past_key_values)
             hidden_states = layer(
                 hidden_states,

@@ -17,8 +17,7 @@ from transformers.masking_utils import create_causal_mask
 from .. import backends, ops
 from ..pruner import PrunerStack, PrunerWeights, TokenPruner, check_finite
 from ..scorers import SCORERS, StageInput, question_attention
-from .cache import PrunedLayer, install
-from .checks import assert_left_padded
+from .cache import PrunedLayer, Waiting, install, pruned_layer, waiting_layer
 from .report import PrefillRecorder, SdtpHandle
 
 if TYPE_CHECKING:
@@ -29,13 +28,29 @@ if TYPE_CHECKING:
     from ..schedule import PruningSchedule
 
 
+MASK_IS_MISSING = "this cache holds a padded batch: pass the attention_mask of the prompt and the new tokens"
+
+
 class Pruning(NamedTuple):
     """What :func:`sdtp_kernels.apply_sdtp` was given, in the form that the loop uses."""
 
     schedule: PruningSchedule
-    scorers: dict[int, Callable[[StageInput], torch.Tensor] | Fused]
+    scorers: dict[int, Scorer]
     backend: str
     handle: SdtpHandle
+    later_turns: bool
+
+
+class Plain(NamedTuple):
+    """A scorer that is a function of its stage."""
+
+    function: Callable[[StageInput], torch.Tensor]
+    name: str
+    is_block_local: bool
+    pooling: int = 1
+
+    def score(self, stage: StageInput, backend: str) -> torch.Tensor:
+        return self.function(stage).float()
 
 
 class Fused(NamedTuple):
@@ -44,15 +59,31 @@ class Fused(NamedTuple):
     pruner: TokenPruner
     weights: PrunerWeights
     rms_eps: float | None
+    sees_prompt_end: bool = True
+    name: str = "TokenPruner"
+    is_block_local: bool = True  # by itself, and with what sees_prompt_end says
+
+    @property
+    def pooling(self) -> int:
+        return self.pruner.pooling
+
+    def score(self, stage: StageInput, backend: str) -> torch.Tensor:
+        return ops.score_tokens(
+            stage.hidden_states, *self.weights,
+            score_bias=self.score_bias(stage), rms_eps=self.rms_eps, backend=backend,
+        )  # fmt: skip
 
     def score_bias(self, stage: StageInput) -> torch.Tensor | None:
         """What the pruner adds to the scores beside the hidden states, if anything."""
-        if not (self.pruner.distance or self.pruner.attention):
+        if not self.sees_prompt_end or not (self.pruner.distance or self.pruner.attention):
             return None
         last = stage.token_index.shape[1] - stage.keep_last - 1
         distance = stage.token_index[:, last : last + 1] - stage.token_index
         attention = question_attention(stage) if self.pruner.attention else None
         return self.pruner.score_bias(distance, attention, (stage.token_index >= 0) & (distance >= 0))
+
+
+Scorer = Plain | Fused
 
 
 class _Selection(TypedDict):
@@ -69,111 +100,228 @@ class Segment(NamedTuple):
     attention_mask: torch.Tensor | None
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
     position_ids: torch.Tensor | None
-    kept: torch.Tensor | None = None
-    """``[B, n]`` column of ``input_ids`` of each token, -1 for padding; ``None`` while nothing is pruned."""
+    token_index: torch.Tensor
+    """``[B, n]`` index of each token in the row's own prompt, -1 for padding."""
+
+
+class Piece(NamedTuple):
+    """What part of a prompt a call reads: all of it, a chunk, a later turn."""
+
+    columns: int
+    """Columns of the prompt up to the end of this piece."""
+    keep_last: int
+    """The last of them that stand behind the prompt: they are never pruned."""
+    is_padded: bool
+    """Whether a row may have padding, here or in an earlier piece."""
+    is_last: bool
+    """Whether this piece's logits are wanted, rather than the cache alone."""
 
 
 class Prompt:
-    """One prompt on its way through the stages."""
+    """A piece of a prompt on its way through the stages; :mod:`~sdtp_kernels.models.cache` says how pieces join."""
 
     def __init__(
-        self,
-        decoder: Any,
-        pruning: Pruning,
-        padding_mask: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        keep_last: int,
+        self, decoder: Any, pruning: Pruning, cache: Cache | None, piece: Piece, inputs_embeds: torch.Tensor
     ) -> None:
-        self.decoder, self.pruning = decoder, pruning
-        self.width = inputs_embeds.shape[1]
-        self.keep_last = keep_last
-        self.lengths = None
-        if padding_mask is not None:
-            assert_left_padded(padding_mask)
-            self.lengths = padding_mask.sum(-1) - keep_last
+        self.decoder, self.pruning, self.cache, self.piece = decoder, pruning, cache, piece
+        schedule = pruning.schedule
+        self.first_layer = schedule.layers[0]
+        self.earlier = waiting_layer(cache, self.first_layer)
+        self.may_go_on = schedule.budget == "block" and cache is not None
+        self.keeps_waiting = self.may_go_on and (pruning.later_turns or not piece.is_last)
+        # Rows with padding finish blocks at different times, which the host does not know: they never fall behind.
+        self.is_behind = self.may_go_on and not piece.is_last and not piece.is_padded
+        # Set where the prompt arrives at the first stage: of a padded batch by row, on its device, otherwise here.
+        self.length = self.num_waiting = self.num_finished_before = 0
+        self.lengths: torch.Tensor | None = None
+        self.finished_before: torch.Tensor | None = None
+        self.finished: torch.Tensor | None = None
+        self.waiting: Waiting | None = None
         self.hidden_states_below: torch.Tensor | None = None
         self.recorder = None
         if not torch.compiler.is_compiling():
             self.recorder = _new_recorder(decoder, pruning.backend, inputs_embeds)
 
-    def enter(
-        self, layer_idx: int, hidden_states: torch.Tensor, segment: Segment, cache: Cache | None
-    ) -> tuple[torch.Tensor, Segment]:
-        """What goes into layer `layer_idx`: pruned where a stage stands before it."""
+    def enter(self, layer_idx: int, hidden_states: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, Segment]:
+        """What goes into layer `layer_idx`: pruned where a stage stands before it, after what has waited there."""
         schedule = self.pruning.schedule
         tokens_in, begin, end = hidden_states.shape[1], None, None
-        if layer_idx in schedule.layers and schedule.drops(schedule.layers.index(layer_idx) + 1):
-            begin = self.recorder.now() if self.recorder else None
-            hidden_states, segment = self._prune(layer_idx, hidden_states, segment, cache)
-            end = self.recorder.now() if self.recorder else None
-        if segment.kept is not None and cache is not None:
-            num_tail = self.keep_last
-            if self.lengths is None:
-                num_tail = num_tail + schedule.num_recent(self.width - self.keep_last)
-            is_padded = self.lengths is not None
-            install(cache, layer_idx, PrunedLayer(segment.stage, segment.kept, self.width, num_tail, is_padded))
+        layer = None
+        if self.earlier is not None and layer_idx >= self.first_layer:
+            layer = pruned_layer(self.cache, layer_idx)
+        if layer is not None:
+            layer.drop_waiting()
+        if layer_idx in schedule.layers:
+            stage, entered = schedule.layers.index(layer_idx) + 1, segment
+            if stage == 1:
+                hidden_states, segment = self._join(hidden_states, segment)
+            if schedule.drops(stage):
+                begin = self.recorder.now() if self.recorder else None
+                hidden_states, segment = self._prune(layer_idx, stage, hidden_states, segment)
+                end = self.recorder.now() if self.recorder else None
+            if segment.token_index is not entered.token_index:  # other tokens than in the layer below
+                mask = self._mask(layer_idx, hidden_states, segment.token_index, layer)
+                segment = segment._replace(stage=stage, attention_mask=mask, position_ids=None)
+        if segment.stage > 0 and self.cache is not None:
+            if layer is None:
+                layer = PrunedLayer(segment.token_index[:, :0])
+                install(self.cache, layer_idx, layer)
+            self._hold(layer_idx, layer, segment)
         if self.recorder:
             self.recorder.layer(tokens_in, hidden_states.shape[1], begin, end)
         # Held over one layer, and only where a stage follows that may look at it.
         self.hidden_states_below = hidden_states if layer_idx + 1 in schedule.layers else None
         return hidden_states, segment
 
+    def leave(self) -> None:
+        if self.recorder:
+            self.recorder.finish()
+            self.pruning.handle.record(self.recorder)
+
+    def _join(self, hidden_states: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, Segment]:
+        """At the first stage: what waited comes before what arrives. What is unfinished then waits, again or anew."""
+        schedule, (columns, keep_last, is_padded, _) = self.pruning.schedule, self.piece
+        assert segment.position_ids is not None
+        tokens = Waiting(hidden_states, segment.position_ids.expand(segment.token_index.shape), segment.token_index)
+        if self.earlier is not None:
+            assert self.earlier.waiting is not None
+            tokens = self.earlier.waiting.followed_by(tokens)
+            if is_padded:  # both begin with padding
+                order = (tokens.token_index >= 0).int().argsort(dim=-1, stable=True)
+                tokens = Waiting(*ops.gather_tokens(tokens, order, backend=self.pruning.backend))
+        width = tokens.token_index.shape[1]
+        if is_padded:
+            tokens_so_far = tokens.token_index[:, -1] + 1
+            self.length, self.lengths = width - keep_last, tokens_so_far - keep_last
+            self.finished_before = tokens_so_far - (tokens.token_index >= 0).sum(-1)
+            self.finished = (self.lengths - schedule.num_recent(self.lengths)).unsqueeze(-1)
+            self.num_waiting = min(width, schedule.max_unfinished + keep_last)
+        else:
+            self.length = columns - keep_last
+            self.num_finished_before = columns - width
+            self.num_waiting = schedule.num_recent(self.length) + keep_last
+        if self.keeps_waiting:
+            # Copies: a view would keep the whole prompt alive.
+            self.waiting = tokens.each(lambda t: t[:, width - self.num_waiting :].clone())
+            if self.finished is not None:
+                index = self.waiting.token_index
+                self.waiting = self.waiting._replace(token_index=torch.where(index < self.finished, -1, index))
+        if self.is_behind:
+            tokens = tokens.each(lambda t: t[:, : width - self.num_waiting])
+        elif self.earlier is None:
+            return hidden_states, segment._replace(stage=int(self.may_go_on))
+        embeddings = self.decoder.rotary_emb(tokens.hidden_states, tokens.position_ids)
+        return tokens.hidden_states, segment._replace(
+            stage=1, position_embeddings=embeddings, token_index=tokens.token_index
+        )
+
     def _prune(
-        self, layer_idx: int, hidden_states: torch.Tensor, segment: Segment, cache: Cache | None
+        self, layer_idx: int, stage: int, hidden_states: torch.Tensor, segment: Segment
     ) -> tuple[torch.Tensor, Segment]:
-        schedule, scorers, backend, _ = self.pruning
-        stage = schedule.layers.index(layer_idx) + 1
-        batch, width = hidden_states.shape[:2]
-        plan = schedule.plan(self.width - self.keep_last, stage, self.keep_last, padded=self.lengths is not None)
-        rows = None if self.lengths is None else schedule.plan_rows(self.lengths, stage, self.keep_last)
+        schedule, scorers, backend, *_ = self.pruning
+        keep_last, is_padded = self.piece.keep_last, self.lengths is not None
+        plan = schedule.plan(self.length, stage, keep_last, padded=is_padded, finished=self.num_finished_before)
+        if self.is_behind:
+            plan = plan._replace(num_keep=plan.num_keep - plan.recent, recent=0)
+        rows = None
+        if self.lengths is not None:
+            finished = None if self.earlier is None else self.finished_before
+            rows = schedule.plan_rows(self.lengths, stage, keep_last, finished)
         selection: _Selection = {
             "sink": plan.sink,
             "recent": plan.recent,
             "block_size": plan.block_size,
             "rows": rows,
         }
-
-        kept = segment.kept
-        if kept is None:
-            kept = torch.arange(width, device=hidden_states.device).expand(batch, -1)
         # Every row has positions of its own from here on.
-        carried = [*(t.expand(batch, -1, -1) for t in segment.position_embeddings), kept]
+        batch = hidden_states.shape[0]
+        carried = [*(t.expand(batch, -1, -1) for t in segment.position_embeddings), segment.token_index]
         scorer = scorers[layer_idx]
-        assert self.hidden_states_below is not None  # no stage stands before layer 0
-        # Index in the row's own prompt; a row's padding stands before it.
-        padding = 0 if self.lengths is None else (self.width - self.keep_last - self.lengths).unsqueeze(-1)
         stage_input = StageInput(
             hidden_states,
             segment.position_embeddings,
-            kept - padding,
-            self.keep_last,
+            segment.token_index,
+            keep_last,
             self.decoder.layers[layer_idx - 1],
-            self.hidden_states_below,
-            None if cache is None else cache.layers[layer_idx - 1].keys,
-            self.lengths is not None,
+            None if stage == 1 and self.earlier is not None else self.hidden_states_below,
+            None if self.cache is None or self.earlier is not None else self.cache.layers[layer_idx - 1].keys,
+            is_padded,
         )
-        if isinstance(scorer, Fused):
-            hidden_states, (cos, sin, kept), indices = ops.prune_tokens(
-                hidden_states, carried, *scorer.weights, plan.num_keep,
-                **selection, pooling=scorer.pruner.pooling,
+        if isinstance(scorer, Fused) and (self.earlier is None or not is_padded):
+            hidden_states, (cos, sin, index), indices = ops.prune_tokens(
+                hidden_states, carried, *scorer.weights, plan.num_keep, **selection, pooling=scorer.pooling,
                 score_bias=scorer.score_bias(stage_input), rms_eps=scorer.rms_eps, backend=backend,
             )  # fmt: skip
         else:
-            scores = scorer(stage_input)
-            indices = ops.select_tokens(scores.float(), plan.num_keep, **selection, backend=backend)
-            hidden_states, cos, sin, kept = ops.gather_tokens([hidden_states, *carried], indices, backend=backend)
-        mask = None
-        if self.lengths is not None:
-            kept = torch.where(indices < 0, -1, kept)  # a gather leaves zeros in padding, and 0 is a column
-            mask = indices >= 0
-        return hidden_states, Segment(
-            stage, segment_mask(self.decoder, layer_idx, hidden_states, mask, cache), (cos, sin), None, kept
-        )
+            scores = scorer.score(stage_input, backend)
+            indices = ops.select_tokens(scores, plan.num_keep, **selection, pooling=scorer.pooling, backend=backend)
+            if self.earlier is not None and is_padded:  # the sink is in this piece for some rows only
+                selection["sink"] = 0
+                later = ops.select_tokens(scores, plan.num_keep, **selection, pooling=scorer.pooling, backend=backend)
+                assert self.finished_before is not None
+                indices = torch.where(self.finished_before.unsqueeze(-1) == 0, indices, later)
+            hidden_states, cos, sin, index = ops.gather_tokens([hidden_states, *carried], indices, backend=backend)
+        if is_padded:
+            index = torch.where(indices < 0, -1, index)  # a gather leaves zeros in padding, and 0 is a token
+        return hidden_states, segment._replace(position_embeddings=(cos, sin), token_index=index)
 
-    def leave(self) -> None:
-        if self.recorder:
-            self.recorder.finish()
-            self.pruning.handle.record(self.recorder)
+    def _mask(
+        self, layer_idx: int, hidden_states: torch.Tensor, index: torch.Tensor, layer: PrunedLayer | None
+    ) -> torch.Tensor | None:
+        mask = None
+        if self.piece.is_padded:
+            mask = index >= 0 if layer is None else torch.cat([layer.kept, index], dim=-1) >= 0
+        return segment_mask(self.decoder, layer_idx, hidden_states, mask, self.cache)
+
+    def _hold(self, layer_idx: int, layer: PrunedLayer, segment: Segment) -> None:
+        """Tell the cache's layer what is about to be written to it."""
+        schedule, (columns, keep_last, is_padded, _) = self.pruning.schedule, self.piece
+        layer.stage, layer.prompt_length, layer.is_padded = segment.stage, columns, is_padded
+        layer.kept = torch.cat([layer.kept, segment.token_index], dim=-1)
+        num_waiting = 0 if self.is_behind else self.num_waiting
+        layer.num_tail = keep_last if is_padded else num_waiting
+        if not self.may_go_on:
+            return
+        layer.finished = self.finished
+        layer.num_finished = layer.kept.shape[1] - num_waiting
+        if is_padded:
+            layer.most_kept = max(layer.most_kept, schedule.block_keep(segment.stage))
+            layer.num_finished = min(layer.kept.shape[1], columns // schedule.block_size * layer.most_kept)
+        if layer_idx == self.first_layer:
+            layer.waiting, layer.is_behind = self.waiting, self.is_behind
+
+
+def token_index(padding_mask: torch.Tensor | None, past: int, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """``[B, n]`` index of new tokens in their own row's conversation, -1 for padding."""
+    batch, width = inputs_embeds.shape[:2]
+    if padding_mask is None:
+        return (torch.arange(width, device=inputs_embeds.device) + past).expand(batch, -1)
+    index = padding_mask.cumsum(-1) - 1
+    return torch.where(padding_mask, index, -1)[:, past:]
+
+
+def later_piece_is_padded(
+    decoder: Any, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, earlier: PrunedLayer
+) -> bool:
+    """Whether a row may have padding, in this piece of the prompt or in an earlier one."""
+    was_padded = earlier.is_padded or earlier.is_waiting_padded
+    if attention_mask is None:
+        if was_padded:
+            raise ValueError(MASK_IS_MISSING)
+        return False
+    # Asked of transformers, which looks at the mask anyway: the new columns by themselves, as if they were a prompt.
+    new_columns = attention_mask[:, -inputs_embeds.shape[1] :]
+    return was_padded or create_causal_mask(decoder.config, inputs_embeds, new_columns, None) is not None
+
+
+def append_waiting(layer: PrunedLayer, hidden_states: torch.Tensor, segment: Segment, is_padded: bool) -> None:
+    """Tokens behind a prompt that are not pruned now wait for the next piece, if there may be one."""
+    if layer.waiting is None:
+        return
+    assert segment.position_ids is not None
+    new = Waiting(hidden_states, segment.position_ids.expand(segment.token_index.shape), segment.token_index)
+    layer.waiting = layer.waiting.followed_by(new)
+    layer.is_waiting_padded = layer.is_waiting_padded or is_padded
 
 
 def continue_segment(
@@ -187,7 +335,7 @@ def continue_segment(
     """The segment that begins at `layer_idx` when tokens are added to a pruned prompt."""
     layer: Any = cache.layers[layer_idx]
     if padding_mask is None and layer.is_padded:
-        raise ValueError("this cache holds a padded batch: pass the attention_mask of the prompt and the new tokens")
+        raise ValueError(MASK_IS_MISSING)
     mask = None if padding_mask is None else layer.padding_mask(padding_mask)
     causal_mask = segment_mask(decoder, layer_idx, hidden_states, mask, cache)
     return segment._replace(stage=layer.stage, attention_mask=causal_mask)
@@ -229,7 +377,7 @@ def resolve_pruners(
     config: Any,
     device: torch.device,
     dtype: torch.dtype,
-) -> dict[int, Callable[[StageInput], torch.Tensor] | Fused]:
+) -> dict[int, Scorer]:
     if isinstance(pruners, str):
         if pruners not in SCORERS:
             raise ValueError(f"no scorer {pruners!r}; known: {', '.join(SCORERS)}. For a file use load_pruners(path)")
@@ -239,7 +387,7 @@ def resolve_pruners(
             raise ValueError(
                 f"pruners: expected {{layer: module}}, a scorer's name or function, got {type(pruners).__name__}"
             )
-        return dict.fromkeys(schedule.layers, pruners)
+        return dict.fromkeys(schedule.layers, _plain(pruners))
     if isinstance(pruners, PrunerStack):
         _check_header(pruners, config)
     missing = [layer for layer in schedule.layers if layer not in pruners]
@@ -247,12 +395,12 @@ def resolve_pruners(
         raise ValueError(f"no pruner for layers {missing} of the schedule; there are pruners for {sorted(pruners)}")
     used = {layer: pruners[layer] for layer in schedule.layers}
     check_finite({layer: pruner for layer, pruner in used.items() if isinstance(pruner, nn.Module)})
-    return {layer: _resolve_pruner(layer, pruner, config, device, dtype) for layer, pruner in used.items()}
+    return {layer: _resolve_pruner(layer, pruner, schedule, config, device, dtype) for layer, pruner in used.items()}
 
 
 def _resolve_pruner(
-    layer: int, pruner: Any, config: Any, device: torch.device, dtype: torch.dtype
-) -> Callable[[StageInput], torch.Tensor] | Fused:
+    layer: int, pruner: Any, schedule: PruningSchedule, config: Any, device: torch.device, dtype: torch.dtype
+) -> Scorer:
     if isinstance(pruner, TokenPruner):
         if pruner.hidden_size != config.hidden_size:
             raise ValueError(
@@ -260,12 +408,17 @@ def _resolve_pruner(
             )
         # A copy: the model keeps the weights it was given, whatever becomes of the module.
         pruner = copy.deepcopy(pruner).to(device).requires_grad_(False)
-        return Fused(pruner, pruner.weights(dtype), pruner.rms_eps if pruner.rms_norm else None)
+        rms_eps = pruner.rms_eps if pruner.rms_norm else None
+        return Fused(pruner, pruner.weights(dtype), rms_eps, schedule.sees_prompt_end)
     if isinstance(pruner, nn.Module):
-        return lambda stage: pruner(stage.hidden_states)
+        return Plain(lambda stage: pruner(stage.hidden_states), type(pruner).__name__, is_block_local=True)
     if callable(pruner):
-        return pruner  # type: ignore[no-any-return]
+        return _plain(pruner)
     raise ValueError(f"pruner of layer {layer}: expected a module or a scorer function, got {type(pruner).__name__}")
+
+
+def _plain(function: Callable[[StageInput], torch.Tensor]) -> Plain:
+    return Plain(function, getattr(function, "__name__", repr(function)), getattr(function, "is_block_local", False))
 
 
 def _check_header(pruners: PrunerStack, config: Any) -> None:

@@ -1,0 +1,256 @@
+"""A prompt in pieces: chunks of a prefill, turns of a chat, a kept prefix. The reference is the prompt in one call."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_qwen2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
+
+from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
+from sdtp_kernels.models.cache import PrunedLayer, stage_of
+
+LAYERS = (1, 3, 4)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class InDouble(TorchFunctionMode):
+    """Linear layers and attention in double precision, rounded once.
+
+    A kernel rounds differently for other shapes, and one bit of bfloat16 is a hundred times the tolerance here. Rounded
+    once from double, a token's result does not depend on what it is computed together with.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function not in (F.linear, F.scaled_dot_product_attention):
+            return function(*args, **kwargs)
+
+        def wide(value):
+            return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        return function(*map(wide, args), **{k: wide(v) for k, v in kwargs.items()}).to(args[0].dtype)
+
+
+ARITHMETIC = {torch.float32: contextlib.nullcontext, torch.bfloat16: InDouble}
+
+
+@pytest.fixture(scope="module")
+def models():
+    model = make_qwen2(num_layers=5, hidden_size=32)
+    for parameter in model.parameters():  # values of size 1, as the tolerance is absolute
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return {dtype: copy.deepcopy(model).to(dtype) for dtype in DTYPES}
+
+
+@pytest.fixture(scope="module")
+def pruners():
+    torch.manual_seed(1)
+    return {layer: TokenPruner(32, pooling=pooling) for layer, pooling in zip(LAYERS, (1, 3, 5), strict=True)}
+
+
+def block_schedule(block_size=32, min_prompt=20, keep_ratio=0.7):
+    return PruningSchedule(LAYERS, keep_ratio, budget="block", block_size=block_size, min_prompt=min_prompt)
+
+
+def prompts(lengths, seed=2):
+    """A left-padded batch of prompts that begin alike."""
+    ids = torch.randint(1, 256, (1, max(lengths)), generator=torch.Generator().manual_seed(seed))
+    rows = [torch.nn.functional.pad(ids[:, :n], (max(lengths) - n, 0)) for n in lengths]
+    input_ids = torch.cat(rows)
+    return {"input_ids": input_ids, "attention_mask": (input_ids > 0).long()}
+
+
+def generate(model, inputs, **settings):
+    settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, **settings}
+    return model.generate(**inputs, **settings)
+
+
+def entries(cache, attention_mask):
+    """Keys and values of every layer and row, without padding."""
+    found = []
+    for layer in cache.layers:
+        mask = attention_mask[:, : layer.keys.shape[2]].bool()
+        if isinstance(layer, PrunedLayer):
+            appended = layer.keys.shape[2] - layer.kept.shape[1]
+            mask = torch.cat([layer.kept >= 0, attention_mask[:, layer.prompt_length :][:, :appended].bool()], dim=1)
+        for row, own in enumerate(mask):
+            found.append(torch.stack([layer.keys[row][:, own], layer.values[row][:, own]]))
+    return found
+
+
+def assert_same(got, expected, mask, row=None):
+    """Tokens equal, caches within 1e-5; of one row of `got`, where `expected` is that row alone."""
+    rows = slice(None) if row is None else slice(row, row + 1)
+    mask = F.pad(mask, (0, got.sequences.shape[1] - mask.shape[1]), value=1)
+    own = mask[rows].bool()
+    expected_mask = mask if row is None else torch.ones_like(expected.sequences)
+    if row is None:
+        assert torch.equal(got.sequences, expected.sequences)
+    else:
+        assert torch.equal(got.sequences[rows][own], expected.sequences[0])
+    found = entries(got.past_key_values, mask)
+    found = found if row is None else found[row :: len(mask)]
+    for a, b in zip(found, entries(expected.past_key_values, expected_mask), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@settings(max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=3),
+    chunk=st.integers(1, 160),
+    block_size=st.integers(6, 64),
+    min_prompt=st.sampled_from([1, 20, 70]),
+)
+@torch.no_grad()
+def test_chunks_equal_one_call(models, pruners, dtype, lengths, chunk, block_size, min_prompt):
+    model, inputs = models[dtype], prompts(lengths)
+    with ARITHMETIC[dtype](), apply_sdtp(model, pruners, block_schedule(block_size, min_prompt)):
+        expected = generate(model, inputs)
+        got = generate(model, inputs, prefill_chunk_size=chunk)
+    assert_same(got, expected, inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@settings(max_examples=30)
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=3),
+    turns=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)), min_size=1, max_size=3),
+    new_tokens=st.integers(1, 20),
+    chunk=st.none() | st.integers(1, 60),
+    block_size=st.integers(6, 40),
+    min_prompt=st.sampled_from([1, 20, 70]),
+)
+@torch.no_grad()
+def test_a_chat_equals_its_last_prompt_alone(
+    models, pruners, dtype, lengths, turns, new_tokens, chunk, block_size, min_prompt
+):
+    """Turns of uneven length in the rows; each row must be what the whole conversation is as one prompt."""
+    model, inputs = models[dtype], prompts(lengths)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    answer = {"max_new_tokens": new_tokens, "prefill_chunk_size": chunk}
+    with ARITHMETIC[dtype](), apply_sdtp(model, pruners, block_schedule(block_size, min_prompt)):
+        got = generate(model, inputs, **answer)
+        for tokens, padding in turns:
+            turn = prompts([tokens], seed=tokens)["input_ids"].expand(len(lengths), -1)
+            ids = torch.cat([got.sequences, turn], dim=1)
+            mask = F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+            mask[0, -tokens:][: min(padding, tokens - 1)] = 0
+            turn = {"input_ids": ids, "attention_mask": mask}
+            got = generate(model, turn, past_key_values=got.past_key_values, **answer)
+        for row, own in enumerate(mask.bool()):
+            alone = generate(model, {"input_ids": ids[row : row + 1, own]}, max_new_tokens=new_tokens)
+            assert_same(got, alone, mask, row)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@settings(max_examples=30)
+@given(
+    prefix=st.integers(1, 120),
+    suffixes=st.lists(st.integers(1, 90), min_size=2, max_size=2),
+    chunk=st.none() | st.integers(1, 60),
+    block_size=st.integers(6, 40),
+)
+@torch.no_grad()
+def test_a_kept_prefix_equals_each_prompt_alone(models, pruners, dtype, prefix, suffixes, chunk, block_size):
+    model, ids = models[dtype], prompts([prefix])["input_ids"]
+    schedule = block_schedule(block_size, min_prompt=1)
+    kept = DynamicCache(config=model.config)
+    with ARITHMETIC[dtype](), apply_sdtp(model, pruners, schedule):
+        model(ids, past_key_values=kept, logits_to_keep=1)
+        finished = [
+            (layer.keys, schedule.num_keep(prefix // block_size * block_size, stage_of(kept, i)))
+            for i, layer in enumerate(kept.layers)
+        ]
+        for tokens in suffixes:
+            whole = {"input_ids": torch.cat([ids, prompts([tokens], seed=3)["input_ids"]], dim=1)}
+            cache = copy.deepcopy(kept)
+            got = generate(model, whole, past_key_values=cache, prefill_chunk_size=chunk)
+            assert_same(got, generate(model, whole), torch.ones_like(whole["input_ids"]))
+            for layer, (keys, tokens) in zip(cache.layers, finished, strict=True):
+                assert torch.equal(layer.keys[:, :, :tokens], keys[:, :, :tokens]), "finished blocks never change"
+
+
+@torch.no_grad()
+def test_a_prompt_in_pieces_by_hand(models, pruners):
+    """Without generate(), a call says how long the prompt is of which it reads a piece; any other prunes nothing."""
+    model, ids = models[torch.float32], prompts([100])["input_ids"]
+    whole, pieces = (DynamicCache(config=model.config) for _ in range(2))
+    with apply_sdtp(model, pruners, block_schedule()):
+        expected = model(ids, past_key_values=whole).logits[:, -1]
+        for piece in ids.split(23, dim=1):
+            got = model(piece, past_key_values=pieces, sdtp_prompt_length=100).logits
+        torch.testing.assert_close(got[:, -1], expected, atol=1e-5, rtol=0)
+        lengths = [layer.keys.shape[2] for layer in whole.layers]
+        assert [layer.keys.shape[2] for layer in pieces.layers] == lengths
+        assert model(ids[:, :50], past_key_values=pieces).logits.shape[1] == 50
+        assert [layer.keys.shape[2] for layer in pieces.layers] == [n + 50 for n in lengths]
+
+
+@torch.no_grad()
+def test_a_prompt_left_in_the_middle_is_taken_up(models, pruners):
+    """An exception between two chunks leaves tokens that upper layers have not seen; the next call brings them."""
+    model, ids = models[torch.float32], prompts([100])["input_ids"]
+    with apply_sdtp(model, pruners, block_schedule()):
+        expected = model(ids).logits[:, -1]
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :45], past_key_values=cache, sdtp_prompt_length=100)
+        assert cache.layers[4].keys.shape[2] == 11, "one block, and nothing of the unfinished one"
+        torch.testing.assert_close(model(ids[:, 45:], past_key_values=cache).logits[:, -1], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_later_turns_can_be_left_alone(models, pruners):
+    model, ids = models[torch.float32], prompts([200])["input_ids"]
+    with apply_sdtp(model, pruners, block_schedule(), later_turns=False):
+        first = generate(model, {"input_ids": ids[:, :100]}, prefill_chunk_size=30)
+        held = [layer.keys.shape[2] for layer in first.past_key_values.layers]
+        again = generate(model, {"input_ids": ids[:, :100]})
+        assert_same(first, again, torch.ones(1, 100, dtype=torch.long))
+        second = generate(model, {"input_ids": ids}, past_key_values=first.past_key_values)
+        grown = [layer.keys.shape[2] for layer in second.past_key_values.layers]
+        assert [b - a for a, b in zip(held, grown, strict=True)] == [100] * 5
+        assert all(getattr(layer, "waiting", None) is None for layer in second.past_key_values.layers)
+
+
+@torch.no_grad()
+def test_a_long_chat_stays_bounded_by_the_schedule(models, pruners):
+    model, schedule = models[torch.float32], block_schedule()
+    ids, cache = prompts([40])["input_ids"], DynamicCache(config=model.config)
+    with apply_sdtp(model, pruners, schedule):
+        for _ in range(6):
+            ids = generate(model, {"input_ids": ids}, past_key_values=cache, max_new_tokens=30).sequences
+            ids = torch.cat([ids, prompts([40], seed=3)["input_ids"]], dim=1)
+        prompt = ids.shape[1] - 40 - 30
+        counts = [schedule.num_keep(prompt, stage_of(cache, i)) + 29 for i in range(5)]
+        assert [layer.keys.shape[2] for layer in cache.layers] == counts
+
+
+@torch.no_grad()
+def test_what_cannot_come_in_pieces(models, pruners):
+    model, inputs = models[torch.float32], prompts([100])
+    refused = pytest.raises(NotImplementedError, match=r'budget="block"')
+    with apply_sdtp(model, pruners, PruningSchedule(LAYERS)), refused:
+        generate(model, inputs, prefill_chunk_size=30)
+    with apply_sdtp(model, "attention", block_schedule()):
+        first = generate(model, inputs)
+        with pytest.raises(NotImplementedError, match=r"attention_score \(layer 1\) looks past its block.*block_local"):
+            generate(model, inputs, prefill_chunk_size=30)
+        with pytest.raises(NotImplementedError, match="later_turns=False"):
+            generate(model, {"input_ids": first.sequences}, past_key_values=first.past_key_values)
+
+
+@pytest.mark.parametrize("scorer", ["random", "recent", "norm"])
+@torch.no_grad()
+def test_block_local_scorers_in_pieces(models, scorer):
+    model, inputs = models[torch.float32], prompts([150, 90])
+    with apply_sdtp(model, scorer, block_schedule()):
+        expected = generate(model, inputs)
+        assert_same(generate(model, inputs, prefill_chunk_size=37), expected, inputs["attention_mask"])
