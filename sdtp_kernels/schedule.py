@@ -136,7 +136,7 @@ class PruningSchedule:
         """Whether stage `stage` can drop anything; a stage whose own keep ratio is 1 never does."""
         return self._share(stage) != self._share(stage - 1)
 
-    def num_keep(self, length: Length, stage: int) -> Length:
+    def num_keep(self, length: Length, stage: int, finished: Length | int = 0) -> Length:
         """Tokens left after `stage` stages of a prompt of `length` tokens.
 
         Parameters
@@ -145,6 +145,8 @@ class PruningSchedule:
             Length of the prompt, without padding.
         stage : int
             0 (nothing pruned yet) to ``num_stages``.
+        finished : int or int64 tensor, default 0
+            Tokens in blocks that an earlier call has pruned: where there are any, the prompt is not short.
 
         Returns
         -------
@@ -153,20 +155,20 @@ class PruningSchedule:
         if stage == 0:
             return length
         if self.budget == "block":
-            finished = length // self.block_size
-            kept = length - finished * (self.block_size - self.block_keep(stage))
+            num_blocks = length // self.block_size
+            kept = length - num_blocks * (self.block_size - self.block_keep(stage))
         else:
             forced = _min(length, self.sink + self.num_recent(length))
             kept = _max(forced, _ceil_share(length, self._share(stage)))
-        return self._unless_short(length, kept)
+        return self._unless_short(length, kept, finished)
 
-    def num_recent(self, length: Length) -> Length:
+    def num_recent(self, length: Length, finished: Length | int = 0) -> Length:
         """Trailing tokens that every stage keeps of a prompt of `length` tokens."""
         if self.budget == "block":
             recent = length - length // self.block_size * self.block_size
         else:
             recent = _max(_min(length, 1), _ceil_share(length, self._recent_share))  # type: ignore[attr-defined]
-        return self._unless_short(length, recent)
+        return self._unless_short(length, recent, finished)
 
     @property
     def max_unfinished(self) -> int:
@@ -213,10 +215,10 @@ class PruningSchedule:
         if padded:
             num_keep = self.max_keep(length, stage)
         else:
-            num_keep = self.num_keep(length, stage) - self._finished_keep(finished, stage)
+            num_keep = self.num_keep(length, stage, finished) - self._finished_keep(finished, stage)
         block_size = self.block_keep(stage - 1) if self.budget == "block" else None
         sink = self.sink if padded or finished == 0 else 0
-        return StagePlan(num_keep + keep_last, sink, self.num_recent(length) + keep_last, block_size)
+        return StagePlan(num_keep + keep_last, sink, self.num_recent(length, finished) + keep_last, block_size)
 
     def plan_rows(
         self, lengths: torch.Tensor, stage: int, keep_last: int = 0, finished: torch.Tensor | None = None
@@ -237,11 +239,11 @@ class PruningSchedule:
         int64 tensor [B, 3]
             Columns: valid tokens when the stage begins, tokens to keep, trailing tokens always kept.
         """
-        before, after = self.num_keep(lengths, stage - 1), self.num_keep(lengths, stage)
-        if finished is not None:
-            before = before - self._finished_keep(finished, stage - 1)
-            after = after - self._finished_keep(finished, stage)
-        return torch.stack((before, after, self.num_recent(lengths)), dim=-1) + keep_last
+        finished = torch.zeros_like(lengths) if finished is None else finished
+        before, after = (
+            self.num_keep(lengths, s, finished) - self._finished_keep(finished, s) for s in (stage - 1, stage)
+        )
+        return torch.stack((before, after, self.num_recent(lengths, finished)), dim=-1) + keep_last
 
     def mean_keep(self, length: int, num_layers: int) -> float:
         """Mean kept tokens per layer over the prompt's length, ``B = sum_l n_l / (L * n)``: the budget's unit."""
@@ -256,10 +258,13 @@ class PruningSchedule:
         shares: tuple[tuple[int, int], ...] = self._shares  # type: ignore[attr-defined]
         return shares[stage]
 
-    def _unless_short(self, length: Length, pruned: Length) -> Length:
+    def _unless_short(self, length: Length, pruned: Length, finished: Length | int) -> Length:
+        is_short = length < self.min_prompt
         if isinstance(length, torch.Tensor):
-            return torch.where(length < self.min_prompt, length, pruned)
-        return length if length < self.min_prompt else pruned
+            if isinstance(finished, torch.Tensor):
+                is_short = is_short & (finished == 0)
+            return torch.where(is_short, length, pruned)
+        return length if is_short and finished == 0 else pruned
 
 
 def _decimal(value: float) -> Fraction:

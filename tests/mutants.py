@@ -414,8 +414,8 @@ MUTANTS = [
     Mutant(
         "recent share of the current length",
         "sdtp_kernels/schedule.py",
-        "self.num_recent(length) + keep_last, block_size",
-        "self.num_recent(self.num_keep(length, stage - 1)) + keep_last, block_size",
+        "self.num_recent(length, finished) + keep_last, block_size",
+        "self.num_recent(self.num_keep(length, stage - 1), finished) + keep_last, block_size",
         "test_schedule.py test_qwen2.py::test_prefill_equals_masked_dense",
     ),
     # Op contract.
@@ -458,8 +458,8 @@ MUTANTS = [
     Mutant(
         "row's own length ignored",
         MODELS + "stages.py",
-        "tokens_so_far - keep_last\n",
-        "torch.full_like(tokens_so_far, width) - keep_last\n",
+        "before + is_counted.sum(-1) - keep_last",
+        "before + is_counted.shape[1] - keep_last",
         "test_qwen2.py::test_padded_rows_equal_rows_alone",
     ),
     Mutant(
@@ -479,8 +479,8 @@ MUTANTS = [
     Mutant(
         "host sync in the loop",
         MODELS + "stages.py",
-        "        if is_padded:\n            index = torch.where",
-        "        indices.sum().item()\n        if is_padded:\n            index = torch.where",
+        "        if self.piece.is_ragged:\n            index = torch.where",
+        "        indices.sum().item()\n        if self.piece.is_ragged:\n            index = torch.where",
         "test_compile.py::test_no_host_sync_in_the_patched_loop",
     ),
     Mutant(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import make_qwen2
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import naive_keep, naive_select
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
@@ -254,3 +255,98 @@ def test_block_local_scorers_in_pieces(models, scorer):
     with apply_sdtp(model, scorer, block_schedule()):
         expected = generate(model, inputs)
         assert_same(generate(model, inputs, prefill_chunk_size=37), expected, inputs["attention_mask"])
+
+
+# ------------------------------------------------------------------------------------------------ settings of requests
+
+
+def alone(model, inputs, row, **settings):
+    own = inputs["attention_mask"][row].bool()
+    return generate(model, {"input_ids": inputs["input_ids"][row : row + 1, own]}, **settings)
+
+
+def is_in(ranges, index):
+    return any(begin <= index < end for begin, end in ranges)
+
+
+ranges = st.lists(st.tuples(st.integers(0, 130), st.integers(0, 30)).map(lambda r: (r[0], r[0] + r[1])), max_size=3)
+
+
+@pytest.mark.parametrize("budget", ["global", "block"])
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.integers(1, 130), min_size=1, max_size=3),
+    protect=st.lists(ranges, min_size=3, max_size=3),
+    as_mask=st.booleans(),
+    pooling=st.sampled_from([1, 3]),
+    block_size=st.integers(6, 40),
+)
+@torch.no_grad()
+def test_protected_tokens_stay_and_the_rest_is_pruned_without_them(
+    models, budget, lengths, protect, as_mask, pooling, block_size
+):
+    """Against the selection as the contract has it, of the scores that are left when protected tokens are taken out."""
+    model, inputs = models[torch.float32], prompts(lengths)
+    schedule = PruningSchedule((1,), 0.6, budget=budget, block_size=block_size, min_prompt=20)
+    pruner = TokenPruner(32, pooling=pooling)
+    padding = [max(lengths) - n for n in lengths]
+    given_ranges = protect[: len(lengths)]
+    if as_mask:
+        mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        for row, own in enumerate(given_ranges):
+            for begin, end in own:
+                mask[row, padding[row] + begin : padding[row] + end] = True
+        given_ranges = mask
+    scores = {}
+    with torch.no_grad():
+        hidden = model(**inputs, output_hidden_states=True, position_ids=positions(inputs)).hidden_states[1]
+        for row in range(len(lengths)):
+            scores[row] = pruner(hidden[row, padding[row] :]).tolist()
+    cache = DynamicCache(config=model.config)
+    with apply_sdtp(model, {1: pruner}, schedule) as handle, handle.request(protect=given_ranges):
+        model(**inputs, position_ids=positions(inputs), past_key_values=cache, logits_to_keep=1)
+    for row, n in enumerate(lengths):
+        free = [i for i in range(n) if not is_in(protect[row], i)]
+        expected = list(range(n))
+        if free:
+            keep, recent, _ = naive_keep(schedule, len(free), 1)
+            per_block = naive_keep(schedule, len(free), 0)[2]
+            chosen = naive_select([scores[row][i] for i in free], keep, 4, recent, per_block, pooling)
+            expected = sorted({free[i] for i in chosen} | set(range(n)) - set(free))
+        kept = (
+            cache.layers[1].kept[row].tolist()
+            if isinstance(cache.layers[1], PrunedLayer)
+            else list(range(-padding[row], n))
+        )
+        assert [i for i in kept if i >= 0] == expected
+
+
+def positions(inputs):
+    return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("budget", ["global", "block"])
+@settings(max_examples=20)
+@given(
+    lengths=st.lists(st.integers(1, 130), min_size=2, max_size=3),
+    keep_ratio=st.lists(st.sampled_from([1.0, 0.9, 0.5]), min_size=3, max_size=3),
+    enabled=st.lists(st.booleans(), min_size=3, max_size=3),
+    min_prompt=st.lists(st.sampled_from([1, 40, 100]), min_size=3, max_size=3),
+    protect=st.lists(ranges, min_size=3, max_size=3),
+    chunk=st.none() | st.integers(1, 60),
+)
+@torch.no_grad()
+def test_settings_of_a_row_are_those_of_the_row_alone(
+    models, pruners, dtype, budget, lengths, keep_ratio, enabled, min_prompt, protect, chunk
+):
+    model, inputs = models[dtype], prompts(lengths)
+    given_settings = {"keep_ratio": keep_ratio, "enabled": enabled, "min_prompt": min_prompt, "protect": protect}
+    given_settings = {name: value[: len(lengths)] for name, value in given_settings.items()}
+    schedule = PruningSchedule(LAYERS, 0.7, budget=budget, block_size=16, min_prompt=20)
+    chunk = chunk if budget == "block" else None
+    with ARITHMETIC[dtype](), apply_sdtp(model, pruners, schedule):
+        got = generate(model, inputs, prefill_chunk_size=chunk, **given_settings)
+        for row in range(len(lengths)):
+            own = {name: value[row] for name, value in given_settings.items()}
+            assert_same(got, alone(model, inputs, row, **own), inputs["attention_mask"], row)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .. import ops
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Waiting(NamedTuple):
-    """Tokens behind the last finished block, as they arrive at the first stage."""
+    """Tokens as they arrive at the first stage; kept of those behind the last finished block."""
 
     hidden_states: torch.Tensor
     """``[B, n, D]``"""
@@ -38,6 +39,8 @@ class Waiting(NamedTuple):
     """``[B, n]``"""
     token_index: torch.Tensor
     """``[B, n]`` index in the row's own prompt, -1 for padding."""
+    is_protected: torch.Tensor
+    """``[B, n]`` bool: never to be pruned."""
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Waiting:
         return Waiting(*map(change, self))
@@ -70,13 +73,19 @@ class PrunedLayer(DynamicLayer):
         self.num_tail = 0
         """Trailing prompt tokens known to be in every layer, so that a crop of them is the same in all."""
         self.is_padded = False
-        """Whether `kept` may hold padding."""
+        """Whether a row may have padding among the columns of ``input_ids``."""
+        self.is_ragged = False
+        """Whether rows may hold different counts, and `kept` padding."""
         self.num_finished = 0
-        """Entries of finished blocks; where padded, the most that any row can have."""
+        """Entries of finished blocks; where rows are ragged, the most that any row can have."""
         self.most_kept = 0
         """The most entries that any finished block has left here."""
         self.finished: torch.Tensor | None = None
-        """``[B, 1]`` tokens of each row in finished blocks; ``None`` where all rows are alike."""
+        """``[B, 1]`` tokens of each row up to the end of its finished blocks; ``None`` where all rows are alike."""
+        self.counted: torch.Tensor | None = None
+        """``[B, 1]`` of them, those that the schedule counts: all but protected ones."""
+        self.most_protected = 0
+        """Most protected tokens that any row can have had so far."""
         self.waiting: Waiting | None = None
         """In the layer at the first stage, while the prompt may go on."""
         self.is_waiting_padded = False
@@ -84,7 +93,7 @@ class PrunedLayer(DynamicLayer):
         self.is_behind = False
         """Whether what waits is not in the cache: more of the prompt was to come at once."""
 
-    def drop_waiting(self) -> None:
+    def drop_waiting(self, backend: str) -> None:
         """Reduce the layer to its finished blocks: what waits comes again, with the next piece of the prompt."""
         held = self.kept.shape[1]
         if self.finished is None:
@@ -96,14 +105,17 @@ class PrunedLayer(DynamicLayer):
         is_finished = (self.kept >= 0) & (self.kept < self.finished)
         columns = torch.where(is_finished, torch.arange(held, device=self.kept.device), -1)
         columns = columns.sort(dim=-1).values[:, held - self.num_finished :]
-        (kept,) = ops.gather_tokens([self.kept], columns)
+        (kept,) = ops.gather_tokens([self.kept], columns, backend=backend)
         self.kept = torch.where(columns < 0, -1, kept)
         if self.is_initialized:
-            self.keys, self.values = ops.gather_tokens([t[:, :, :held] for t in (self.keys, self.values)], columns)
+            held_now = [t[:, :, :held] for t in (self.keys, self.values)]
+            self.keys, self.values = ops.gather_tokens(held_now, columns, backend=backend)
 
-    def padding_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+    def padding_mask(self, attention_mask: torch.Tensor | None, num_new: int) -> torch.Tensor:
         """The logical padding mask ``[B, past + new]`` in terms of what this layer holds, ``[B, K + new]``."""
-        return torch.cat([self.kept >= 0, attention_mask[:, self.prompt_length :].bool()], dim=-1)
+        if attention_mask is not None:
+            return torch.cat([self.kept >= 0, attention_mask[:, self.prompt_length :].bool()], dim=-1)
+        return F.pad(self.kept >= 0, (0, self.keys.shape[2] - self.kept.shape[1] + num_new), value=True)
 
     def crop(self, tokens_to_remove: int) -> None:
         into_prompt = abs(tokens_to_remove) - (self.get_seq_length() - self.kept.shape[1])
@@ -124,7 +136,7 @@ class PrunedLayer(DynamicLayer):
         super().reset()
         self.stage = 0
         self.kept = self.kept[:, :0]
-        self.waiting = self.finished = None
+        self.waiting = self.finished = self.counted = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -141,6 +153,7 @@ class PrunedLayer(DynamicLayer):
     def _each_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.kept = change(self.kept)
         self.finished = None if self.finished is None else change(self.finished)
+        self.counted = None if self.counted is None else change(self.counted)
         self.waiting = None if self.waiting is None else self.waiting.each(change)
 
 

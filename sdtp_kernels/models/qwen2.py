@@ -29,6 +29,7 @@ from .checks import (
     decoder_of,
 )
 from .report import SdtpHandle
+from .settings import SETTINGS, Current, make_settings
 from .stages import (
     Piece,
     Prompt,
@@ -69,15 +70,29 @@ def apply_sdtp_to_qwen2(
     scorers = resolve_pruners(pruners, schedule, config, device, dtype)
 
     undo = contextlib.ExitStack()
-    handle = SdtpHandle(undo.close)
-    pruning = Pruning(schedule, scorers, backend, handle, later_turns)
+    current = Current(make_settings(schedule))
+    handle = SdtpHandle(undo.close, schedule, current)
+    pruning = Pruning(schedule, scorers, backend, handle, current, later_turns)
     decoder.forward = types.MethodType(_make_forward(pruning), decoder)
     undo.callback(decoder.__dict__.pop, "forward")
     if model is not decoder:
         undo.callback(model.register_forward_pre_hook(check_call, with_kwargs=True).remove)
         model._prefill = types.MethodType(_make_prefill(pruning), model)
         undo.callback(model.__dict__.pop, "_prefill")
+        model.generate = types.MethodType(_make_generate(handle), model)
+        undo.callback(model.__dict__.pop, "generate")
     return handle
+
+
+def _make_generate(handle: SdtpHandle) -> Callable[..., Any]:
+    """``generate()`` that takes the settings of a request as keywords."""
+
+    def generate(self: Qwen2ForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        given = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+        with handle.request(**given) if given else contextlib.nullcontext():
+            return type(self).generate(self, *args, **kwargs)
+
+    return generate
 
 
 def _make_prefill(pruning: Pruning) -> Callable[..., Any]:
@@ -106,7 +121,6 @@ def _make_prefill(pruning: Pruning) -> Callable[..., Any]:
 
 def _make_forward(pruning: Pruning) -> Callable[..., Any]:
     schedule, handle = pruning.schedule, pruning.handle
-    any_drop = any(schedule.drops(stage) for stage in range(1, schedule.num_stages + 1))
     may_go_on = schedule.budget == "block" and pruning.later_turns
 
     def forward(
@@ -125,17 +139,19 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         is_last = prompt_length is None or past + width >= prompt_length
         earlier = waiting_layer(past_key_values, schedule.layers[0])
+        settings = pruning.current.settings
         if past == 0:
-            is_prompt = any_drop and (may_go_on or not is_last or width - keep_last >= schedule.min_prompt)
+            shortest = min(own.min_prompt for own in settings.schedules)
+            is_prompt = settings.is_enabled and (may_go_on or not is_last or width - keep_last >= shortest)
             if not is_prompt and not torch.compiler.is_compiling():
                 handle.note(
-                    f"a prompt of {width - keep_last} tokens is shorter than min_prompt={schedule.min_prompt}: not "
-                    "pruned"
-                    if any_drop
-                    else "every keep ratio is 1.0: nothing to prune"
+                    f"a prompt of {width - keep_last} tokens is shorter than min_prompt={shortest}: not pruned"
+                    if settings.is_enabled
+                    else "every keep ratio is 1.0, or the request not enabled: nothing to prune"
                 )
         else:
-            is_prompt = earlier is not None and (prompt_length is not None or earlier.is_behind)
+            is_asked = prompt_length is not None and settings.is_enabled
+            is_prompt = earlier is not None and (is_asked or earlier.is_behind)
         is_pruned = is_prompt or (past > 0 and any(stage_of(past_key_values, i) for i in range(len(self.layers))))
         if not is_pruned:
             return type(self).forward(
@@ -172,8 +188,9 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
                 is_padded = later_piece_is_padded(self, inputs_embeds, attention_mask, earlier)
             elif padding_mask is not None:
                 assert_left_padded(padding_mask, is_last)
-            piece = Piece(past + width, keep_last, is_padded, is_last)
-            prompt = Prompt(self, pruning, past_key_values, piece, inputs_embeds)
+            is_ragged = is_padded or settings.is_ragged or (earlier is not None and earlier.is_ragged)
+            piece = Piece(past + width, keep_last, is_padded, is_ragged, is_last)
+            prompt = Prompt(self, pruning, settings, past_key_values, piece, inputs_embeds)
 
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             if prompt is not None:
@@ -183,7 +200,10 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
             elif stage_of(past_key_values, i) != segment.stage:
                 if earlier is not None and i == schedule.layers[0]:
                     append_waiting(earlier, hidden_states, segment, padding_mask is not None)
-                segment = continue_segment(self, i, hidden_states, segment, padding_mask, past_key_values)
+                may_be_padded = padding_mask is not None
+                segment = continue_segment(
+                    self, i, hidden_states, segment, attention_mask, may_be_padded, past_key_values
+                )
             hidden_states = layer(
                 hidden_states,
                 attention_mask=segment.attention_mask,

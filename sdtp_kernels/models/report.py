@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .settings import Current, make_settings
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import TracebackType
+
+    from ..schedule import PruningSchedule
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,55 @@ class PrefillReport:
 class SdtpHandle:
     """Undoes :func:`apply_sdtp` and reports; also a context manager that undoes it at the end."""
 
-    def __init__(self, undo: Callable[[], None]) -> None:
+    def __init__(self, undo: Callable[[], None], schedule: PruningSchedule, current: Current) -> None:
         self._undo: Callable[[], None] | None = undo
+        self._schedule, self._current = schedule, current
         self._recorder: PrefillRecorder | None = None
         self._note = "no prefill yet"
 
     def report(self) -> PrefillReport:
-        """What happened in the last prefill (calls that continue a cache are none)."""
+        """What happened in the last prefill, or piece of one; calls that only add tokens to a cache are none."""
         return self._recorder.report() if self._recorder else PrefillReport(note=self._note)
+
+    @contextlib.contextmanager
+    def request(
+        self,
+        *,
+        protect: Any = None,
+        keep_ratio: float | tuple[float, ...] | list[Any] | None = None,
+        enabled: bool | list[bool] = True,
+        min_prompt: int | list[int] | None = None,
+    ) -> Iterator[None]:
+        """Settings for the prompts that this thread prefills inside the ``with`` block.
+
+        ``generate()`` of the patched model takes the same keywords for one call.
+
+        Parameters
+        ----------
+        protect : list of (int, int), list of such lists, or bool Tensor [B, N], optional
+            Tokens that are never pruned: ranges (first, last + 1), counted in each row from its first token without
+            padding, for all rows or one list for every row; or a mask over the columns of ``input_ids``, which is
+            copied to the host because its counts set shapes. They come on top of the budget: the schedule counts the
+            prompt without them.
+        keep_ratio : float or tuple, or a list of them, optional
+            As in :class:`PruningSchedule`, in its place; a list holds one for every row.
+        enabled : bool or list of bool, default True
+            False prunes nothing. A cache that begins so is left alone in later turns as well; in a later turn it puts
+            off what that turn would finish.
+        min_prompt : int or list of int, optional
+            As in :class:`PruningSchedule`, in its place.
+
+        Raises
+        ------
+        ValueError
+            If a setting is out of range, or lists differ in length.
+        """
+        before = self._current.settings
+        self._current.settings = make_settings(self._schedule, protect, keep_ratio, enabled, min_prompt)
+        try:
+            yield
+        finally:
+            self._current.settings = before
 
     def remove(self) -> None:
         """Restore the model as it was. A second call does nothing."""

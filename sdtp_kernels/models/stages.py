@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.masking_utils import create_causal_mask
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
     from ..schedule import PruningSchedule
+    from .settings import Current, Settings
 
 
 MASK_IS_MISSING = "this cache holds a padded batch: pass the attention_mask of the prompt and the new tokens"
@@ -38,6 +40,7 @@ class Pruning(NamedTuple):
     scorers: dict[int, Scorer]
     backend: str
     handle: SdtpHandle
+    current: Current
     later_turns: bool
 
 
@@ -102,6 +105,8 @@ class Segment(NamedTuple):
     position_ids: torch.Tensor | None
     token_index: torch.Tensor
     """``[B, n]`` index of each token in the row's own prompt, -1 for padding."""
+    is_protected: torch.Tensor | None = None
+    """``[B, n]`` bool; ``None`` where no token is protected."""
 
 
 class Piece(NamedTuple):
@@ -113,6 +118,8 @@ class Piece(NamedTuple):
     """The last of them that stand behind the prompt: they are never pruned."""
     is_padded: bool
     """Whether a row may have padding, here or in an earlier piece."""
+    is_ragged: bool
+    """Whether rows may keep different counts: for padding, for settings of their own, for protected tokens."""
     is_last: bool
     """Whether this piece's logits are wanted, rather than the cache alone."""
 
@@ -121,21 +128,31 @@ class Prompt:
     """A piece of a prompt on its way through the stages; :mod:`~sdtp_kernels.models.cache` says how pieces join."""
 
     def __init__(
-        self, decoder: Any, pruning: Pruning, cache: Cache | None, piece: Piece, inputs_embeds: torch.Tensor
+        self,
+        decoder: Any,
+        pruning: Pruning,
+        settings: Settings,
+        cache: Cache | None,
+        piece: Piece,
+        inputs_embeds: torch.Tensor,
     ) -> None:
         self.decoder, self.pruning, self.cache, self.piece = decoder, pruning, cache, piece
-        schedule = pruning.schedule
+        self.groups, self.protected = settings.groups(inputs_embeds.shape[0]), settings.protected
+        self.schedule = schedule = self.groups[0][1]
+        """That of all rows where they are alike; layers, budget and block size are always the same."""
         self.first_layer = schedule.layers[0]
         self.earlier = waiting_layer(cache, self.first_layer)
         self.may_go_on = schedule.budget == "block" and cache is not None
         self.keeps_waiting = self.may_go_on and (pruning.later_turns or not piece.is_last)
-        # Rows with padding finish blocks at different times, which the host does not know: they never fall behind.
-        self.is_behind = self.may_go_on and not piece.is_last and not piece.is_padded
-        # Set where the prompt arrives at the first stage: of a padded batch by row, on its device, otherwise here.
+        # Ragged rows finish blocks at different times, which the host does not know: they never fall behind.
+        self.is_behind = self.may_go_on and not piece.is_last and not piece.is_ragged
+        # Set where the prompt arrives at the first stage: of ragged rows by row, on their device, otherwise here.
         self.length = self.num_waiting = self.num_finished_before = 0
         self.lengths: torch.Tensor | None = None
         self.finished_before: torch.Tensor | None = None
         self.finished: torch.Tensor | None = None
+        self.counted: torch.Tensor | None = None
+        self.least_protected = self.most_protected = 0
         self.waiting: Waiting | None = None
         self.hidden_states_below: torch.Tensor | None = None
         self.recorder = None
@@ -144,18 +161,18 @@ class Prompt:
 
     def enter(self, layer_idx: int, hidden_states: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, Segment]:
         """What goes into layer `layer_idx`: pruned where a stage stands before it, after what has waited there."""
-        schedule = self.pruning.schedule
+        schedule = self.schedule
         tokens_in, begin, end = hidden_states.shape[1], None, None
         layer = None
         if self.earlier is not None and layer_idx >= self.first_layer:
             layer = pruned_layer(self.cache, layer_idx)
         if layer is not None:
-            layer.drop_waiting()
+            layer.drop_waiting(self.pruning.backend)
         if layer_idx in schedule.layers:
             stage, entered = schedule.layers.index(layer_idx) + 1, segment
             if stage == 1:
                 hidden_states, segment = self._join(hidden_states, segment)
-            if schedule.drops(stage):
+            if any(own.drops(stage) for _, own in self.groups):
                 begin = self.recorder.now() if self.recorder else None
                 hidden_states, segment = self._prune(layer_idx, stage, hidden_states, segment)
                 end = self.recorder.now() if self.recorder else None
@@ -180,32 +197,39 @@ class Prompt:
 
     def _join(self, hidden_states: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, Segment]:
         """At the first stage: what waited comes before what arrives. What is unfinished then waits, again or anew."""
-        schedule, (columns, keep_last, is_padded, _) = self.pruning.schedule, self.piece
+        (columns, keep_last, is_padded, is_ragged, _), index = self.piece, segment.token_index
         assert segment.position_ids is not None
-        tokens = Waiting(hidden_states, segment.position_ids.expand(segment.token_index.shape), segment.token_index)
+        is_protected = torch.zeros_like(index, dtype=torch.bool)
+        if self.protected is not None:
+            past = columns - index.shape[1]
+            is_protected = self.protected.look_up(index, past)
+            is_protected[:, index.shape[1] - keep_last :] = False  # these are kept in any case
+            self.least_protected, self.most_protected = self.protected.bounds(
+                past, index.shape[1] - keep_last, is_padded
+            )
+        tokens = Waiting(hidden_states, segment.position_ids.expand(index.shape), index, is_protected)
         if self.earlier is not None:
             assert self.earlier.waiting is not None
             tokens = self.earlier.waiting.followed_by(tokens)
-            if is_padded:  # both begin with padding
+            self.least_protected, self.most_protected = 0, self.most_protected + self.earlier.most_protected
+            if is_ragged:  # both begin with padding
                 order = (tokens.token_index >= 0).int().argsort(dim=-1, stable=True)
                 tokens = Waiting(*ops.gather_tokens(tokens, order, backend=self.pruning.backend))
         width = tokens.token_index.shape[1]
-        if is_padded:
-            tokens_so_far = tokens.token_index[:, -1] + 1
-            self.length, self.lengths = width - keep_last, tokens_so_far - keep_last
-            self.finished_before = tokens_so_far - (tokens.token_index >= 0).sum(-1)
-            self.finished = (self.lengths - schedule.num_recent(self.lengths)).unsqueeze(-1)
-            self.num_waiting = min(width, schedule.max_unfinished + keep_last)
+        if is_ragged:
+            self._count_rows(tokens)
+            longest = max(schedule.max_unfinished for _, schedule in self.groups)
+            self.num_waiting = min(width, longest + keep_last + self.most_protected)
         else:
-            self.length = columns - keep_last
-            self.num_finished_before = columns - width
-            self.num_waiting = schedule.num_recent(self.length) + keep_last
+            self.length, self.num_finished_before = columns - keep_last, columns - width
+            self.num_waiting = self.schedule.num_recent(self.length, self.num_finished_before) + keep_last
         if self.keeps_waiting:
             # Copies: a view would keep the whole prompt alive.
             self.waiting = tokens.each(lambda t: t[:, width - self.num_waiting :].clone())
             if self.finished is not None:
                 index = self.waiting.token_index
                 self.waiting = self.waiting._replace(token_index=torch.where(index < self.finished, -1, index))
+        segment = segment._replace(is_protected=tokens.is_protected if self.most_protected else None)
         if self.is_behind:
             tokens = tokens.each(lambda t: t[:, : width - self.num_waiting])
         elif self.earlier is None:
@@ -215,78 +239,145 @@ class Prompt:
             stage=1, position_embeddings=embeddings, token_index=tokens.token_index
         )
 
+    def _count_rows(self, tokens: Waiting) -> None:
+        """What the schedule wants to know of every row, on the device. Protected tokens are no part of its prompt."""
+        keep_last, is_valid = self.piece.keep_last, tokens.token_index >= 0
+        is_counted = is_valid & ~tokens.is_protected
+        so_far = tokens.token_index[:, -1] + 1
+        before = so_far - is_valid.sum(-1)
+        if self.earlier is not None and self.earlier.counted is not None:
+            before = self.earlier.counted[:, 0]
+        self.length = tokens.token_index.shape[1] - keep_last - self.least_protected
+        self.finished_before, self.lengths = before, before + is_counted.sum(-1) - keep_last
+        unfinished = torch.empty_like(before)
+        for rows, schedule in self.groups:
+            own = slice(None) if rows is None else rows
+            unfinished[own] = schedule.num_recent(self.lengths[own], before[own])
+        self.counted = (self.lengths - unfinished).unsqueeze(-1)
+        # A token waits where no fewer counted tokens stand before it than the finished blocks have.
+        place = before.unsqueeze(-1) + is_counted.cumsum(-1) - is_counted.long()
+        num_waiting = (is_valid & (place >= self.counted)).sum(-1)
+        self.finished = (so_far - num_waiting).unsqueeze(-1)
+
     def _prune(
         self, layer_idx: int, stage: int, hidden_states: torch.Tensor, segment: Segment
     ) -> tuple[torch.Tensor, Segment]:
-        schedule, scorers, backend, *_ = self.pruning
-        keep_last, is_padded = self.piece.keep_last, self.lengths is not None
-        plan = schedule.plan(self.length, stage, keep_last, padded=is_padded, finished=self.num_finished_before)
-        if self.is_behind:
-            plan = plan._replace(num_keep=plan.num_keep - plan.recent, recent=0)
-        rows = None
-        if self.lengths is not None:
-            finished = None if self.earlier is None else self.finished_before
-            rows = schedule.plan_rows(self.lengths, stage, keep_last, finished)
-        selection: _Selection = {
-            "sink": plan.sink,
-            "recent": plan.recent,
-            "block_size": plan.block_size,
-            "rows": rows,
-        }
-        # Every row has positions of its own from here on.
-        batch = hidden_states.shape[0]
-        carried = [*(t.expand(batch, -1, -1) for t in segment.position_embeddings), segment.token_index]
-        scorer = scorers[layer_idx]
+        backend, scorer = self.pruning.backend, self.pruning.scorers[layer_idx]
         stage_input = StageInput(
             hidden_states,
             segment.position_embeddings,
             segment.token_index,
-            keep_last,
+            self.piece.keep_last,
             self.decoder.layers[layer_idx - 1],
             None if stage == 1 and self.earlier is not None else self.hidden_states_below,
             None if self.cache is None or self.earlier is not None else self.cache.layers[layer_idx - 1].keys,
-            is_padded,
+            self.piece.is_ragged,
         )
-        if isinstance(scorer, Fused) and (self.earlier is None or not is_padded):
+        # Every row has positions of its own from here on.
+        batch = hidden_states.shape[0]
+        carried = [*(t.expand(batch, -1, -1) for t in segment.position_embeddings), segment.token_index]
+        if segment.is_protected is not None:
+            carried.append(segment.is_protected)
+        is_simple = not self.piece.is_ragged or (self.earlier is None and segment.is_protected is None)
+        if isinstance(scorer, Fused) and is_simple and len(self.groups) == 1:
+            num_keep, selection = self._plan(self.schedule, stage)
             hidden_states, (cos, sin, index), indices = ops.prune_tokens(
-                hidden_states, carried, *scorer.weights, plan.num_keep, **selection, pooling=scorer.pooling,
+                hidden_states, carried, *scorer.weights, num_keep, **selection, pooling=scorer.pooling,
                 score_bias=scorer.score_bias(stage_input), rms_eps=scorer.rms_eps, backend=backend,
             )  # fmt: skip
+            is_protected = None
         else:
-            scores = scorer.score(stage_input, backend)
-            indices = ops.select_tokens(scores, plan.num_keep, **selection, pooling=scorer.pooling, backend=backend)
-            if self.earlier is not None and is_padded:  # the sink is in this piece for some rows only
-                selection["sink"] = 0
-                later = ops.select_tokens(scores, plan.num_keep, **selection, pooling=scorer.pooling, backend=backend)
-                assert self.finished_before is not None
-                indices = torch.where(self.finished_before.unsqueeze(-1) == 0, indices, later)
-            hidden_states, cos, sin, index = ops.gather_tokens([hidden_states, *carried], indices, backend=backend)
-        if is_padded:
+            indices = self._select(scorer.score(stage_input, backend), stage, scorer.pooling, segment)
+            hidden_states, cos, sin, index, *others = ops.gather_tokens(
+                [hidden_states, *carried], indices, backend=backend
+            )
+            is_protected = others[0] if others else None
+        if self.piece.is_ragged:
             index = torch.where(indices < 0, -1, index)  # a gather leaves zeros in padding, and 0 is a token
-        return hidden_states, segment._replace(position_embeddings=(cos, sin), token_index=index)
+        return hidden_states, segment._replace(
+            position_embeddings=(cos, sin), token_index=index, is_protected=is_protected
+        )
+
+    def _plan(self, schedule: PruningSchedule, stage: int, rows: list[int] | None = None) -> tuple[int, _Selection]:
+        """Arguments of a selection for all rows, or for those that share this schedule."""
+        keep_last, counts = self.piece.keep_last, None
+        plan = schedule.plan(
+            self.length, stage, keep_last, padded=self.piece.is_ragged, finished=self.num_finished_before
+        )
+        if self.is_behind:
+            plan = plan._replace(num_keep=plan.num_keep - plan.recent, recent=0)
+        if self.lengths is not None:
+            assert self.finished_before is not None
+            own = slice(None) if rows is None else rows
+            finished = None if self.earlier is None else self.finished_before[own]
+            counts = schedule.plan_rows(self.lengths[own], stage, keep_last, finished)
+        return plan.num_keep, {
+            "sink": plan.sink,
+            "recent": plan.recent,
+            "block_size": plan.block_size,
+            "rows": counts,
+        }
+
+    def _select(self, scores: torch.Tensor, stage: int, pooling: int, segment: Segment) -> torch.Tensor:
+        """Indices ``[B, K]`` of the tokens that go on, where rows are not all alike."""
+        width, order = scores.shape[1], None
+        if segment.is_protected is not None:
+            # The schedule sees the row without its protected tokens.
+            is_counted = (segment.token_index >= 0) & ~segment.is_protected
+            order = is_counted.int().argsort(dim=-1, stable=True)[:, self.least_protected :]
+            scores = scores.gather(1, order)
+        parts = []
+        for rows, schedule in self.groups:
+            own = slice(None) if rows is None else rows
+            num_keep, selection = self._plan(schedule, stage, rows)
+            chosen = ops.select_tokens(
+                scores[own], num_keep, **selection, pooling=pooling, backend=self.pruning.backend
+            )
+            if self.earlier is not None and self.finished_before is not None:  # only some rows have their sink here
+                selection["sink"] = 0
+                later = ops.select_tokens(
+                    scores[own], num_keep, **selection, pooling=pooling, backend=self.pruning.backend
+                )
+                chosen = torch.where(self.finished_before[own].unsqueeze(-1) == 0, chosen, later)
+            parts.append(chosen)
+        indices = parts[0]
+        if len(parts) > 1:
+            widest = max(part.shape[1] for part in parts)
+            indices = indices.new_empty(scores.shape[0], widest)
+            for (rows, _), part in zip(self.groups, parts, strict=True):
+                indices[rows] = F.pad(part, (widest - part.shape[1], 0), value=-1)
+        if order is None or segment.is_protected is None:
+            return indices
+        indices = torch.where(indices < 0, -1, order.gather(1, indices.clamp(min=0)))
+        columns = torch.arange(width, device=scores.device)
+        protected = torch.where(segment.is_protected, columns, -1).sort(dim=-1).values[:, -self.most_protected :]
+        both = torch.cat([indices, protected], dim=-1).sort(dim=-1).values
+        return both[:, max(0, both.shape[1] - width) :]
 
     def _mask(
         self, layer_idx: int, hidden_states: torch.Tensor, index: torch.Tensor, layer: PrunedLayer | None
     ) -> torch.Tensor | None:
         mask = None
-        if self.piece.is_padded:
+        if self.piece.is_ragged:
             mask = index >= 0 if layer is None else torch.cat([layer.kept, index], dim=-1) >= 0
         return segment_mask(self.decoder, layer_idx, hidden_states, mask, self.cache)
 
     def _hold(self, layer_idx: int, layer: PrunedLayer, segment: Segment) -> None:
         """Tell the cache's layer what is about to be written to it."""
-        schedule, (columns, keep_last, is_padded, _) = self.pruning.schedule, self.piece
-        layer.stage, layer.prompt_length, layer.is_padded = segment.stage, columns, is_padded
+        columns, keep_last, is_padded, is_ragged, _ = self.piece
+        layer.stage, layer.prompt_length = segment.stage, columns
+        layer.is_padded, layer.is_ragged = is_padded, is_ragged
         layer.kept = torch.cat([layer.kept, segment.token_index], dim=-1)
         num_waiting = 0 if self.is_behind else self.num_waiting
-        layer.num_tail = keep_last if is_padded else num_waiting
+        layer.num_tail = keep_last if is_ragged else num_waiting
         if not self.may_go_on:
             return
-        layer.finished = self.finished
+        layer.finished, layer.counted, layer.most_protected = self.finished, self.counted, self.most_protected
         layer.num_finished = layer.kept.shape[1] - num_waiting
-        if is_padded:
-            layer.most_kept = max(layer.most_kept, schedule.block_keep(segment.stage))
-            layer.num_finished = min(layer.kept.shape[1], columns // schedule.block_size * layer.most_kept)
+        if is_ragged:
+            layer.most_kept = max(layer.most_kept, *(own.block_keep(segment.stage) for _, own in self.groups))
+            most = columns // self.schedule.block_size * layer.most_kept + self.most_protected
+            layer.num_finished = min(layer.kept.shape[1], most)
         if layer_idx == self.first_layer:
             layer.waiting, layer.is_behind = self.waiting, self.is_behind
 
@@ -319,7 +410,9 @@ def append_waiting(layer: PrunedLayer, hidden_states: torch.Tensor, segment: Seg
     if layer.waiting is None:
         return
     assert segment.position_ids is not None
-    new = Waiting(hidden_states, segment.position_ids.expand(segment.token_index.shape), segment.token_index)
+    index = segment.token_index
+    is_protected = torch.zeros_like(index, dtype=torch.bool)
+    new = Waiting(hidden_states, segment.position_ids.expand(index.shape), index, is_protected)
     layer.waiting = layer.waiting.followed_by(new)
     layer.is_waiting_padded = layer.is_waiting_padded or is_padded
 
@@ -329,14 +422,17 @@ def continue_segment(
     layer_idx: int,
     hidden_states: torch.Tensor,
     segment: Segment,
-    padding_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    may_be_padded: bool,
     cache: Cache,
 ) -> Segment:
     """The segment that begins at `layer_idx` when tokens are added to a pruned prompt."""
     layer: Any = cache.layers[layer_idx]
-    if padding_mask is None and layer.is_padded:
+    if layer.is_padded and attention_mask is None:
         raise ValueError(MASK_IS_MISSING)
-    mask = None if padding_mask is None else layer.padding_mask(padding_mask)
+    mask = None
+    if layer.is_ragged or may_be_padded:
+        mask = layer.padding_mask(attention_mask, hidden_states.shape[1])
     causal_mask = segment_mask(decoder, layer_idx, hidden_states, mask, cache)
     return segment._replace(stage=layer.stage, attention_mask=causal_mask)
 

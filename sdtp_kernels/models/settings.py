@@ -1,0 +1,150 @@
+"""What one request asks for: its keep ratio, whether and from what length on it is pruned, and tokens it protects.
+
+Settings are host values, because counts set shapes. They are read when a prompt, or a piece of one, is prefilled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from ..schedule import PruningSchedule
+
+SETTINGS = ("protect", "keep_ratio", "enabled", "min_prompt")
+"""Names of what a request can set."""
+
+
+class Protected(NamedTuple):
+    """Tokens that are never pruned."""
+
+    table: torch.Tensor
+    """``[1 or B, C]`` bool, on the CPU."""
+    counts: list[list[int]]
+    """For every row, how many of its first ``c`` entries are set."""
+    by_column: bool
+    """Whether the table is over columns of ``input_ids``, or over a row's own tokens."""
+
+    def look_up(self, token_index: torch.Tensor, past: int) -> torch.Tensor:
+        """``[B, n]`` bool: which of these new tokens are protected."""
+        batch, width = token_index.shape
+        place = torch.arange(past, past + width, device=token_index.device).expand(batch, -1)
+        place = place if self.by_column else token_index
+        table = self.table.to(token_index.device)
+        if batch % len(table):
+            raise ValueError(f"protect: tokens of {len(table)} rows, but the batch has {batch}")
+        if len(table) > 1:
+            table = table.repeat_interleave(batch // len(table), dim=0)
+        found = table.expand(batch, -1).gather(1, place.clamp(0, table.shape[1] - 1))
+        return found & (token_index >= 0) & (place < table.shape[1])
+
+    def bounds(self, past: int, width: int, is_padded: bool) -> tuple[int, int]:
+        """Least and most protected tokens that any row has among these columns."""
+        if is_padded and not self.by_column:  # which of a row's tokens stand here is not known
+            return 0, min(width, max(counts[-1] for counts in self.counts))
+        last = self.table.shape[1]
+        found = [counts[min(past + width, last)] - counts[min(past, last)] for counts in self.counts]
+        return (0 if is_padded else min(found)), max(found)
+
+
+class Settings(NamedTuple):
+    """A request's settings, ready for the loop."""
+
+    schedules: tuple[PruningSchedule, ...]
+    """One for all rows, or one for each."""
+    is_enabled: bool
+    """False where no row is to be pruned."""
+    protected: Protected | None
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether rows of one length may keep different counts."""
+        return self.protected is not None or len(set(self.schedules)) > 1
+
+    def groups(self, batch: int) -> list[tuple[list[int] | None, PruningSchedule]]:
+        """Rows with the schedule that they share; ``None`` for all rows."""
+        if len(set(self.schedules)) == 1:
+            return [(None, self.schedules[0])]
+        if batch % len(self.schedules):
+            raise ValueError(f"settings for {len(self.schedules)} rows, but the batch has {batch}")
+        each = batch // len(self.schedules)  # beams of a row stand together
+        rows: dict[PruningSchedule, list[int]] = {}
+        for i in range(batch):
+            rows.setdefault(self.schedules[i // each], []).append(i)
+        return [(found, schedule) for schedule, found in rows.items()]
+
+
+class Current(threading.local):
+    """The settings of the request that this thread is working on."""
+
+    def __init__(self, default: Settings) -> None:  # once in every thread
+        self.settings = default
+
+
+def make_settings(
+    schedule: PruningSchedule,
+    protect: Any = None,
+    keep_ratio: float | tuple[float, ...] | list[Any] | None = None,
+    enabled: bool | list[bool] = True,
+    min_prompt: int | list[int] | None = None,
+) -> Settings:
+    """See :meth:`~sdtp_kernels.SdtpHandle.request`."""
+    given = {"keep_ratio": keep_ratio, "enabled": enabled, "min_prompt": min_prompt}
+    lengths = {len(value) for value in given.values() if isinstance(value, list)}
+    protected = _protected(protect)
+    if protected is not None and len(protected.table) > 1:
+        lengths.add(len(protected.table))
+    if len(lengths) > 1:
+        raise ValueError(f"settings for {sorted(lengths)} rows: a list has one entry for every row of the batch")
+    schedules = []
+    for row in range(max(lengths, default=1)):
+        own = {name: value[row] if isinstance(value, list) else value for name, value in given.items()}
+        changes: dict[str, Any] = {name: own[name] for name in ("keep_ratio", "min_prompt") if own[name] is not None}
+        if not own["enabled"]:
+            changes["keep_ratio"] = 1.0
+        schedules.append(dataclasses.replace(schedule, **changes))
+    is_enabled = any(s.drops(stage) for s in schedules for stage in range(1, s.num_stages + 1))
+    return Settings(tuple(schedules), is_enabled, protected)
+
+
+def _protected(protect: Any) -> Protected | None:
+    if protect is None:
+        return None
+    if isinstance(protect, torch.Tensor):
+        if protect.dim() != 2 or protect.dtype != torch.bool:
+            raise ValueError(
+                f"protect: expected a bool mask [batch, tokens] over the columns of input_ids, got "
+                f"{list(protect.shape)} {protect.dtype}"
+            )
+        table, by_column = protect.cpu(), True
+    else:
+        ranges = list(protect)
+        rows = [ranges] if all(_is_range(r) for r in ranges) else [list(row) for row in ranges]
+        wrong = [r for row in rows for r in row if not _is_range(r)]
+        if wrong:
+            raise ValueError(
+                f"protect: {wrong[0]!r} is no range (first, last + 1) of token indices, counted in each row from its "
+                "first token without padding; give a list of them, or one such list for every row"
+            )
+        table = torch.zeros(len(rows), max((end for row in rows for _, end in row), default=0), dtype=torch.bool)
+        for i, row in enumerate(rows):
+            for begin, end in row:
+                table[i, begin:end] = True
+        by_column = False
+    if table.shape[1] == 0:
+        return None
+    counts = [list(itertools.accumulate(row, initial=0)) for row in table.int().tolist()]
+    return Protected(table, counts, by_column)
+
+
+def _is_range(value: Any) -> bool:
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(n, int) for n in value)
+        and 0 <= value[0] <= value[1]
+    )
