@@ -56,7 +56,10 @@ class MaskedDense(Qwen2ForCausalLM):
     """A Qwen2 that computes what the pruned one must, from the whole sequence, every time.
 
     Set ``pruners``, ``schedule`` and ``prompt_columns`` (columns of ``input_ids`` that are the prompt) after making it.
+    With ``evicts`` what follows the prompt sees the last stage's tokens alone, in all layers.
     """
+
+    evicts = False
 
     @classmethod
     def of(cls, model, pruners, schedule, prompt_columns):
@@ -82,6 +85,9 @@ class MaskedDense(Qwen2ForCausalLM):
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         alive = list(range(prompt_length))
         history = []
+        survivors = None
+        if self.evicts and prompt_length >= schedule.min_prompt and prompt_length < length:
+            survivors = self.row(ids[:prompt_length], prompt_length)[1][-1]
         for i, layer in enumerate(decoder.layers):
             if i in schedule.layers and prompt_length >= schedule.min_prompt:
                 stage = schedule.layers.index(i) + 1
@@ -96,6 +102,10 @@ class MaskedDense(Qwen2ForCausalLM):
             visible[alive] = True
             visible[prompt_length:] = True
             allowed = causal & (visible[None] | torch.eye(length, dtype=torch.bool))  # a row must not be empty
+            if survivors is not None:
+                left = torch.zeros(prompt_length, dtype=torch.bool)
+                left[survivors] = True
+                allowed[prompt_length:, :prompt_length] &= left
             mask = torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)[None, None]
             hidden = layer(hidden, attention_mask=mask, position_embeddings=embeddings, use_cache=False)
         return self.lm_head(decoder.norm(hidden))[0], history

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import make_qwen2
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import naive_keep, naive_select
+from oracle import MaskedDense, naive_keep, naive_select
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
@@ -350,3 +350,60 @@ def test_settings_of_a_row_are_those_of_the_row_alone(
         for row in range(len(lengths)):
             own = {name: value[row] for name, value in given_settings.items()}
             assert_same(got, alone(model, inputs, row, **own), inputs["attention_mask"], row)
+
+
+# --------------------------------------------------------------------------------------------- KV of earlier layers
+
+
+@pytest.mark.parametrize("budget", ["global", "block"])
+@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
+@pytest.mark.parametrize("beams", [1, 3])
+@torch.no_grad()
+def test_evicted_equals_masked_dense(models, pruners, budget, padded, beams):
+    model, inputs = models[torch.float32], prompts([150, 101, 15] if padded else [150])
+    schedule = PruningSchedule(LAYERS, 0.7, budget=budget, block_size=32, min_prompt=20)
+    oracle = MaskedDense.of(model, pruners, schedule, 150)
+    oracle.evicts = True
+    expected = generate(oracle, inputs, use_cache=False, max_new_tokens=8, num_beams=beams).sequences
+    with apply_sdtp(model, pruners, schedule, evict_earlier_kv=True):
+        assert torch.equal(generate(model, inputs, max_new_tokens=8, num_beams=beams).sequences, expected)
+
+
+@pytest.mark.parametrize("budget", ["global", "block"])
+@torch.no_grad()
+def test_bytes_of_an_evicted_cache_are_those_of_the_schedule(models, pruners, budget):
+    model, inputs = models[torch.float32], prompts([150])
+    schedule = PruningSchedule(LAYERS, 0.7, budget=budget, block_size=32)
+    cache = DynamicCache(config=model.config)
+    with apply_sdtp(model, pruners, schedule, evict_earlier_kv=True) as handle:
+        generate(model, inputs, past_key_values=cache, max_new_tokens=6)
+        kv_bytes = handle.report().kv_bytes
+    assert cache.get_seq_length() == 150 + 5, "the logical length"
+    per_token = 2 * 2 * 8 * 4  # keys and values, heads, width, bytes
+    kept = schedule.num_keep(150, 3)
+    assert kv_bytes == 5 * kept * per_token
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == 5 * (kept + 5) * per_token
+
+
+@torch.no_grad()
+def test_chat_and_crop_of_an_evicted_cache(models, pruners):
+    model, ids = models[torch.float32], prompts([200])["input_ids"]
+    schedule = PruningSchedule(LAYERS, 0.7, min_prompt=20)
+    oracle = MaskedDense.of(model, pruners, schedule, 150)
+    oracle.evicts = True
+    with apply_sdtp(model, pruners, schedule, evict_earlier_kv=True):
+        first = generate(model, {"input_ids": ids[:, :150]})
+        turn = torch.cat([first.sequences, ids[:, 150:]], dim=1)
+        expected = generate(oracle, {"input_ids": turn}, use_cache=False).sequences
+        second = generate(model, {"input_ids": turn}, past_key_values=first.past_key_values)
+        assert torch.equal(second.sequences, expected)
+        cache = second.past_key_values
+        cache.crop(-3)
+        again = generate(model, {"input_ids": expected[:, :-3]}, past_key_values=cache, max_new_tokens=3)
+        assert torch.equal(again.sequences, expected)
+        cache.reset()
+        model(ids[:, :15], past_key_values=cache)
+        assert cache.get_seq_length() == 15
+    refused = pytest.raises(NotImplementedError, match="leave evict_earlier_kv out")
+    with apply_sdtp(model, pruners, block_schedule(), evict_earlier_kv=True), refused:
+        generate(model, {"input_ids": ids}, prefill_chunk_size=50)

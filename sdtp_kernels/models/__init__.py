@@ -22,6 +22,7 @@ def apply_sdtp(
     backend: str = "auto",
     *,
     later_turns: bool = True,
+    evict_earlier_kv: bool = False,
 ) -> SdtpHandle:
     """Make a model prune long prompts during prefill.
 
@@ -46,6 +47,10 @@ def apply_sdtp(
     later_turns : bool, default True
         Under the block budget, whether a prompt that continues a cache (a later turn of a chat, what follows a kept
         prefix) is pruned as it completes blocks. Generated tokens wait for the next prompt.
+    evict_earlier_kv : bool, default False
+        Drop what a stage prunes from the caches of the layers below it as well. All layers then hold the same tokens,
+        those that the last stage keeps; tokens that come later see nothing else in any layer. A prompt has to be
+        prefilled in one piece, and later turns are not pruned.
 
     Returns
     -------
@@ -71,4 +76,6 @@ def apply_sdtp(
         raise NotImplementedError(
             f"no SDTP patch for {type(model).__name__} (model_type={model_type!r}); supported: {', '.join(families)}"
         )
-    return families[model_type](model, pruners, schedule, backend, later_turns=later_turns)
+    return families[model_type](
+        model, pruners, schedule, backend, later_turns=later_turns, evict_earlier_kv=evict_earlier_kv
+    )

@@ -115,10 +115,15 @@ class PrunedLayer(DynamicLayer):
         """The logical padding mask ``[B, past + new]`` in terms of what this layer holds, ``[B, K + new]``."""
         if attention_mask is not None:
             return torch.cat([self.kept >= 0, attention_mask[:, self.prompt_length :].bool()], dim=-1)
-        return F.pad(self.kept >= 0, (0, self.keys.shape[2] - self.kept.shape[1] + num_new), value=True)
+        return F.pad(self.kept >= 0, (0, self.num_appended + num_new), value=True)
+
+    @property
+    def num_appended(self) -> int:
+        """Tokens added behind the prompt."""
+        return self.keys.shape[2] - self.kept.shape[1] if self.is_initialized else 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        into_prompt = abs(tokens_to_remove) - (self.get_seq_length() - self.kept.shape[1])
+        into_prompt = abs(tokens_to_remove) - self.num_appended
         if into_prompt > self.num_tail:
             raise ValueError(
                 f"crop({tokens_to_remove}) would remove {into_prompt} tokens of a pruned prompt; only its last "
@@ -134,7 +139,7 @@ class PrunedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.stage = 0
+        self.stage = self.prompt_length = 0
         self.kept = self.kept[:, :0]
         self.waiting = self.finished = self.counted = None
 
@@ -155,6 +160,41 @@ class PrunedLayer(DynamicLayer):
         self.finished = None if self.finished is None else change(self.finished)
         self.counted = None if self.counted is None else change(self.counted)
         self.waiting = None if self.waiting is None else self.waiting.each(change)
+
+
+class EvictedFirstLayer(PrunedLayer):
+    """Layer 0, where pruned tokens were evicted from it: ``generate()`` asks it for the length of the conversation.
+
+    Masks of what it holds are sized by layer 1, which then holds the same tokens.
+    """
+
+    def get_seq_length(self) -> int:
+        return self.prompt_length + self.num_appended
+
+
+def evict(cache: Cache, num_layers: int, like: PrunedLayer, indices: torch.Tensor, backend: str) -> None:
+    """Drop pruned tokens from the layers below a stage, which have cached them already.
+
+    Parameters
+    ----------
+    cache : Cache
+    num_layers : int
+        Layers below the stage. All of them hold the same tokens: the input of the stage.
+    like : PrunedLayer
+        State of a layer above the stage, for those below it as well.
+    indices : Tensor [B, K], int64
+        What the stage keeps of its input.
+    backend : str
+    """
+    below: list[Any] = cache.layers[:num_layers]
+    kept = iter(ops.gather_tokens([t for layer in below for t in (layer.keys, layer.values)], indices, backend=backend))
+    for i, old in enumerate(below):
+        layer = (PrunedLayer if i else EvictedFirstLayer)(like.kept)
+        layer.stage, layer.prompt_length, layer.num_tail = like.stage, like.prompt_length, like.num_tail
+        layer.is_padded, layer.is_ragged = like.is_padded, like.is_ragged
+        layer.keys, layer.values = next(kept), next(kept)
+        layer.dtype, layer.device, layer.is_initialized = old.dtype, old.device, True
+        cache.layers[i] = layer
 
 
 def pruned_layer(cache: Cache | None, layer_idx: int) -> PrunedLayer | None:
@@ -187,7 +227,7 @@ def install(cache: Cache, layer_idx: int, layer: PrunedLayer) -> None:
 
 def check_supported(cache: Any) -> None:
     """Refuse caches whose layers cannot hold a length of their own."""
-    kinds = {type(layer) for layer in getattr(cache, "layers", [])} - {DynamicLayer, PrunedLayer}
+    kinds = {type(layer) for layer in getattr(cache, "layers", [])} - {DynamicLayer, PrunedLayer, EvictedFirstLayer}
     if not isinstance(cache, Cache) or kinds or cache.offloading:
         found = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
         raise NotImplementedError(

@@ -92,6 +92,11 @@ def check_pieces(pruning: Pruning, cache: Any, is_chunked: bool) -> None:
             "prefill_chunk_size: the global budget ranks the whole prompt at once. Prefill in one piece "
             '(prefill_chunk_size=None), or use PruningSchedule(budget="block"), where every chunk size gives the same'
         )
+    if is_chunked and pruning.evict_earlier_kv:
+        raise NotImplementedError(
+            "prefill_chunk_size with evict_earlier_kv=True: later chunks would miss what earlier ones evict. Prefill "
+            "in one piece (prefill_chunk_size=None), or leave evict_earlier_kv out"
+        )
     is_later = waiting_layer(cache, schedule.layers[0]) is not None
     if not (is_chunked or is_later):
         return

@@ -59,6 +59,7 @@ def apply_sdtp_to_qwen2(
     backend: str = "auto",
     *,
     later_turns: bool = True,
+    evict_earlier_kv: bool = False,
 ) -> SdtpHandle:
     """:func:`sdtp_kernels.apply_sdtp` for Qwen2. Everything is checked before anything is changed."""
     backends.check_name(backend)
@@ -72,7 +73,7 @@ def apply_sdtp_to_qwen2(
     undo = contextlib.ExitStack()
     current = Current(make_settings(schedule))
     handle = SdtpHandle(undo.close, schedule, current)
-    pruning = Pruning(schedule, scorers, backend, handle, current, later_turns)
+    pruning = Pruning(schedule, scorers, backend, handle, current, later_turns, evict_earlier_kv)
     decoder.forward = types.MethodType(_make_forward(pruning), decoder)
     undo.callback(decoder.__dict__.pop, "forward")
     if model is not decoder:
@@ -121,7 +122,7 @@ def _make_prefill(pruning: Pruning) -> Callable[..., Any]:
 
 def _make_forward(pruning: Pruning) -> Callable[..., Any]:
     schedule, handle = pruning.schedule, pruning.handle
-    may_go_on = schedule.budget == "block" and pruning.later_turns
+    may_go_on = schedule.budget == "block" and pruning.later_turns and not pruning.evict_earlier_kv
 
     def forward(
         self: Qwen2Model,

@@ -28,6 +28,7 @@ class LayerReport:
     tokens_out: int
     """Tokens that the layer computed and cached."""
     kv_bytes: int
+    """Bytes of what the layer has left in its cache after the prefill."""
     prune_seconds: float | None
     """Time of scoring, selection and gather before this layer; ``None`` where no stage stands."""
 
@@ -154,6 +155,7 @@ class PrefillRecorder:
         self._device = device
         self._kv_bytes_per_token = kv_bytes_per_token
         self._layers: list[tuple[int, int, Any, Any]] = []
+        self._evicted = 0, 0
         self._begin = self.now()
         self._end = self._begin
 
@@ -169,16 +171,20 @@ class PrefillRecorder:
         """Note the next layer; `begin` and `end` are :meth:`now` around its stage, or ``None``."""
         self._layers.append((tokens_in, tokens_out, begin, end))
 
+    def evict(self, tokens: int) -> None:
+        """Note that all layers so far were left with so many tokens in their caches."""
+        self._evicted = len(self._layers), tokens
+
     def finish(self) -> None:
         self._end = self.now()
 
     def report(self) -> PrefillReport:
-        layers = [
-            LayerReport(
-                i, n_in, n_out, n_out * self._kv_bytes_per_token, None if begin is None else self._seconds(begin, end)
-            )
-            for i, (n_in, n_out, begin, end) in enumerate(self._layers)
-        ]
+        layers = []
+        for i, (n_in, n_out, begin, end) in enumerate(self._layers):
+            num_evicted, left = self._evicted
+            held = left if i < num_evicted else n_out
+            seconds = None if begin is None else self._seconds(begin, end)
+            layers.append(LayerReport(i, n_in, n_out, held * self._kv_bytes_per_token, seconds))
         return PrefillReport(self._tokens, self._backend, layers, self._seconds(self._begin, self._end))
 
     def _seconds(self, begin: Any, end: Any) -> float:

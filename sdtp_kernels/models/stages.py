@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from .. import backends, ops
 from ..pruner import PrunerStack, PrunerWeights, TokenPruner, check_finite
 from ..scorers import SCORERS, StageInput, question_attention
-from .cache import PrunedLayer, Waiting, install, pruned_layer, waiting_layer
+from .cache import PrunedLayer, Waiting, evict, install, pruned_layer, waiting_layer
 from .report import PrefillRecorder, SdtpHandle
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Pruning(NamedTuple):
     handle: SdtpHandle
     current: Current
     later_turns: bool
+    evict_earlier_kv: bool
 
 
 class Plain(NamedTuple):
@@ -142,7 +143,7 @@ class Prompt:
         """That of all rows where they are alike; layers, budget and block size are always the same."""
         self.first_layer = schedule.layers[0]
         self.earlier = waiting_layer(cache, self.first_layer)
-        self.may_go_on = schedule.budget == "block" and cache is not None
+        self.may_go_on = schedule.budget == "block" and cache is not None and not pruning.evict_earlier_kv
         self.keeps_waiting = self.may_go_on and (pruning.later_turns or not piece.is_last)
         # Ragged rows finish blocks at different times, which the host does not know: they never fall behind.
         self.is_behind = self.may_go_on and not piece.is_last and not piece.is_ragged
@@ -154,6 +155,7 @@ class Prompt:
         self.counted: torch.Tensor | None = None
         self.least_protected = self.most_protected = 0
         self.waiting: Waiting | None = None
+        self.indices: torch.Tensor | None = None
         self.hidden_states_below: torch.Tensor | None = None
         self.recorder = None
         if not torch.compiler.is_compiling():
@@ -184,6 +186,11 @@ class Prompt:
                 layer = PrunedLayer(segment.token_index[:, :0])
                 install(self.cache, layer_idx, layer)
             self._hold(layer_idx, layer, segment)
+            if self.pruning.evict_earlier_kv and self.indices is not None:
+                evict(self.cache, layer_idx, layer, self.indices, self.pruning.backend)
+                self.indices = None
+                if self.recorder:
+                    self.recorder.evict(hidden_states.shape[1])
         if self.recorder:
             self.recorder.layer(tokens_in, hidden_states.shape[1], begin, end)
         # Held over one layer, and only where a stage follows that may look at it.
@@ -294,6 +301,7 @@ class Prompt:
             is_protected = others[0] if others else None
         if self.piece.is_ragged:
             index = torch.where(indices < 0, -1, index)  # a gather leaves zeros in padding, and 0 is a token
+        self.indices = indices
         return hidden_states, segment._replace(
             position_embeddings=(cos, sin), token_index=index, is_protected=is_protected
         )
@@ -433,7 +441,8 @@ def continue_segment(
     mask = None
     if layer.is_ragged or may_be_padded:
         mask = layer.padding_mask(attention_mask, hidden_states.shape[1])
-    causal_mask = segment_mask(decoder, layer_idx, hidden_states, mask, cache)
+    # Layer 0 answers with the length of the conversation. Where something was evicted from it, so it was from layer 1.
+    causal_mask = segment_mask(decoder, max(layer_idx, 1), hidden_states, mask, cache)
     return segment._replace(stage=layer.stage, attention_mask=causal_mask)
 
 
