@@ -57,6 +57,11 @@ class TokenPruner(nn.Module):
         A stage ranks a token by the highest score among so many around it (odd), see
         :func:`~sdtp_kernels.select_tokens`: what stands together is kept together. 1 is the form of the paper.
 
+    Notes
+    -----
+    The distance and attention terms look at the prompt's end. Under the block budget, where what a block keeps must not
+    depend on what stands behind it (:attr:`PruningSchedule.sees_prompt_end`), a stage leaves them out.
+
     Raises
     ------
     ValueError

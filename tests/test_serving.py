@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_qwen2
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracle import MaskedDense, naive_keep, naive_select
 from torch.overrides import TorchFunctionMode
@@ -18,6 +18,7 @@ from sdtp_kernels.models.cache import PrunedLayer, stage_of
 
 LAYERS = (1, 3, 4)
 DTYPES = (torch.float32, torch.bfloat16)
+PHASES = (Phase.explicit, Phase.generate)  # to shrink an example would take minutes, and it is small as it is
 
 
 class InDouble(TorchFunctionMode):
@@ -103,7 +104,7 @@ def assert_same(got, expected, mask, row=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@settings(max_examples=40)
+@settings(max_examples=40, phases=PHASES)
 @given(
     lengths=st.lists(st.integers(1, 150), min_size=1, max_size=3),
     chunk=st.integers(1, 160),
@@ -120,7 +121,7 @@ def test_chunks_equal_one_call(models, pruners, dtype, lengths, chunk, block_siz
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@settings(max_examples=30)
+@settings(max_examples=30, phases=PHASES)
 @given(
     lengths=st.lists(st.integers(1, 100), min_size=1, max_size=3),
     turns=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)), min_size=1, max_size=3),
@@ -152,7 +153,7 @@ def test_a_chat_equals_its_last_prompt_alone(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@settings(max_examples=30)
+@settings(max_examples=30, phases=PHASES)
 @given(
     prefix=st.integers(1, 120),
     suffixes=st.lists(st.integers(1, 90), min_size=2, max_size=2),
@@ -273,7 +274,7 @@ ranges = st.lists(st.tuples(st.integers(0, 130), st.integers(0, 30)).map(lambda 
 
 
 @pytest.mark.parametrize("budget", ["global", "block"])
-@settings(max_examples=25)
+@settings(max_examples=25, phases=PHASES)
 @given(
     lengths=st.lists(st.integers(1, 130), min_size=1, max_size=3),
     protect=st.lists(ranges, min_size=3, max_size=3),
@@ -321,13 +322,44 @@ def test_protected_tokens_stay_and_the_rest_is_pruned_without_them(
         assert [i for i in kept if i >= 0] == expected
 
 
+@torch.no_grad()
+def test_settings_end_with_their_request(models, pruners):
+    model, inputs = models[torch.float32], prompts([100])
+    with apply_sdtp(model, pruners, block_schedule()) as handle:
+        expected = generate(model, inputs).past_key_values.layers[4].keys
+        with handle.request(enabled=False):
+            assert generate(model, inputs).past_key_values.layers[4].keys.shape[2] == 103
+            assert "not enabled" in str(handle.report())
+        with pytest.raises(ZeroDivisionError), handle.request(enabled=False):
+            raise ZeroDivisionError
+        assert torch.equal(generate(model, inputs).past_key_values.layers[4].keys, expected)
+
+
+@pytest.mark.parametrize(
+    ("given_settings", "message"),
+    [
+        ({"keep_ratio": 1.5}, r"keep_ratio=1.5: expected a share in \(0, 1\]"),
+        ({"keep_ratio": [0.5, 0.5], "enabled": [True] * 3}, r"settings for \[2, 3\] rows"),
+        ({"keep_ratio": [0.5] * 3}, "settings for 3 rows, but the batch has 2"),
+        ({"protect": [[(0, 5)], [], []]}, "settings for 3 rows, but the batch has 2"),
+        ({"protect": [(5, 2)]}, r"\(5, 2\) is no range"),
+        ({"protect": torch.ones(2, 100)}, r"expected a bool mask .* got \[2, 100\] torch.float32"),
+    ],
+)
+@torch.no_grad()
+def test_settings_that_cannot_be(models, pruners, given_settings, message):
+    model, inputs = models[torch.float32], prompts([100, 70])
+    with apply_sdtp(model, pruners, block_schedule()), pytest.raises(ValueError, match=message):
+        generate(model, inputs, **given_settings)
+
+
 def positions(inputs):
     return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("budget", ["global", "block"])
-@settings(max_examples=20)
+@settings(max_examples=20, phases=PHASES)
 @given(
     lengths=st.lists(st.integers(1, 130), min_size=2, max_size=3),
     keep_ratio=st.lists(st.sampled_from([1.0, 0.9, 0.5]), min_size=3, max_size=3),

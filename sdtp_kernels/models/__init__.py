@@ -33,6 +33,11 @@ def apply_sdtp(
     A call with ``logits_to_keep=k`` treats the last ``k - 1`` tokens as standing behind the prompt: they are never
     pruned. A call without it returns the logits of the kept tokens only.
 
+    Under the block budget a prompt may come in pieces: ``generate(prefill_chunk_size=...)``, later turns of a chat, a
+    kept prefix and what follows it; the cache is that of one call with the whole. A call of the model itself with
+    ``sdtp_prompt_length=columns`` reads a piece of a prompt of so many columns; without it, a call that continues a
+    cache adds tokens and prunes none. ``generate()`` takes the settings of :meth:`SdtpHandle.request` as keywords.
+
     Parameters
     ----------
     model : Qwen2ForCausalLM or Qwen2Model
@@ -40,7 +45,9 @@ def apply_sdtp(
     pruners : mapping of int to module, str or callable
         For every layer of the schedule a :class:`TokenPruner`, or any module that turns hidden states ``[..., D]``
         into scores ``[...]``; the result of :func:`load_pruners`; the name of a training-free scorer (``"random"``,
-        ``"recent"``, ``"norm"``, ``"attention"``); or a function of a :class:`~sdtp_kernels.scorers.StageInput`.
+        ``"recent"``, ``"norm"``, ``"attention"``); or a function of a :class:`~sdtp_kernels.scorers.StageInput`. Under
+        the block budget a :class:`TokenPruner` scores by its MLP alone, and a function prunes prompts in pieces only if
+        it is declared :func:`~sdtp_kernels.scorers.block_local`.
     schedule : PruningSchedule
     backend : str, default "auto"
         A name from :func:`explain_backends`; a name never falls back to another backend.

@@ -35,8 +35,6 @@ class Protected(NamedTuple):
         place = torch.arange(past, past + width, device=token_index.device).expand(batch, -1)
         place = place if self.by_column else token_index
         table = self.table.to(token_index.device)
-        if batch % len(table):
-            raise ValueError(f"protect: tokens of {len(table)} rows, but the batch has {batch}")
         if len(table) > 1:
             table = table.repeat_interleave(batch // len(table), dim=0)
         found = table.expand(batch, -1).gather(1, place.clamp(0, table.shape[1] - 1))
@@ -67,10 +65,10 @@ class Settings(NamedTuple):
 
     def groups(self, batch: int) -> list[tuple[list[int] | None, PruningSchedule]]:
         """Rows with the schedule that they share; ``None`` for all rows."""
-        if len(set(self.schedules)) == 1:
-            return [(None, self.schedules[0])]
         if batch % len(self.schedules):
             raise ValueError(f"settings for {len(self.schedules)} rows, but the batch has {batch}")
+        if len(set(self.schedules)) == 1:
+            return [(None, self.schedules[0])]
         each = batch // len(self.schedules)  # beams of a row stand together
         rows: dict[PruningSchedule, list[int]] = {}
         for i in range(batch):
@@ -123,8 +121,8 @@ def _protected(protect: Any) -> Protected | None:
         table, by_column = protect.cpu(), True
     else:
         ranges = list(protect)
-        rows = [ranges] if all(_is_range(r) for r in ranges) else [list(row) for row in ranges]
-        wrong = [r for row in rows for r in row if not _is_range(r)]
+        rows = [ranges] if all(_is_pair(r) for r in ranges) else [list(row) for row in ranges]
+        wrong = [r for row in rows for r in row if not (_is_pair(r) and 0 <= r[0] <= r[1])]
         if wrong:
             raise ValueError(
                 f"protect: {wrong[0]!r} is no range (first, last + 1) of token indices, counted in each row from its "
@@ -141,10 +139,5 @@ def _protected(protect: Any) -> Protected | None:
     return Protected(table, counts, by_column)
 
 
-def _is_range(value: Any) -> bool:
-    return (
-        isinstance(value, (tuple, list))
-        and len(value) == 2
-        and all(isinstance(n, int) for n in value)
-        and 0 <= value[0] <= value[1]
-    )
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(n, int) for n in value)
