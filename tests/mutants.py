@@ -503,7 +503,7 @@ MUTANTS = [
         MODELS + "stages.py",
         "            layer.drop_waiting(self.pruning.backend)\n",
         "            pass\n",
-        "test_serving.py::test_a_prompt_in_pieces_by_hand",
+        "test_serving.py::test_a_long_chat_stays_bounded_by_the_schedule",
     ),
     Mutant(
         "finished tokens of a row by its neighbours' count",
