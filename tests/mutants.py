@@ -550,7 +550,7 @@ MUTANTS = [
     Mutant(
         "global budget in chunks",
         MODELS + "checks.py",
-        'if is_chunked and schedule.budget != "block":',
+        'if is_chunk and pruning.schedule.budget != "block":',
         "if False:",
         "test_serving.py::test_what_cannot_come_in_pieces",
     ),
@@ -601,7 +601,7 @@ MUTANTS = [
         MODELS + "stages.py",
         "if self.pruning.evict_earlier_kv and self.indices is not None:",
         "if self.pruning.evict_earlier_kv and self.indices is not None and segment.stage > 1:",
-        "test_serving.py::test_bytes_of_an_evicted_cache_are_those_of_the_schedule",
+        "test_serving.py::test_evicted_equals_masked_dense",
     ),
     Mutant(
         "a request's tensors kept",

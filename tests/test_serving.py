@@ -239,8 +239,11 @@ def test_a_long_chat_stays_bounded_by_the_schedule(models, pruners):
 def test_what_cannot_come_in_pieces(models, pruners):
     model, inputs = models[torch.float32], prompts([100])
     refused = pytest.raises(NotImplementedError, match=r'budget="block"')
-    with apply_sdtp(model, pruners, PruningSchedule(LAYERS)), refused:
-        generate(model, inputs, prefill_chunk_size=30)
+    with apply_sdtp(model, pruners, PruningSchedule(LAYERS)):
+        with refused:
+            generate(model, inputs, prefill_chunk_size=30)
+        with refused:
+            model(inputs["input_ids"][:, :30], sdtp_prompt_length=100)
     with apply_sdtp(model, "attention", block_schedule()):
         first = generate(model, inputs)
         with pytest.raises(NotImplementedError, match=r"attention_score \(layer 1\) looks past its block.*block_local"):

@@ -10,7 +10,7 @@ import transformers
 from packaging.version import Version
 from transformers import Qwen2ForCausalLM, Qwen2Model
 
-from .cache import check_supported, waiting_layer
+from .cache import check_supported
 
 if TYPE_CHECKING:
     from ..schedule import PruningSchedule
@@ -84,21 +84,19 @@ def check_call(model: Qwen2ForCausalLM, args: tuple[Any, ...], kwargs: dict[str,
     return args, kwargs
 
 
-def check_pieces(pruning: Pruning, cache: Any, is_chunked: bool) -> None:
-    """Before ``generate()`` prefills: whether a prompt may come in pieces."""
-    schedule = pruning.schedule
-    if is_chunked and schedule.budget != "block":
+def check_pieces(pruning: Pruning, is_chunk: bool, is_later: bool) -> None:
+    """Refuse a piece of a prompt, more of which is to come or was there, where pieces would not make up the whole."""
+    if is_chunk and pruning.schedule.budget != "block":
         raise NotImplementedError(
             "prefill_chunk_size: the global budget ranks the whole prompt at once. Prefill in one piece "
             '(prefill_chunk_size=None), or use PruningSchedule(budget="block"), where every chunk size gives the same'
         )
-    if is_chunked and pruning.evict_earlier_kv:
+    if is_chunk and pruning.evict_earlier_kv:
         raise NotImplementedError(
             "prefill_chunk_size with evict_earlier_kv=True: later chunks would miss what earlier ones evict. Prefill "
             "in one piece (prefill_chunk_size=None), or leave evict_earlier_kv out"
         )
-    is_later = waiting_layer(cache, schedule.layers[0]) is not None
-    if not (is_chunked or is_later):
+    if not (is_chunk or is_later):
         return
     for layer, scorer in pruning.scorers.items():
         if not scorer.is_block_local:

@@ -78,7 +78,7 @@ def apply_sdtp_to_qwen2(
     undo.callback(decoder.__dict__.pop, "forward")
     if model is not decoder:
         undo.callback(model.register_forward_pre_hook(check_call, with_kwargs=True).remove)
-        model._prefill = types.MethodType(_make_prefill(pruning), model)
+        model._prefill = types.MethodType(_prefill, model)
         undo.callback(model.__dict__.pop, "_prefill")
         model.generate = types.MethodType(_make_generate(handle), model)
         undo.callback(model.__dict__.pop, "generate")
@@ -96,28 +96,22 @@ def _make_generate(handle: SdtpHandle) -> Callable[..., Any]:
     return generate
 
 
-def _make_prefill(pruning: Pruning) -> Callable[..., Any]:
+def _prefill(
+    model: Qwen2ForCausalLM,
+    input_ids: torch.Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    is_first_iteration: bool = True,
+) -> Any:
     """``generate()``'s prefill, which alone knows how long the prompt is that its chunks belong to."""
-
-    def prefill(
-        self: Qwen2ForCausalLM,
-        input_ids: torch.Tensor,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        is_first_iteration: bool = True,
-    ) -> Any:
-        cache, is_chunked = model_kwargs.get("past_key_values"), generation_config.prefill_chunk_size is not None
-        if is_first_iteration:  # an assistant model drafts by calls that are none
-            attention_mask = model_kwargs.get("attention_mask")
-            tokens = input_ids if attention_mask is None else attention_mask
-            check_pieces(pruning, cache, is_chunked)
-            model_kwargs[PROMPT_LENGTH] = tokens.shape[1]
-        try:
-            return type(self)._prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration)
-        finally:
-            model_kwargs.pop(PROMPT_LENGTH, None)
-
-    return prefill
+    if is_first_iteration:  # an assistant model drafts by calls that are no prefill
+        attention_mask = model_kwargs.get("attention_mask")
+        tokens = input_ids if attention_mask is None else attention_mask
+        model_kwargs[PROMPT_LENGTH] = tokens.shape[1]
+    try:
+        return type(model)._prefill(model, input_ids, generation_config, model_kwargs, is_first_iteration)
+    finally:
+        model_kwargs.pop(PROMPT_LENGTH, None)
 
 
 def _make_forward(pruning: Pruning) -> Callable[..., Any]:
@@ -167,6 +161,8 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
             )
 
         check_inputs(self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs)
+        if is_prompt:
+            check_pieces(pruning, is_chunk=not is_last, is_later=earlier is not None)
         return_dict = kwargs.pop("return_dict", self.config.return_dict)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if inputs_embeds is None:
