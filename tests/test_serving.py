@@ -10,6 +10,7 @@ from conftest import make_qwen2
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracle import MaskedDense, naive_keep, naive_select
+from test_ops import NoHostSync
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
@@ -354,6 +355,43 @@ def test_settings_that_cannot_be(models, pruners, given_settings, message):
     model, inputs = models[torch.float32], prompts([100, 70])
     with apply_sdtp(model, pruners, block_schedule()), pytest.raises(ValueError, match=message):
         generate(model, inputs, **given_settings)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@torch.no_grad()
+def test_no_host_sync_in_pieces_settings_and_eviction(models, pruners, backend):
+    model, inputs = models[torch.float32], prompts([100, 70])
+    mask = inputs["attention_mask"]
+    ours = NoHostSync(outside="transformers/masking_utils.py")
+    given = {"keep_ratio": [0.5, 0.9], "protect": [[(3, 9)], []]}
+    with apply_sdtp(model, pruners, block_schedule(), backend) as handle, handle.request(**given), ours:
+        cache = DynamicCache(config=model.config)
+        for begin, end in ((0, 40), (40, 77), (77, 100)):
+            piece = inputs["input_ids"][:, begin:end]
+            model(piece, attention_mask=mask[:, :end], past_key_values=cache, sdtp_prompt_length=100)
+    with apply_sdtp(model, pruners, PruningSchedule(LAYERS), backend, evict_earlier_kv=True), ours:
+        model(**inputs, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+
+
+@pytest.mark.parametrize("evicts", [False, True], ids=["pieces", "evicted"])
+@torch.no_grad()
+def test_one_graph(models, pruners, evicts):
+    """Prefill, a later piece of the prompt (or a later turn) and a step of decoding, each in one graph."""
+    model, ids = models[torch.float32], prompts([120])["input_ids"]
+    torch._dynamo.reset()
+    with apply_sdtp(model, pruners, block_schedule(), evict_earlier_kv=evicts):
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        caches = [DynamicCache(config=model.config) for _ in range(2)]
+        for piece in ids.split((75, 44, 1), dim=1):
+            asked = {} if evicts or piece.shape[1] == 1 else {"sdtp_prompt_length": 119}
+            logits = [
+                run(piece, past_key_values=cache, logits_to_keep=1, **asked).logits
+                for run, cache in zip((model, compiled), caches, strict=True)
+            ]
+            if logits[0].shape[1]:  # a piece that is not the last may have none
+                torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+        for a, b in zip(*(cache.layers for cache in caches), strict=True):
+            torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=0)
 
 
 def positions(inputs):
