@@ -38,7 +38,7 @@ train: $(VENV)/install.done ## the pruners of SmolLM2-135M anew, from texts that
 	$(BIN)/sdtp saliency --samples 256 --context 512 1024 --out build/train/saliency
 	$(BIN)/sdtp train --saliency build/train/saliency --epochs 6 --out build/train/smollm2-135m.safetensors
 	$(BIN)/sdtp train --saliency build/train/saliency --epochs 6 --no-distance --attention-weight 0 --pooling 1 \
-		--intermediate 144 --out build/train/smollm2-135m-paper.safetensors
+		--no-averaging --intermediate 144 --out build/train/smollm2-135m-paper.safetensors
 
 test: lint $(VENV)/install.done $(VENV)/triton-3.8 ## everything that proves the package right: lint, tests, planted bugs
 	$(BIN)/sdtp doctor

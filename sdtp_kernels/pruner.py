@@ -56,6 +56,9 @@ class TokenPruner(nn.Module):
     pooling : int, default 1
         A stage ranks a token by the highest score among so many around it (odd), see
         :func:`~sdtp_kernels.select_tokens`: what stands together is kept together. 1 is the form of the paper.
+    averaging : bool, default False
+        A stage ranks by the mean of the MLP's scores of all stages so far: noisy opinions about the same thing.
+        The distance and attention terms stay those of the stage.
 
     Notes
     -----
@@ -78,11 +81,12 @@ class TokenPruner(nn.Module):
         distance: bool = False,
         attention: bool = False,
         pooling: int = 1,
+        averaging: bool = False,
     ) -> None:
         super().__init__()
         if pooling < 1 or pooling % 2 == 0:
             raise ValueError(f"pooling={pooling}: expected an odd number of tokens, or 1 for none")
-        self.distance, self.attention, self.pooling = distance, attention, pooling
+        self.distance, self.attention, self.pooling, self.averaging = distance, attention, pooling, averaging
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size or max(1, hidden_size // 4)
         self.rms_norm = rms_norm
@@ -163,7 +167,8 @@ class TokenPruner(nn.Module):
         return PrunerWeights(w1.to(dtype).contiguous(), b1.to(wide), w2.to(wide), b2.to(wide))
 
     def extra_repr(self) -> str:
-        return f"{self.hidden_size} -> {self.intermediate_size} -> 1, rms_norm={self.rms_norm}, pooling={self.pooling}"
+        form = f"rms_norm={self.rms_norm}, pooling={self.pooling}, averaging={self.averaging}"
+        return f"{self.hidden_size} -> {self.intermediate_size} -> 1, {form}"
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,7 @@ class PrunerHeader:
     distance: bool = False
     attention: bool = False
     pooling: int = 1
+    averaging: bool = False
 
 
 class PrunerStack(dict[int, TokenPruner]):
@@ -223,7 +229,7 @@ def save_pruners(
 
     if not pruners:
         raise ValueError("no pruners to save: expected a mapping of decoder layer to TokenPruner")
-    names = ("hidden_size", "rms_norm", "rms_eps", "distance", "attention", "pooling")
+    names = ("hidden_size", "rms_norm", "rms_eps", "distance", "attention", "pooling", "averaging")
     shared = {tuple(getattr(pruner, name) for name in names) for pruner in pruners.values()}
     if len(shared) != 1:
         raise ValueError(f"pruners of one file share ({', '.join(names)}), got {sorted(shared)}")
@@ -291,6 +297,7 @@ def load_pruners(path: str | os.PathLike[str]) -> PrunerStack:
             distance=header.distance,
             attention=header.attention,
             pooling=header.pooling,
+            averaging=header.averaging,
         )
         wanted = pruner.state_dict()
         missing = sorted(prefix + name for name in wanted if prefix + name not in tensors)

@@ -302,6 +302,20 @@ MUTANTS = [
         "return 1",
         "test_qwen2.py::test_prefill_equals_masked_dense",
     ),
+    Mutant(
+        "the opinion of earlier stages forgotten",
+        MODELS + "stages.py",
+        "torch.lerp(before, scores, 1 / (number + 1))",
+        "scores",
+        "test_qwen2.py::test_prefill_equals_masked_dense",
+    ),
+    Mutant(
+        "the opinion of earlier stages at the wrong tokens",
+        MODELS + "stages.py",
+        "opinion = Opinion(others.pop(), opinion.number)",
+        "opinion = Opinion(opinion.mean_score[:, : indices.shape[1]], opinion.number)",
+        "test_qwen2.py::test_prefill_equals_masked_dense",
+    ),
     # Evaluation.
     Mutant(
         "oracle looked up by the place after pruning",

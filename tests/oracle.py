@@ -84,6 +84,7 @@ class MaskedDense(Qwen2ForCausalLM):
         embeddings = decoder.rotary_emb(hidden, positions)
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         alive = list(range(prompt_length))
+        opinions = [[] for _ in range(prompt_length)]
         history = []
         survivors = None
         if self.evicts and prompt_length >= schedule.min_prompt and prompt_length < length:
@@ -94,6 +95,10 @@ class MaskedDense(Qwen2ForCausalLM):
                 num_keep, recent, _ = naive_keep(schedule, prompt_length, stage)
                 per_block = naive_keep(schedule, prompt_length, stage - 1)[2]
                 scores = self.pruners[i](hidden[0, alive]).tolist()
+                if self.pruners[i].averaging and num_keep < len(alive):  # a stage that drops nothing has no opinion
+                    for k, score in zip(alive, scores, strict=True):
+                        opinions[k].append(score)
+                    scores = [math.fsum(opinions[k]) / len(opinions[k]) for k in alive]
                 pooling = self.pruners[i].pooling
                 kept = naive_select(scores, num_keep, schedule.sink, recent, per_block, pooling)
                 alive = [alive[k] for k in kept]

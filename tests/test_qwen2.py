@@ -53,9 +53,13 @@ def generate(model, inputs, **settings):
     return model.generate(**inputs, **settings)
 
 
+@pytest.mark.parametrize("averaging", [False, True], ids=["stage alone", "mean of stages"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_prefill_equals_masked_dense(pruners, schedule, attention):
+def test_prefill_equals_masked_dense(pruners, schedule, attention, averaging):
+    pruners = copy.deepcopy(pruners)
+    for pruner in pruners.values():
+        pruner.averaging = averaging
     model = make_qwen2(attention=attention)
     oracle = MaskedDense.of(model, pruners, schedule, TOKENS)
     ids = prompt()
@@ -382,7 +386,8 @@ def test_scorers_score_what_their_names_say(tiny_model):
 def test_pruner_with_distance_and_attention(tiny_model, schedule):
     """Rows stay independent, with a cache and without, and the terms count where a score may see the prompt's end."""
     torch.manual_seed(1)
-    pruners = {layer: TokenPruner(64, distance=True, attention=True, pooling=5) for layer in LAYERS}
+    settings = {"distance": True, "attention": True, "pooling": 5, "averaging": True}
+    pruners = {layer: TokenPruner(64, **settings) for layer in LAYERS}
     batch = padded_batch(SHORT_LENGTHS)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     results = []

@@ -66,10 +66,18 @@ def simulate_pruning(
 
     mask = torch.ones(ids.shape[1], device=ids.device)
     alive = torch.arange(n, device=ids.device)
+    opinion, number = torch.zeros(n, device=ids.device), 0  # mean of the MLPs' scores so far, where they are averaged
     for i in range(first, len(decoder.layers)):
-        if i in schedule.layers and n >= schedule.min_prompt:
-            stage = schedule.layers.index(i) + 1
-            scores = _scores(pruners[i], schedule, decoder.layers[i - 1], hidden_states, below, embeddings, alive)
+        stage = schedule.layers.index(i) + 1 if i in schedule.layers else 0
+        if stage and schedule.drops(stage) and n >= schedule.min_prompt:
+            scores: torch.Tensor = pruners[i](hidden_states[0, alive])
+            if pruners[i].averaging:
+                number += 1
+                scores = torch.lerp(opinion[alive], scores, 1 / number)
+                opinion = opinion.scatter(0, alive, scores)
+            scores = scores + _bias(
+                pruners[i], schedule, decoder.layers[i - 1], hidden_states, below, embeddings, alive
+            )
             kept, decisions = _decide(scores, pruners[i].pooling, schedule, n, stage, generator)
             mask = mask.scatter(0, alive, mask[alive] * decisions)
             alive = alive[kept]
@@ -113,7 +121,7 @@ def masked_layer(
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))  # type: ignore[no-any-return]
 
 
-def _scores(
+def _bias(
     pruner: TokenPruner,
     schedule: PruningSchedule,
     layer_below: Any,
@@ -122,10 +130,9 @@ def _scores(
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     alive: torch.Tensor,
 ) -> torch.Tensor:
-    """Scores ``[alive]`` as a stage computes them, from the tokens that are left."""
-    scores: torch.Tensor = pruner(hidden_states[0, alive])
+    """What a stage adds to the MLP's scores, ``[alive]``, from the tokens that are left."""
     if not schedule.sees_prompt_end or not (pruner.distance or pruner.attention):
-        return scores
+        return torch.zeros_like(alive, dtype=torch.float32)
     attention = None
     if pruner.attention:
         cos, sin = position_embeddings
@@ -140,7 +147,7 @@ def _scores(
                     hidden_states_below=hidden_states_below[:, alive],
                 )
             )
-    return scores + pruner.score_bias((alive[-1] - alive).unsqueeze(0), attention)[0]
+    return pruner.score_bias((alive[-1] - alive).unsqueeze(0), attention)[0]
 
 
 def _pool(scores: torch.Tensor, pooling: int, recent: int, block_size: int | None) -> torch.Tensor:

@@ -80,6 +80,10 @@ def add_command(subparsers: Any) -> None:
         "--pooling", type=int, default=7, metavar="TOKENS",
         help="rank a token by the best score among so many around it; 1 for none (%(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--no-averaging", action="store_false", dest="averaging",
+        help="rank by the MLP of a stage alone, not by the mean over the stages so far",
+    )  # fmt: skip
     parser.add_argument("--init", metavar="FILE", help="begin with these pruners")
     parser.add_argument(
         "--keep", nargs="+", type=float, default=[0.9, 0.8], help="keep ratios of lm and kl, drawn at random (0.9 0.8)"
@@ -592,6 +596,7 @@ def _new_pruners(args: argparse.Namespace, layers: Sequence[int], hidden_size: i
                 distance=args.distance,
                 attention=args.attention_weight > 0,
                 pooling=args.pooling,
+                averaging=args.averaging,
             )
             for layer in layers
         }

@@ -45,6 +45,15 @@ class Pruning(NamedTuple):
     evict_earlier_kv: bool
 
 
+class Opinion(NamedTuple):
+    """What the stages so far thought of the tokens, where pruners average it."""
+
+    mean_score: torch.Tensor
+    """``[B, n]``, of the MLP alone."""
+    number: int
+    """Stages that it is the mean of."""
+
+
 class Plain(NamedTuple):
     """A scorer that is a function of its stage."""
 
@@ -53,8 +62,9 @@ class Plain(NamedTuple):
     is_block_local: bool
     pooling: int = 1
 
-    def score(self, stage: StageInput, backend: str) -> torch.Tensor:
-        return self.function(stage).float()
+    def score(self, stage: StageInput, opinion: Opinion | None, backend: str) -> tuple[torch.Tensor, None]:
+        """Scores ``[B, n]``; nothing that a later stage would want to know."""
+        return self.function(stage).float(), None
 
 
 class Fused(NamedTuple):
@@ -71,11 +81,16 @@ class Fused(NamedTuple):
     def pooling(self) -> int:
         return self.pruner.pooling
 
-    def score(self, stage: StageInput, backend: str) -> torch.Tensor:
-        return ops.score_tokens(
-            stage.hidden_states, *self.weights,
-            score_bias=self.score_bias(stage), rms_eps=self.rms_eps, backend=backend,
-        )  # fmt: skip
+    def score(self, stage: StageInput, opinion: Opinion | None, backend: str) -> tuple[torch.Tensor, Opinion | None]:
+        """Scores ``[B, n]``, and where the pruner averages, the opinion that the next stage goes on with."""
+        scores = ops.score_tokens(stage.hidden_states, *self.weights, rms_eps=self.rms_eps, backend=backend)
+        if self.pruner.averaging:
+            if opinion is not None:
+                before, number = opinion
+                scores = torch.lerp(before, scores, 1 / (number + 1))
+            opinion = Opinion(scores, 1 if opinion is None else opinion.number + 1)
+        bias = self.score_bias(stage)
+        return scores if bias is None else scores + bias, opinion if self.pruner.averaging else None
 
     def score_bias(self, stage: StageInput) -> torch.Tensor | None:
         """What the pruner adds to the scores beside the hidden states, if anything."""
@@ -108,6 +123,7 @@ class Segment(NamedTuple):
     """``[B, n]`` index of each token in the row's own prompt, -1 for padding."""
     is_protected: torch.Tensor | None = None
     """``[B, n]`` bool; ``None`` where no token is protected."""
+    opinion: Opinion | None = None
 
 
 class Piece(NamedTuple):
@@ -286,24 +302,29 @@ class Prompt:
         if segment.is_protected is not None:
             carried.append(segment.is_protected)
         is_simple = not self.piece.is_ragged or (self.earlier is None and segment.is_protected is None)
-        if isinstance(scorer, Fused) and is_simple and len(self.groups) == 1:
+        if isinstance(scorer, Fused) and not scorer.pruner.averaging and is_simple and len(self.groups) == 1:
             num_keep, selection = self._plan(self.schedule, stage)
             hidden_states, (cos, sin, index), indices = ops.prune_tokens(
                 hidden_states, carried, *scorer.weights, num_keep, **selection, pooling=scorer.pooling,
                 score_bias=scorer.score_bias(stage_input), rms_eps=scorer.rms_eps, backend=backend,
             )  # fmt: skip
-            is_protected = None
+            is_protected, opinion = None, None
         else:
-            indices = self._select(scorer.score(stage_input, backend), stage, scorer.pooling, segment)
+            scores, opinion = scorer.score(stage_input, segment.opinion, backend)
+            indices = self._select(scores, stage, scorer.pooling, segment)
+            if opinion is not None:
+                carried.append(opinion.mean_score)
             hidden_states, cos, sin, index, *others = ops.gather_tokens(
                 [hidden_states, *carried], indices, backend=backend
             )
+            if opinion is not None:
+                opinion = Opinion(others.pop(), opinion.number)
             is_protected = others[0] if others else None
         if self.piece.is_ragged:
             index = torch.where(indices < 0, -1, index)  # a gather leaves zeros in padding, and 0 is a token
         self.indices = indices
         return hidden_states, segment._replace(
-            position_embeddings=(cos, sin), token_index=index, is_protected=is_protected
+            position_embeddings=(cos, sin), token_index=index, is_protected=is_protected, opinion=opinion
         )
 
     def _plan(self, schedule: PruningSchedule, stage: int, rows: list[int] | None = None) -> tuple[int, _Selection]:
