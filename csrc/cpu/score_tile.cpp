@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "sdtp/gelu.h"
+#include "sdtp/portable.h"
 
 // A portable build runs everywhere and still uses wide vectors where they are: the loader picks the clone.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
@@ -11,8 +12,6 @@
 #else
 #define SDTP_VECTOR_CLONES
 #endif
-// A helper must be inlined to be compiled for its caller's target.
-#define SDTP_INLINE inline __attribute__((always_inline))
 
 namespace sdtp::cpu {
 namespace {
@@ -20,27 +19,6 @@ namespace {
 // Sums run in this many independent partial sums, on every machine: strict IEEE semantics forbid the compiler to
 // reorder one sum, and a fixed order keeps a token's score independent of what is computed beside it.
 constexpr int kLanes = 32;
-
-SDTP_INLINE float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-}
-
-SDTP_INLINE float to_float(float value) { return value; }
-
-SDTP_INLINE float to_float(BFloat16 value) { return from_bits(uint32_t{value.bits} << 16); }
-
-SDTP_INLINE float to_float(Half value) {
-    const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
-    const uint32_t magnitude = value.bits & 0x7fffu;
-    // Exponent and mantissa move into place, and the product corrects the exponent's bias, subnormals included.
-    const float finite = from_bits(magnitude << 13) * 0x1p112f;
-    uint32_t bits;
-    std::memcpy(&bits, &finite, sizeof(bits));
-    const uint32_t special = 0x7f800000u | magnitude << 13;
-    return from_bits(sign | (magnitude >= 0x7c00u ? special : bits));
-}
 
 SDTP_INLINE void store(float value, float& to) { to = value; }
 SDTP_INLINE void store(BFloat16 value, BFloat16& to) { to = value; }

@@ -3,15 +3,9 @@
 
 #include <cstdint>
 
-namespace sdtp::cpu {
+#include "sdtp/floats.h"
 
-// Bits of 16-bit floats, which C++17 has no types for.
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Half {
-    uint16_t bits;
-};
+namespace sdtp::cpu {
 
 // Copies `num_tokens` rows of `hidden_size` contiguous elements, `stride` elements apart, to the dense `tile`. Float16
 // is widened: no CPU matmul library is fast in it. Where `inv_rms` is given, it gets 1 / rms of each row.

@@ -3,12 +3,14 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+
+#include "sdtp/floats.h"
+#include "sdtp/portable.h"
 
 namespace sdtp {
 
 // 2^-t for 0 <= t < 126 (other t give some finite number, NaN gives NaN), relative error < 1.3e-7.
-inline float exp2_negative(float t) {
+SDTP_HOST_DEVICE inline float exp2_negative(float t) {
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     const float shifted = t + kRound;
     const float r = (shifted - kRound) - t;  // in [-1/2, 1/2]
@@ -20,17 +22,12 @@ inline float exp2_negative(float t) {
     p = p * r + 0.240226469f;
     p = p * r + 0.693147206f;
     p = p * r + 1.0f;
-    uint32_t integer;
-    std::memcpy(&integer, &shifted, sizeof(integer));
-    const uint32_t bits = 0x3f800000u - (integer << 23);
-    float scale;
-    std::memcpy(&scale, &bits, sizeof(scale));
-    return p * scale;
+    return p * from_bits(0x3f800000u - (to_bits(shifted) << 23));
 }
 
 // x * Phi(x), within 1.1e-7 |x| (every float with 3e-8 < |x| < 8 was tried). The polynomial is a minimax fit of
 // -log2(erfc(x / sqrt(2))) / x, weighted for the absolute error of erfc: 1.6e-8 exactly, about 1e-7 in float32.
-inline float gelu(float x) {
+SDTP_HOST_DEVICE inline float gelu(float x) {
     const float a = std::fabs(x);
     float q = 2.83491261e-06f;
     q = q * a - 3.93776889e-05f;

@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SDTP_HOST_DEVICE __host__ __device__
-#else
-#define SDTP_HOST_DEVICE
-#endif
+#include "sdtp/portable.h"
 
 namespace sdtp {
 

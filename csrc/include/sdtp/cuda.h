@@ -1,0 +1,78 @@
+// Entry points of the CUDA kernels: sizes, strides and pointers into device memory; neither CUDA headers nor torch.
+//
+// Each call only launches. It returns null, or why a launch was refused.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "sdtp/gather.h"
+
+namespace sdtp::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+// Gives device memory, aligned to 16 bytes, that lives until the work given to the stream is done.
+using Allocate = std::function<void*(size_t bytes)>;
+
+// Batch rows are the second axis of every launch, which has a limit.
+inline constexpr int64_t kMaxBatch = 65535;
+// Columns are 32-bit inside the kernels; offsets are 64-bit everywhere.
+inline constexpr int64_t kMaxTokens = int64_t{1} << 24;
+// A tile of keys is staged together with its neighbours.
+inline constexpr int kMaxPooling = 255;
+// What one launch copies: the table of tensors travels with its arguments, of which there are 4 KiB.
+inline constexpr int kMaxTensors = 64;
+
+enum class Element { kFloat32, kBFloat16, kFloat16 };
+
+struct Scoring {
+    Element element;
+    const void* hidden_states;  // [B, N, D]; strides in elements
+    int64_t batch_stride;
+    int64_t token_stride;
+    int64_t hidden_stride;
+    const void* w1;           // [H, D], contiguous, as all of the following
+    const float* b1;          // [H]
+    const float* w2;          // [H]
+    const float* b2;          // []
+    const float* score_bias;  // [B, N]; may be null
+    int batch_size;
+    int num_tokens;
+    int hidden_size;
+    int pruner_size;
+    int num_scored;  // leading tokens of each row that get a score
+    bool normalise;  // divide hidden states by their root mean square
+    float rms_eps;
+};
+
+struct Selection {
+    const int64_t* rows;  // [B, 3], contiguous; null where every row is as below
+    int64_t* indices;     // [B, num_keep], contiguous
+    int batch_size;
+    int num_tokens;
+    int num_keep;
+    int sink;
+    int recent;
+    int block_size;  // 0: what stands before the recent tokens is one block
+    int pooling;
+};
+
+// scores: [B, N], contiguous. Two launches.
+const char* score_tokens(const Scoring& scoring, float* scores, const Allocate& allocate, Stream stream);
+
+// One launch.
+const char* select_tokens(const float* scores, const Selection& selection, const Allocate& allocate, Stream stream);
+
+// One launch for every kMaxTensors tensors. indices: [B, num_keep], contiguous.
+const char* gather_tokens(const std::vector<TokenRows>& tensors, const int64_t* indices, int64_t batch_size,
+                          int64_t num_keep, Stream stream);
+
+// One launch where blocks hold at most 256 tokens and there is one for every multiprocessor, two for other blocks, three
+// under the global budget. More than kMaxTensors tensors take three or more.
+const char* prune_tokens(const Scoring& scoring, const Selection& selection, const std::vector<TokenRows>& tensors,
+                         const Allocate& allocate, Stream stream);
+
+}  // namespace sdtp::cuda

@@ -1,0 +1,496 @@
+// The CUDA kernels on the CPU, through the entry points that the binding calls, against the oracle.
+//
+//     suite GROUP... [--small]    groups: score select gather prune; --small: few threads at once, for ThreadSanitizer
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "oracle.h"
+#include "runtime.h"
+#include "sdtp/cuda.h"
+#include "sdtp/floats.h"
+
+namespace {
+
+using sdtp::BFloat16;
+using sdtp::Half;
+using sdtp::TokenRows;
+using namespace sdtp::cuda;
+
+bool is_small = false;
+std::mt19937_64 generator;
+
+int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+float normal() { return std::normal_distribution<float>()(generator); }
+
+// ---------------------------------------------------------------------------------------------- device memory
+
+// Exactly as large as asked for, so that an access beyond it is seen, and full of what no result looks like.
+class Memory {
+  public:
+    void* allocate(size_t bytes) {
+        blocks_.emplace_back(new (std::align_val_t{16}) unsigned char[std::max<size_t>(bytes, 1)]);
+        std::memset(blocks_.back().get(), 0xcd, bytes);
+        return blocks_.back().get();
+    }
+    template <typename T>
+    T* array(int64_t count) {
+        return static_cast<T*>(allocate(static_cast<size_t>(count) * sizeof(T)));
+    }
+    template <typename T>
+    T* copy(const std::vector<T>& values) {
+        T* to = array<T>(static_cast<int64_t>(values.size()));
+        std::copy(values.begin(), values.end(), to);
+        return to;
+    }
+    Allocate allocator() {
+        return [this](size_t bytes) { return allocate(bytes); };
+    }
+
+  private:
+    struct Free {
+        void operator()(unsigned char* block) const { ::operator delete[](block, std::align_val_t{16}); }
+    };
+    std::vector<std::unique_ptr<unsigned char[], Free>> blocks_;
+};
+
+// ----------------------------------------------------------------------------------------------------- checks
+
+std::string what;  // the case that runs
+
+void check(bool is_right, const std::string& message) {
+    if (is_right) return;
+    std::printf("WRONG %s: %s\n", what.c_str(), message.c_str());
+    std::exit(1);
+}
+
+void check_launched(const char* error) { check(error == nullptr, error == nullptr ? "" : error); }
+
+void begin(const std::string& name, uint64_t seed, int resident, int multiprocessors) {
+    what = name + ", seed " + std::to_string(seed);
+    generator.seed(seed + std::hash<std::string>()(name));
+    cuda_on_cpu::configure(seed, is_small ? std::min(resident, 2) : resident, multiprocessors);
+}
+
+// ------------------------------------------------------------------------------------------------------ score
+
+template <typename T>
+constexpr Element kElement = Element::kFloat32;
+template <>
+constexpr Element kElement<BFloat16> = Element::kBFloat16;
+template <>
+constexpr Element kElement<Half> = Element::kFloat16;
+
+template <typename T>
+T rounded(float value);
+template <>
+float rounded<float>(float value) {
+    return value;
+}
+template <>
+BFloat16 rounded<BFloat16>(float value) {
+    return {static_cast<uint16_t>(sdtp::to_bits(value) >> 16)};  // any bfloat16 will do
+}
+template <>
+Half rounded<Half>(float value) {  // truncated, within the range of normal numbers
+    const uint32_t bits = sdtp::to_bits(value);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude < 0x38800000u) return {static_cast<uint16_t>(bits >> 16 & 0x8000u)};
+    return {static_cast<uint16_t>((bits >> 16 & 0x8000u) | (magnitude - 0x38000000u) >> 13)};
+}
+
+struct Pruner {
+    int batch, tokens, hidden, units;
+    bool normalise;
+    bool has_bias;
+    int64_t gap = 0;          // elements between the rows of hidden states: 8 keep them aligned, 1 does not
+    bool is_transposed = false;
+};
+
+// Arguments of the ops, and the exact scores.
+template <typename T>
+struct Model {
+    Memory& memory;
+    Pruner size;
+    Scoring scoring{};
+    std::vector<double> exact;
+
+    Model(Memory& memory, const Pruner& size) : memory(memory), size(size) {
+        const int64_t width = size.is_transposed ? 1 : size.hidden + size.gap;
+        const int64_t depth = size.is_transposed ? size.tokens : 1;
+        const int64_t row_elements = size.is_transposed ? int64_t{size.hidden} * size.tokens : size.tokens * width;
+        T* hidden = memory.array<T>(size.batch * row_elements);
+        const auto at = [&](int b, int n, int d) -> T& { return hidden[b * row_elements + n * width + d * depth]; };
+        for (int b = 0; b < size.batch; ++b) {
+            for (int n = 0; n < size.tokens; ++n) {
+                for (int d = 0; d < size.hidden; ++d) at(b, n, d) = rounded<T>(2 * normal());
+            }
+        }
+        const auto values = [&](int64_t count, float scale) {
+            std::vector<float> numbers(count);
+            for (float& number : numbers) number = scale * normal();
+            return memory.copy(numbers);
+        };
+        T* w1 = memory.array<T>(int64_t{size.units} * size.hidden);
+        for (int64_t i = 0; i < int64_t{size.units} * size.hidden; ++i) {
+            w1[i] = rounded<T>(normal() / std::sqrt(static_cast<float>(size.hidden)));
+        }
+        scoring = {kElement<T>, hidden, row_elements, width, depth, w1, values(size.units, 1), values(size.units, 1),
+                   values(1, 1), size.has_bias ? values(int64_t{size.batch} * size.tokens, 1) : nullptr, size.batch,
+                   size.tokens, size.hidden, size.units, size.tokens, size.normalise, 1e-6f};
+        for (int b = 0; b < size.batch; ++b) {
+            for (int n = 0; n < size.tokens; ++n) {
+                double squares = 0, score = *scoring.b2;
+                for (int d = 0; d < size.hidden; ++d) squares += std::pow(double{sdtp::to_float(at(b, n, d))}, 2);
+                const double scale = size.normalise ? 1 / std::sqrt(squares / size.hidden + scoring.rms_eps) : 1;
+                for (int h = 0; h < size.units; ++h) {
+                    double sum = 0;
+                    for (int d = 0; d < size.hidden; ++d) {
+                        sum += double{sdtp::to_float(at(b, n, d))} * sdtp::to_float(w1[int64_t{h} * size.hidden + d]);
+                    }
+                    score += oracle::gelu(sum * scale + scoring.b1[h]) * scoring.w2[h];
+                }
+                if (size.has_bias) score += scoring.score_bias[int64_t{b} * size.tokens + n];
+                exact.push_back(score);
+            }
+        }
+    }
+
+    std::vector<float> scores() const {
+        Memory own;
+        const int64_t count = int64_t{size.batch} * size.tokens;
+        float* scores = own.array<float>(count);
+        check_launched(score_tokens(scoring, scores, own.allocator(), nullptr));
+        return {scores, scores + count};
+    }
+};
+
+template <typename T>
+void score(uint64_t seed, const Pruner& size) {
+    begin("score " + std::to_string(sizeof(T)) + " bytes, " + std::to_string(size.tokens) + " x " +
+              std::to_string(size.hidden) + " x " + std::to_string(size.units),
+          seed, 2, 4);
+    Memory memory;
+    Model<T> model(memory, size);
+    const std::vector<float> got = model.scores();
+    double spread = 1;
+    for (double value : model.exact) spread = std::max(spread, std::fabs(value));
+    for (size_t i = 0; i < got.size(); ++i) {
+        // NaN fails the comparison too.
+        check(std::fabs(got[i] - model.exact[i]) <= 1e-5 * spread, "score " + std::to_string(i) + " is " +
+              std::to_string(got[i]) + ", expected " + std::to_string(model.exact[i]));
+    }
+    // Rows are right-aligned: a shorter one alone has the same bits.
+    Model<T> alone = model;
+    const int skipped = size.tokens / 3;
+    const auto* hidden = static_cast<const T*>(model.scoring.hidden_states);
+    alone.size.batch = alone.scoring.batch_size = 1;
+    alone.size.tokens = alone.scoring.num_tokens = alone.scoring.num_scored = size.tokens - skipped;
+    alone.scoring.hidden_states = hidden + (size.batch - 1) * model.scoring.batch_stride +
+                                  skipped * model.scoring.token_stride;
+    if (size.has_bias) alone.scoring.score_bias += int64_t{size.batch - 1} * size.tokens + skipped;
+    const std::vector<float> row = alone.scores();
+    check(std::memcmp(row.data(), &got[got.size() - row.size()], row.size() * sizeof(float)) == 0,
+          "scores depend on the rest of the batch");
+    // NaN stays with its token.
+    auto* spoiled = const_cast<T*>(hidden);
+    spoiled[(size.tokens - 1) * model.scoring.token_stride] = rounded<T>(std::numeric_limits<float>::infinity());
+    if constexpr (sizeof(T) == 2) spoiled[(size.tokens - 1) * model.scoring.token_stride].bits = 0x7fff;
+    if constexpr (sizeof(T) == 4) spoiled[(size.tokens - 1) * model.scoring.token_stride] = NAN;
+    const std::vector<float> with_nan = model.scores();
+    for (size_t i = 0; i < got.size(); ++i) {
+        const bool is_right = static_cast<int>(i) == size.tokens - 1 ? std::isnan(with_nan[i]) : with_nan[i] == got[i];
+        check(is_right, "NaN of one token in the score of another");
+    }
+}
+
+void score_group() {
+    for (uint64_t seed = 0; seed < (is_small ? 1 : 2); ++seed) {
+        score<BFloat16>(seed, {1, 130, 96, 16, true, true});
+        score<BFloat16>(seed, {1, 40, 160, 130, false, false, 8});  // five slices, two tiles of units
+        score<float>(seed, {2, 33, 64, 70, true, true, 4});
+        score<Half>(seed, {1, 20, 100, 5, true, false, 1});         // nothing is aligned
+        if (is_small) continue;
+        score<Half>(seed, {3, 150, 200, 300, true, true});
+        score<float>(seed, {1, 140, 33, 65, true, false});
+        score<BFloat16>(seed, {2, 70, 72, 40, true, true, 0, true});
+        score<float>(seed, {1, 1, 1, 1, false, false});
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------- select
+
+const std::vector<float> kSpecial{0.0f, -0.0f, NAN, -NAN, INFINITY, -INFINITY, 1e-45f, -1e-45f, 1.0f,
+                                  1.00000012f, -1.0f, 3e38f};
+
+// A batch of padded rows full of ties and special values, and what to keep of each.
+struct Rows {
+    std::vector<int64_t> counts;  // [B, 3]
+    int width = 0, num_keep = 0, sink = 0, block_size = 0, pooling = 1;
+    std::vector<float> scores;  // [B, width]
+    std::vector<int64_t> expected;
+
+    int batch() const { return static_cast<int>(counts.size() / 3); }
+
+    // Rows of (valid, keep, tail).
+    Rows(std::vector<int64_t> counts, int sink, int block_size, int pooling, int padding, int spare)
+        : counts(std::move(counts)), sink(sink), block_size(block_size), pooling(pooling) {
+        for (int b = 0; b < batch(); ++b) {
+            width = std::max<int>(width, this->counts[3 * b] + padding);
+            num_keep = std::max<int>(num_keep, this->counts[3 * b + 1] + spare);
+        }
+        scores.assign(int64_t{batch()} * width, 7.0f);  // padding scores high: a row that reads it goes wrong
+        for (int b = 0; b < batch(); ++b) {
+            const int kind = static_cast<int>(integer(0, 3));
+            for (int64_t i = width - this->counts[3 * b]; i < width; ++i) {
+                const float values[] = {normal(), kSpecial[integer(0, static_cast<int64_t>(kSpecial.size()) - 1)],
+                                        0.5f, integer(0, 1) != 0 ? 0.25f : 0.5f};
+                scores[int64_t{b} * width + i] = values[kind];
+            }
+        }
+        expect(scores);
+    }
+
+    void expect(const std::vector<float>& values) {
+        expected.clear();
+        for (int b = 0; b < batch(); ++b) {
+            const int64_t length = counts[3 * b], keep = counts[3 * b + 1], tail = counts[3 * b + 2];
+            const auto end = values.begin() + int64_t{b + 1} * width;
+            std::vector<int64_t> row(num_keep - keep, -1);
+            for (int64_t i : oracle::select({end - length, end}, keep, sink, tail, block_size, pooling)) {
+                row.push_back(i + width - length);
+            }
+            expected.insert(expected.end(), row.begin(), row.end());
+        }
+    }
+
+    // With counts on the device where rows are padded, else on the host.
+    Selection selection(Memory& memory) const {
+        const bool is_padded = batch() > 1 || width != counts[0] || num_keep != counts[1];
+        return {is_padded ? memory.copy(counts) : nullptr, memory.array<int64_t>(int64_t{batch()} * num_keep), batch(),
+                width, num_keep, sink, is_padded ? 0 : static_cast<int>(counts[2]), block_size, pooling};
+    }
+};
+
+void check_indices(const Rows& rows, const Selection& selection) {
+    for (size_t i = 0; i < rows.expected.size(); ++i) {
+        check(selection.indices[i] == rows.expected[i], "slot " + std::to_string(i) + " is " +
+              std::to_string(selection.indices[i]) + ", expected " + std::to_string(rows.expected[i]));
+    }
+}
+
+void select_rows(const Rows& rows) {
+    Memory memory;
+    const Selection selection = rows.selection(memory);
+    const int before = cuda_on_cpu::num_launches();
+    check_launched(select_tokens(memory.copy(rows.scores), selection, memory.allocator(), nullptr));
+    check(cuda_on_cpu::num_launches() - before == (selection.num_keep > 0), "not one launch");
+    check_indices(rows, selection);
+}
+
+void select_random(uint64_t seed) {
+    begin("select", seed, 3, 4);
+    const int block_sizes[] = {0, 0, 1, 7, 12, 100, 300};
+    const int block_size = block_sizes[integer(0, 6)];
+    const int64_t sink = integer(0, 3);
+    const int64_t per_block = block_size > 0 ? integer(std::min<int64_t>(sink + 1, block_size), block_size) : 0;
+    std::vector<int64_t> counts;
+    for (int64_t rows = integer(1, is_small ? 2 : 3); rows > 0; --rows) {
+        const int64_t tail = integer(0, 12);
+        const int64_t blocks = integer(0, is_small ? 2 : 3);
+        const int64_t length = tail + (block_size > 0 ? blocks * block_size : integer(0, is_small ? 300 : 700));
+        const int64_t keep =
+            tail + (block_size > 0 ? blocks * per_block : integer(std::min(sink, length - tail), length - tail));
+        counts.insert(counts.end(), {length, keep, tail});
+    }
+    const int poolings[] = {1, 1, 3, 7, 21, kMaxPooling};
+    const int pooling = poolings[integer(0, is_small ? 3 : 5)];
+    const int padding = static_cast<int>(integer(0, 2));
+    select_rows({counts, static_cast<int>(sink), block_size, pooling, padding, static_cast<int>(integer(0, 1))});
+}
+
+// A row that several CTAs share, and one that finds no room for that.
+void select_long(uint64_t seed) {
+    const int64_t length = is_small ? 4096 + 100 : 3 * 4096 + 77;
+    for (const int pooling : {1, 7}) {
+        begin("select of a long row", seed, 2, 4);
+        select_rows({{length, length * 4 / 5, length / 10}, 4, 0, pooling, 0, 0});
+    }
+    if (is_small) return;
+    begin("select of long rows", seed, 2, 6);
+    select_rows({{length, length - 5, 90, length / 2, length / 4, 3}, 4, 0, 5, 2, 1});
+    begin("select of a long row by one CTA", seed, 2, 1);
+    select_rows({{length, length / 3, 5}, 4, 0, 3, 0, 0});
+    begin("select of long blocks", seed, 2, 4);
+    select_rows({{2 * 5000 + 9, 2 * 700 + 9, 9}, 4, 5000, 7, 0, 0});
+}
+
+// The host does not see the counts of rows on a GPU: wrong ones must not reach beyond their row.
+void select_wrong_counts(uint64_t seed) {
+    begin("select with wrong counts", seed, 2, 4);
+    const std::vector<std::vector<int64_t>> wrong{{99, 99, 99}, {-5, 3, 2}, {40, 60, 50}, {40, 30, 5},
+                                                  {9, 30, int64_t{1} << 40}, {40, -1, -1}, {30, 20, 25}};
+    for (const auto& counts : wrong) {
+        for (const int block_size : {0, 8}) {
+            Memory memory;
+            std::vector<float> scores(40);
+            for (float& value : scores) value = normal();
+            std::vector<int64_t> indices(60, -7);
+            int64_t* rows = memory.copy(indices);
+            const Selection selection{memory.copy(counts), rows + 20, 1, 40, 20, 2, 0, block_size, 7};
+            check_launched(select_tokens(memory.copy(scores), selection, memory.allocator(), nullptr));
+            for (int i = 0; i < 60; ++i) {
+                const bool is_ours = 20 <= i && i < 40;
+                check(is_ours ? -7 <= rows[i] && rows[i] < 40 : rows[i] == -7, "a slot or column outside the row");
+            }
+        }
+    }
+}
+
+void select_group() {
+    for (uint64_t seed = 0; seed < (is_small ? 6 : 40); ++seed) select_random(seed);
+    for (uint64_t seed = 0; seed < (is_small ? 1 : 3); ++seed) select_long(seed);
+    select_wrong_counts(0);
+}
+
+// ----------------------------------------------------------------------------------------------------- gather
+
+// A tensor [B, heads, N, row_bytes] with gaps, full of random bytes.
+TokenRows tensor(Memory& memory, int64_t batch, int64_t heads, int64_t tokens, int64_t row_bytes, int64_t num_keep,
+                 int64_t gap = 0, int64_t offset = 0, bool heads_inside = false, bool shared = false) {
+    const int64_t step = row_bytes + gap;
+    const int64_t bytes = (shared ? 1 : batch) * heads * tokens * step + offset;
+    auto* source = memory.array<unsigned char>(bytes);
+    for (int64_t i = 0; i < bytes; ++i) source[i] = static_cast<unsigned char>(generator());
+    return {reinterpret_cast<const char*>(source) + offset, memory.array<char>(batch * heads * num_keep * row_bytes),
+            shared ? 0 : heads * tokens * step, heads_inside ? step : tokens * step, heads_inside ? heads * step : step,
+            heads, row_bytes};
+}
+
+std::vector<TokenRows> tensors(Memory& memory, int64_t batch, int64_t tokens, int64_t num_keep) {
+    return {
+        tensor(memory, batch, 1, tokens, 48, num_keep),                      // 16 bytes at a time
+        tensor(memory, batch, 3, tokens, 80, num_keep, 0, 0, true),          // keys, as attention leaves them
+        tensor(memory, batch, 1, tokens, 8, num_keep, 0, 0, false, true),    // positions shared by the batch
+        tensor(memory, batch, 1, tokens, 32, num_keep, 0, 8),                // an address that allows 8
+        tensor(memory, batch, 1, tokens, 32, num_keep, 4),                   // a stride that allows 4
+        tensor(memory, batch, 2, tokens, 6, num_keep),                       // a size that allows 2
+        tensor(memory, batch, 1, tokens, 1, num_keep),
+        tensor(memory, batch, 1, tokens, 2100, num_keep),                    // longer than a warp's turn
+    };
+}
+
+void check_rows(const std::vector<TokenRows>& tensors, int64_t batch, const int64_t* indices, int64_t num_keep) {
+    for (size_t t = 0; t < tensors.size(); ++t) {
+        TokenRows expected = tensors[t];
+        std::vector<char> memory(batch * expected.num_heads * num_keep * expected.row_bytes);
+        expected.destination = memory.data();
+        for (int64_t b = 0; b < batch; ++b) {
+            sdtp::gather_rows(expected, b, indices + b * num_keep, num_keep, 0, num_keep);
+        }
+        check(std::memcmp(memory.data(), tensors[t].destination, memory.size()) == 0,
+              "tensor " + std::to_string(t) + " is not the rows that its indices name");
+    }
+}
+
+void gather_random(uint64_t seed) {
+    begin("gather", seed, 3, 4);
+    Memory memory;
+    const int64_t batch = integer(1, 2), tokens = integer(1, is_small ? 20 : 60), num_keep = integer(1, tokens);
+    std::vector<int64_t> indices(batch * num_keep);
+    for (int64_t& index : indices) index = integer(-1, tokens - 1);
+    std::vector<TokenRows> all = tensors(memory, batch, tokens, num_keep);
+    if (seed == 0) {
+        while (all.size() <= kMaxTensors) all.push_back(tensor(memory, batch, 1, tokens, 4, num_keep));
+    }
+    const int before = cuda_on_cpu::num_launches();
+    check_launched(gather_tokens(all, memory.copy(indices), batch, num_keep, nullptr));
+    check(cuda_on_cpu::num_launches() - before == (seed == 0 ? 2 : 1), "not one launch for 64 tensors");
+    check_rows(all, batch, indices.data(), num_keep);
+}
+
+// Rows so far apart that their offsets need 64 bits; what lies between them does not exist.
+void gather_far() {
+    begin("gather of rows far apart", 0, 1, 1);
+    const int64_t step = (int64_t{1} << 31) + 16;
+    void* memory = mmap(nullptr, 3 * step, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    check(memory != MAP_FAILED, "no address space");
+    auto* source = static_cast<char*>(memory);
+    for (int i = 0; i < 3; ++i) std::memset(source + i * step, i + 1, 16);
+    const int64_t indices[] = {1, 2};
+    alignas(16) char destination[32] = {};
+    const TokenRows rows{source, destination, 0, 0, step, 1, 16};
+    check_launched(gather_tokens({rows}, indices, 1, 2, nullptr));
+    check_rows({rows}, 1, indices, 2);
+    munmap(memory, 3 * step);
+}
+
+void gather_group() {
+    for (uint64_t seed = 0; seed < (is_small ? 2 : 6); ++seed) gather_random(seed);
+    gather_far();
+}
+
+// ------------------------------------------------------------------------------------------------------ prune
+
+// prune_tokens is its own scores, the oracle's selection of them and copies of what was selected, bit for bit.
+template <typename T>
+void prune(uint64_t seed, const std::vector<int64_t>& counts, int block_size, int pooling, int num_launches,
+           int multiprocessors, int num_tensors = 8, int units = 20) {
+    begin("prune in " + std::to_string(num_launches) + ", blocks of " + std::to_string(block_size), seed, 3,
+          multiprocessors);
+    Memory memory;
+    const bool is_padded = counts.size() > 3;
+    Rows rows(counts, 4, block_size, pooling, is_padded ? 2 : 0, is_padded ? 1 : 0);
+    Model<T> model(memory, {rows.batch(), rows.width, 48, units, true, true});
+    rows.expect(model.scores());
+    const Selection selection = rows.selection(memory);
+    model.scoring.num_scored = rows.width - selection.recent;
+    std::vector<TokenRows> all = tensors(memory, rows.batch(), rows.width, rows.num_keep);
+    while (static_cast<int>(all.size()) < num_tensors) {
+        all.push_back(tensor(memory, rows.batch(), 1, rows.width, 4, rows.num_keep));
+    }
+    const int before = cuda_on_cpu::num_launches();
+    check_launched(prune_tokens(model.scoring, selection, all, memory.allocator(), nullptr));
+    const int launches = cuda_on_cpu::num_launches() - before;
+    check(launches == num_launches, std::to_string(launches) + " launches");
+    check_indices(rows, selection);
+    check_rows(all, rows.batch(), selection.indices, rows.num_keep);
+}
+
+void prune_group() {
+    for (uint64_t seed = 0; seed < (is_small ? 1 : 3); ++seed) {
+        prune<BFloat16>(seed, {2 * 40 + 9, 2 * 20 + 9, 9}, 40, 7, 1, 2);
+        prune<BFloat16>(seed, {2 * 40 + 9, 2 * 20 + 9, 9}, 40, 3, 2, 60);
+        prune<BFloat16>(seed, {90, 60, 9}, 0, 1, 3, 4);
+        prune<float>(seed, {2 * 130 + 9, 2 * 100 + 9, 9, 130 + 5, 100 + 5, 5}, 130, 7, 1, 2, 8, 70);
+        if (is_small) continue;
+        prune<Half>(seed, {256 + 30, 200 + 30, 30, 256, 200, 0}, 256, 1, 1, 2);
+        prune<Half>(seed, {2 * 300 + 9, 2 * 130 + 9, 9, 300, 130, 0}, 300, 5, 2, 4);
+        prune<float>(seed, {300, 200, 30, 90, 60, 9}, 0, 7, 3, 4);
+        prune<BFloat16>(seed, {4096 + 200, 3000, 100}, 0, 1, 3, 4);
+        prune<float>(seed, {30, 30, 30}, 64, 1, 1, 4);  // no block is complete, nothing to score
+        prune<float>(seed, {2 * 16 + 3, 2 * 8 + 3, 3}, 16, 1, 4, 2, kMaxTensors + 1);
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    for (int i = 1; i < argc; ++i) is_small |= std::string(argv[i]) == "--small";
+    for (int i = 1; i < argc; ++i) {
+        const std::string group = argv[i];
+        if (group == "score") score_group();
+        if (group == "select") select_group();
+        if (group == "gather") gather_group();
+        if (group == "prune") prune_group();
+    }
+    std::printf("all right, %d launches\n", cuda_on_cpu::num_launches());
+    return 0;
+}
