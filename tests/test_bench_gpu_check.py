@@ -16,7 +16,7 @@ import torch
 from sdtp_bench import gpu_check, shapes
 from sdtp_bench.shapes import Case
 from sdtp_kernels import cli
-from sdtp_kernels.backends import cpu
+from sdtp_kernels.backends import cpu, cuda
 
 pytest.importorskip("triton", reason="the model of the times is that of the Triton backend")
 
@@ -265,6 +265,18 @@ def test_checks_find_wrong_kernels(monkeypatch: pytest.MonkeyPatch, op: str, spo
     assert found
     assert all(message in row["error"] for row in found), found
     assert {row["backend"] for row in rows} == {"cpu"}
+
+
+def test_the_cuda_backend_is_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it can run: here the CPU library computes under its name."""
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda *_: None)
+    for op in ("score_tokens", "select_tokens", "gather_tokens", "prune_tokens"):
+        monkeypatch.setattr(cuda, op, getattr(cpu, op))
+    rows = list(gpu_check.check_kernels(FakeDevice(), [SHAPE]))
+    assert not [row for row in rows if row["error"]]
+    checked = {row["op"] for row in rows if row["backend"] == "cuda"}
+    assert checked == {"score_tokens", "select_tokens", "gather_tokens", "prune_tokens"}
+    assert ("cuda", False) in measure()
 
 
 def test_checks_pass_right_kernels_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:

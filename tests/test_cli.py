@@ -60,6 +60,8 @@ def test_doctor_reports_and_passes(commands, capsys: pytest.CaptureFixture[str])
         assert backend["self_test"] == ("passed" if backend["available"] else "not run")
         assert backend["available"] or backend["reason"]
     assert sum(backend["chosen"] for backend in backends.values()) == 1
+    assert report["libraries"] == {"libsdtp_cpu": "loaded", "libsdtp_cuda": "loaded"}
+    assert torch.cuda.is_available() or "no GPU on this machine" in backends["cuda"]["reason"]
 
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out

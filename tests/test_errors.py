@@ -39,7 +39,7 @@ def with_nan():
         (pruners, PruningSchedule(layers=(1, 4)), "auto", ValueError, r"no pruner for layers \[4\]"),
         (lambda: pruners(32), SCHEDULE, "auto", ValueError, "hidden_size=32, the model 64"),
         (with_nan, SCHEDULE, "auto", ValueError, "layer 3: w2 has NaN"),
-        (pruners, SCHEDULE, "gpu", ValueError, "'gpu' does not exist; known: auto, cpu, triton, reference"),
+        (pruners, SCHEDULE, "gpu", ValueError, "'gpu' does not exist; known: auto, cpu, triton, cuda, reference"),
         (lambda: "saliency", SCHEDULE, "auto", ValueError, "known: random, recent, norm, attention"),
         (lambda: {1: TokenPruner(64), 3: 4}, SCHEDULE, "auto", ValueError, "layer 3: expected a module"),
         (lambda: TokenPruner(64), SCHEDULE, "auto", ValueError, r"expected \{layer: module\}"),

@@ -53,7 +53,7 @@ def test_a_named_backend_never_falls_back():
         BackendUnavailableError, match=r"(?s)'cpu' cannot run on cpu with torch.float64.*reference: can run"
     ):
         score_tokens(hidden_states, *weights, backend="cpu")
-    with pytest.raises(ValueError, match="known: auto, cpu, triton, reference"):
+    with pytest.raises(ValueError, match="known: auto, cpu, triton, cuda, reference"):
         score_tokens(hidden_states, *weights, backend="cuda-but-misspelt")
     assert explain_backends("meta")[0].reason.startswith("runs on cpu tensors")
 

@@ -31,6 +31,7 @@ from sdtp_kernels import (
     score_tokens,
     select_tokens,
 )
+from sdtp_kernels.backends import limits
 from sdtp_kernels.backends.triton import configs, fused, gather, select
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -185,7 +186,7 @@ def test_select(seed):
         (5000 * 2, {"num_keep": 8192, "sink": 4, "block_size": 5000}),  # blocks longer than a tile
         (4097, {"num_keep": 4000, "sink": 4, "pooling": 7}),
         (131072, {"num_keep": 104858, "sink": 4, "recent": 13108, "pooling": 7}),
-        (5000 * 2, {"num_keep": 8192, "sink": 4, "block_size": 5000, "pooling": backend.MAX_POOLING}),
+        (5000 * 2, {"num_keep": 8192, "sink": 4, "block_size": 5000, "pooling": limits.MAX_POOLING}),
     ],
 )
 @pytest.mark.parametrize("kind", ["ties", "descending", "equal", "special"])
@@ -575,7 +576,7 @@ def test_errors():
         score_tokens(hidden_states, *weights, backend="triton")
     with pytest.raises(ValueError, match=r"backend 'triton' takes at most 65535 rows .* got 65536 rows of 3: split"):
         select_tokens(torch.zeros(1, 1).expand(65536, 3), 2, backend="triton")
-    with pytest.raises(ValueError, match=f"of at most {backend.MAX_TOKENS} tokens"):
+    with pytest.raises(ValueError, match=f"of at most {limits.MAX_TOKENS} tokens"):
         gather_tokens([], torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**24 + 1), backend="triton")
     with pytest.raises(ValueError, match=r"backend 'triton' pools over at most 255 tokens, got pooling=257: pool less"):
         select_tokens(torch.zeros(1, 3), 2, pooling=257, backend="triton")

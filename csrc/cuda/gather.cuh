@@ -10,7 +10,7 @@
 
 namespace sdtp::cuda {
 
-inline constexpr int kGatherTokens = 16;  // of one CTA
+inline constexpr int kGatherTokens = 16;   // of one CTA
 inline constexpr int kCopiesInFlight = 4;  // of a thread: enough bytes under way to keep HBM busy
 
 struct TensorTable {

@@ -7,9 +7,6 @@
 namespace sdtp::cuda {
 namespace {
 
-// Keys that a CTA holds in shared memory. More wait in device memory; a group's CTAs take no more than these where there
-// are multiprocessors enough.
-constexpr int kSharedKeys = 4096;
 // CTAs that share the copies of a block.
 constexpr int kMaxShares = 16;
 
@@ -33,16 +30,16 @@ int element_bytes(Element element) { return element == Element::kFloat32 ? 4 : 2
 // Whether every 16 bytes that a tile is made of are one access.
 bool is_aligned(const Scoring& scoring) {
     const auto address = reinterpret_cast<uintptr_t>(scoring.hidden_states) | reinterpret_cast<uintptr_t>(scoring.w1);
-    const auto steps = (scoring.batch_stride | scoring.token_stride | scoring.hidden_size) * element_bytes(scoring.element);
+    const auto steps =
+        (scoring.batch_stride | scoring.token_stride | scoring.hidden_size) * element_bytes(scoring.element);
     return scoring.hidden_stride == 1 && address % kChunkBytes == 0 && steps % kChunkBytes == 0;
 }
 
 // One launch: partial scores. `arrivals` is for the selection that follows, see ScoreArguments.
 const char* score_parts(const Scoring& scoring, const Allocate& allocate, uint32_t* arrivals, Stream stream,
                         Scores& scores) {
-    const int64_t num_parts = for_element(scoring.element, [&](auto element) {
-        return ceil_divide(scoring.pruner_size, kTileUnits<decltype(element)>);
-    });
+    const int64_t num_parts = for_element(
+        scoring.element, [&](auto element) { return ceil_divide(scoring.pruner_size, kTileUnits<decltype(element)>); });
     const int64_t part_stride = int64_t{scoring.batch_size} * scoring.num_tokens;
     auto* parts = allocate_array<float>(allocate, num_parts * part_stride);
     scores = {parts, part_stride, static_cast<int>(num_parts), scoring.b2, scoring.score_bias};
@@ -88,7 +85,8 @@ const char* select_scores(const Scores& scores, const Selection& selection, int 
                           const Allocate& allocate, Stream stream) {
     SelectArguments arguments{scores, selection, group, nullptr, arrivals, nullptr, 0};
     if (group > 1) {
-        arguments.histograms = allocate_array<uint32_t>(allocate, int64_t{selection.batch_size} * kDigits * group * kBins);
+        arguments.histograms =
+            allocate_array<uint32_t>(allocate, int64_t{selection.batch_size} * kDigits * group * kBins);
     }
     const int longest = selection.block_size > 0 ? selection.block_size : body_of(selection);
     const size_t shared = rank_with(arguments, static_cast<int>(ceil_divide(longest, group)), allocate);
@@ -164,7 +162,8 @@ const char* prune_tokens(const Scoring& scoring, const Selection& selection, con
         });
     }
     if (const char* error = score_parts(scoring, allocate, nullptr, stream, scores)) return error;
-    const auto shares = static_cast<int>(std::min<int64_t>(ceil_divide(selection.block_size, kGatherTokens), kMaxShares));
+    const auto shares =
+        static_cast<int>(std::min<int64_t>(ceil_divide(selection.block_size, kGatherTokens), kMaxShares));
     SelectAndGatherArguments arguments{{scores, selection, shares, nullptr, nullptr, nullptr, 0}, table};
     const size_t shared = rank_with(arguments.select, selection.block_size, allocate);
     return launch(select_and_gather_kernel,

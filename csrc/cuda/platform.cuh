@@ -66,13 +66,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
-#define SDTP_MULTIPLY_ADD(type, instruction)                                                                     \
-    template <>                                                                                                  \
-    __device__ __forceinline__ void multiply_add<type>(float (&sums)[4], const uint32_t (&a)[4],                 \
-                                                       const uint32_t (&b)[2]) {                                 \
-        asm("mma.sync.aligned." instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"   \
-            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                         \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                 \
+#define SDTP_MULTIPLY_ADD(type, instruction)                                                                   \
+    template <>                                                                                                \
+    __device__ __forceinline__ void multiply_add<type>(float (&sums)[4], const uint32_t (&a)[4],               \
+                                                       const uint32_t (&b)[2]) {                               \
+        asm("mma.sync.aligned." instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                       \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                               \
     }
 SDTP_MULTIPLY_ADD(BFloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 SDTP_MULTIPLY_ADD(Half, "m16n8k16.row.col.f32.f16.f16.f32")

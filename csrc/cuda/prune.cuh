@@ -13,15 +13,15 @@ namespace sdtp::cuda {
 // A CTA scores its own block up to this size. Larger blocks are too few to keep a GPU busy with one CTA each.
 inline constexpr int kOneLaunchBlock = 256;
 
-// Copies the slots of a block that this CTA chose, and its part of those outside all blocks. The columns travel from the
-// selection to the copy through `indices`, which is an output anyway.
+// Copies the slots of a block that this CTA chose, and its part of those outside all blocks. The columns travel from
+// the selection to the copy through `indices`, which is an output anyway.
 __device__ inline void copy_chosen(const SelectArguments& arguments, const RowPlan& row, const Run& slots,
                                    const TensorTable& table) {
     const Rest rest(arguments.selection, row);
     const int64_t* columns = arguments.row_indices();
     rest.write(arguments.selection, arguments.row_indices());
     __syncthreads();  // the threads that read a column are not those that wrote it
-#pragma unroll 1  // one body: three would take registers that the copies need
+#pragma unroll 1      // one body: three would take registers that the copies need
     for (int i = 0; i < 3; ++i) {
         const Run run = i == 0 ? slots : i == 1 ? rest.padding : rest.tail;
         copy_tokens(table, static_cast<int>(blockIdx.y), columns, arguments.selection.num_keep, run);

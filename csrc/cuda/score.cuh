@@ -1,9 +1,10 @@
-// The pruner's MLP on tensor cores. A CTA multiplies 128 tokens by 128 units of the pruner (64 in float32), applies GELU
-// and w2 in registers and leaves one number a token: its partial score. Nothing is added atomically: whoever reads the
-// scores sums the parts in order.
+// The pruner's MLP on tensor cores. A CTA multiplies 128 tokens by 128 units of the pruner (64 in float32), applies
+// GELU and w2 in registers and leaves one number a token: its partial score. Nothing is added atomically: whoever reads
+// the scores sums the parts in order.
 //
-// mma.sync m16n8k16 takes 32 bytes of the hidden size at a time and m16n8k8, for tf32, the same 32 bytes, in fragments of
-// the same layout. So one code serves all three types; float32 operands are split into two tf32 each, three products.
+// mma.sync m16n8k16 takes 32 bytes of the hidden size at a time and m16n8k8, for tf32, the same 32 bytes, in fragments
+// of the same layout. So one code serves all three types; float32 operands are split into two tf32 each, three
+// products.
 #pragma once
 
 #include <cstdint>
@@ -50,8 +51,8 @@ __device__ __forceinline__ int place(int row, int chunk) {
     return row * kSliceBytes + (chunk ^ (row / 2 % (kSliceBytes / kChunkBytes))) * kChunkBytes;
 }
 
-// Starts to load columns [first, first + slice) of kRows rows; what lies outside the matrix is zero. `is_aligned`: every
-// chunk is one access. The values, and so all sums, are the same either way.
+// Starts to load columns [first, first + slice) of kRows rows; what lies outside the matrix is zero. `is_aligned`:
+// every chunk is one access. The values, and so all sums, are the same either way.
 template <int kRows, typename T>
 __device__ __forceinline__ void load_slice(const Matrix<T>& matrix, int first, bool is_aligned, unsigned char* tile) {
     constexpr int kPerChunk = kChunkBytes / sizeof(T);
@@ -126,8 +127,8 @@ __device__ __forceinline__ void multiply_add_exactly(float (&sums)[4], const uin
 }
 
 // What a tile's units from `first_unit` on add to the scores of 128 tokens: thread i returns that of token i.
-// Every launch scores with this function, so a token has the same bits in all of them. The caller puts a barrier between
-// two calls: the second one overwrites what the first one sums at its end.
+// Every launch scores with this function, so a token has the same bits in all of them. The caller puts a barrier
+// between two calls: the second one overwrites what the first one sums at its end.
 template <typename T>
 __device__ float score_tile(const Scoring& scoring, const Matrix<T>& tokens, int first_unit, bool is_aligned,
                             unsigned char* stages) {
@@ -225,8 +226,8 @@ __device__ float score_tile(const Scoring& scoring, const Matrix<T>& tokens, int
 // Tokens [first, last) of a batch row.
 template <typename T>
 __device__ __forceinline__ Matrix<T> token_matrix(const Scoring& scoring, int batch, int first, int last) {
-    const T* data = static_cast<const T*>(scoring.hidden_states) + batch * scoring.batch_stride +
-                    first * scoring.token_stride;
+    const T* data =
+        static_cast<const T*>(scoring.hidden_states) + batch * scoring.batch_stride + first * scoring.token_stride;
     return {data, scoring.token_stride, scoring.hidden_stride, last - first, scoring.hidden_size};
 }
 
@@ -262,7 +263,8 @@ struct ScoreArguments {
 // CTA (tile of tokens and tile of units, row). Tiles of units vary fastest: CTAs that share tokens run side by side, so
 // these come from HBM once and from L2 after that.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kScoreCtas<T>) score_kernel(const __grid_constant__ ScoreArguments arguments) {
+__global__ void __launch_bounds__(kThreads, kScoreCtas<T>)
+    score_kernel(const __grid_constant__ ScoreArguments arguments) {
     const Scoring& scoring = arguments.scoring;
     const int num_parts = static_cast<int>(ceil_divide(scoring.pruner_size, kTileUnits<T>));
     const int part = static_cast<int>(blockIdx.x) % num_parts;

@@ -1,5 +1,6 @@
-// Choice of the best tokens of a block: a threshold by four histograms, then one packed scan that gives every kept token
-// its slot, above_before + min(equal_before, ties): ascending, ties to the lower index, the same bits on every run.
+// Choice of the best tokens of a block: a threshold by four histograms, then one packed scan that gives every kept
+// token its slot, above_before + min(equal_before, ties): ascending, ties to the lower index, the same bits on every
+// run.
 //
 // A block is one CTA's work, its keys in shared memory. A long row under the global budget is the work of a group of
 // CTAs, each with a part of the keys: they exchange one histogram a digit, and from the same histograms each knows how
@@ -21,6 +22,10 @@ inline constexpr int kBins = kThreads;
 // CTAs for whose registers a multiprocessor has room. Left to itself, ptxas spills for more of them than needed.
 inline constexpr int kSelectCtas = 4;
 inline constexpr int kMaxReach = kMaxPooling / 2;
+
+// Keys that a CTA holds in shared memory. More wait in device memory; a group's CTAs take no more than these where
+// there are multiprocessors enough.
+inline constexpr int kSharedKeys = 4096;
 
 struct SelectShared {
     uint32_t histogram[kBins];
@@ -91,8 +96,8 @@ struct Block {
     }
 };
 
-// Keys of tokens `part` of a block, the first at keys[0]; `load(i)` is the score of the block's token i. With a reach, a
-// token ranks by the best score among its neighbours in the block; forced ones rank highest. Here as below a thread
+// Keys of tokens `part` of a block, the first at keys[0]; `load(i)` is the score of the block's token i. With a reach,
+// a token ranks by the best score among its neighbours in the block; forced ones rank highest. Here as below a thread
 // touches every kThreads-th key and no other, so keys need no barrier.
 template <typename Load>
 __device__ void make_keys(const Load& load, const Block& block, const Run& part, int reach, uint32_t* keys,
@@ -249,7 +254,8 @@ struct SelectArguments {
 };
 
 // CTA (part of a block, row). The CTAs of a block wait for one another, so they must all run at once.
-__global__ void __launch_bounds__(kThreads, kSelectCtas) select_kernel(const __grid_constant__ SelectArguments arguments) {
+__global__ void __launch_bounds__(kThreads, kSelectCtas)
+    select_kernel(const __grid_constant__ SelectArguments arguments) {
     const Selection& selection = arguments.selection;
     auto& shared = *reinterpret_cast<SelectShared*>(shared_memory());
     const RowPlan row(selection, blockIdx.y);

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sdtp_kernels")
 
-# Best first: "auto" takes the first that can run.
+# Best first: "auto" takes the first that can run. On a GPU that is Triton: one source for every GPU there is, and on
+# compute capability 9 and 10 the only one of the two that reaches all of the tensor cores. The CUDA library serves
+# where Triton is missing. Which is faster elsewhere, `make gpu-check` will tell.
 _MODULES = {
     "cpu": "sdtp_kernels.backends.cpu",
     "triton": "sdtp_kernels.backends.triton",
+    "cuda": "sdtp_kernels.backends.cuda",
     "reference": "sdtp_kernels.reference",
 }
 

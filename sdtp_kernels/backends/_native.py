@@ -15,6 +15,8 @@ import torch
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
+_COMPILERS = {"cpu": "a C++ compiler", "cuda": "a C++ compiler and nvcc"}
+
 _SELECTION = "int num_keep, int sink, int recent, int? block_size, Tensor? rows, int pooling"
 _PRUNER = "Tensor w1, Tensor b1, Tensor w2, Tensor b2"
 _SCORING = "Tensor? score_bias, float? rms_eps"
@@ -29,6 +31,7 @@ for _schema in (
     _library.define(_schema)
 
 
+@functools.cache
 def build_info() -> dict[str, Any]:
     """What was built, how and with what, as the build wrote it; empty where nothing was."""
     path = _PACKAGE / "build_info.json"
@@ -41,7 +44,7 @@ def load_error(device: str) -> str | None:
     path = _PACKAGE / f"libsdtp_{device}.so"
     if not path.is_file():
         return (
-            f"{path.name} was not built; 'pip install .' with a C++ compiler builds it "
+            f"{path.name} was not built; 'pip install .' with {_COMPILERS[device]} builds it "
             f"(build_info: {build_info() or 'none'})"
         )
     try:

@@ -1,8 +1,8 @@
 // CUDA for one translation unit on a CPU, for tests: what csrc/cuda/platform.cuh includes in place of CUDA.
 //
 // Every CUDA thread is a fiber of runtime.cpp, which switches between them wherever they meet: at barriers, warp
-// operations and spins. Memory is touched here, in code that the sanitizers instrument; the runtime only decides who goes
-// on. Fragments of ldmatrix and mma follow the tables of the PTX ISA.
+// operations and spins. Memory is touched here, in code that the sanitizers instrument; the runtime only decides who
+// goes on. Fragments of ldmatrix and mma follow the tables of the PTX ISA.
 #pragma once
 
 #include <algorithm>
@@ -103,7 +103,8 @@ void wait_for_copies() {
 }
 
 inline void load_matrices(uint32_t (&to)[4], const void* row, SDTP_HERE) {
-    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) cuda_on_cpu::fail("ldmatrix of a row that is not aligned", file, line);
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+        cuda_on_cpu::fail("ldmatrix of a row that is not aligned", file, line);
     uint4 all[32];
     const uint4 own = *static_cast<const uint4*>(row);
     cuda_on_cpu::exchange("ldmatrix", ~0u, &own, all, sizeof(own), file, line);

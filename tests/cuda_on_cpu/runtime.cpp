@@ -236,7 +236,8 @@ void enter() {
     body(body_arguments);
     Fiber& fiber = *running;
     if (fiber.num_copies > 0) fail("a thread ended before its asynchronous copies", fiber.file, fiber.line);
-    if (fiber.cta->num_waiting > 0) fail("a thread ended, others wait at the barrier", fiber.cta->file, fiber.cta->line);
+    if (fiber.cta->num_waiting > 0)
+        fail("a thread ended, others wait at the barrier", fiber.cta->file, fiber.cta->line);
     if (fiber.warp().arrived != 0) fail("a thread ended, its warp waits", fiber.warp().file, fiber.warp().line);
     ++fiber.cta->num_done;
     fiber.state = State::kDone;
@@ -324,7 +325,8 @@ unsigned char* shared_memory() { return running->cta->shared.get(); }
 
 void fail(const char* what, const char* file, int line) {
     std::fprintf(stderr, "cuda_on_cpu: %s: %s:%d", what, file != nullptr ? file : "?", line);
-    if (running != nullptr) std::fprintf(stderr, " (thread %u of CTA %u)", running->index.thread.x, running->index.block.x);
+    if (running != nullptr)
+        std::fprintf(stderr, " (thread %u of CTA %u)", running->index.thread.x, running->index.block.x);
     std::fputc('\n', stderr);
     _exit(70);
 }

@@ -70,8 +70,8 @@ const char* select_tokens(const float* scores, const Selection& selection, const
 const char* gather_tokens(const std::vector<TokenRows>& tensors, const int64_t* indices, int64_t batch_size,
                           int64_t num_keep, Stream stream);
 
-// One launch where blocks hold at most 256 tokens and there is one for every multiprocessor, two for other blocks, three
-// under the global budget. More than kMaxTensors tensors take three or more.
+// One launch where blocks hold at most 256 tokens and there is one for every multiprocessor, two for other blocks,
+// three under the global budget. More than kMaxTensors tensors take three or more.
 const char* prune_tokens(const Scoring& scoring, const Selection& selection, const std::vector<TokenRows>& tensors,
                          const Allocate& allocate, Stream stream);
 

@@ -9,15 +9,11 @@ import os
 
 import torch
 
+from sdtp_kernels.backends import limits
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_TRITON = (3, 8)
 _AMD_TARGETS = ("gfx90a", "gfx942")  # CDNA 2 and 3: what the table of configurations holds
-# Rows are the second axis of every launch, and a launch has at most so many programs along it.
-MAX_BATCH = 65535
-# Columns are 32-bit inside the kernels; element offsets are 64-bit everywhere.
-MAX_TOKENS = 2**24
-# A tile holds the neighbours of its tokens too, and most of a tile should be its own.
-MAX_POOLING = 255
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
@@ -59,7 +55,7 @@ def score_tokens(
 ) -> torch.Tensor:
     from . import score
 
-    _check_size(hidden_states.shape[0], hidden_states.shape[1])
+    limits.check_size("triton", hidden_states.shape[0], hidden_states.shape[1])
     with torch.cuda.device_of(hidden_states):
         return score.score_tokens(hidden_states, w1, b1, w2, b2, score_bias, rms_eps)
 
@@ -75,8 +71,8 @@ def select_tokens(
 ) -> torch.Tensor:
     from . import select
 
-    _check_size(scores.shape[0], scores.shape[1])
-    _check_pooling(pooling)
+    limits.check_size("triton", scores.shape[0], scores.shape[1])
+    limits.check_pooling("triton", pooling)
     with torch.cuda.device_of(scores):
         return select.select_tokens(scores, num_keep, sink, recent, block_size, rows, pooling)
 
@@ -84,7 +80,7 @@ def select_tokens(
 def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[torch.Tensor]:
     from . import gather
 
-    _check_size(indices.shape[0], indices.shape[1])
+    limits.check_size("triton", indices.shape[0], indices.shape[1])
     with torch.cuda.device_of(indices):
         return gather.gather_tokens(tensors, indices)
 
@@ -107,26 +103,10 @@ def prune_tokens(
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     from . import fused
 
-    _check_size(hidden_states.shape[0], hidden_states.shape[1])
-    _check_pooling(pooling)
+    limits.check_size("triton", hidden_states.shape[0], hidden_states.shape[1])
+    limits.check_pooling("triton", pooling)
     with torch.cuda.device_of(hidden_states):
         return fused.prune_tokens(
             hidden_states, tensors, w1, b1, w2, b2,
             num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps,
         )  # fmt: skip
-
-
-def _check_size(batch_size: int, num_tokens: int) -> None:
-    if batch_size > MAX_BATCH or num_tokens > MAX_TOKENS:
-        raise ValueError(
-            f"backend 'triton' takes at most {MAX_BATCH} rows of at most {MAX_TOKENS} tokens, got {batch_size} rows of "
-            f"{num_tokens}: split the batch, or name backend='reference'"
-        )
-
-
-def _check_pooling(pooling: int) -> None:
-    if pooling > MAX_POOLING:
-        raise ValueError(
-            f"backend 'triton' pools over at most {MAX_POOLING} tokens, got pooling={pooling}: pool less, or name "
-            "backend='reference'"
-        )

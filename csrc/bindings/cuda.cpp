@@ -1,0 +1,202 @@
+// The CUDA kernels of the private ops `sdtp_native::*`, on PyTorch's stable ABI; see cpu.cpp. No CUDA header is needed
+// here: the kernels take pointers.
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "bindings/token_rows.h"
+#include "sdtp/cuda.h"
+
+namespace sdtp {
+namespace {
+
+using cuda::Allocate;
+using cuda::Element;
+using cuda::Scoring;
+using cuda::Selection;
+using cuda::Stream;
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::accelerator::DeviceGuard;
+namespace stable = torch::stable;
+
+// The one function that libtorch_cpu does not have. A reference to it, even a weak one, would stay null: torch loads
+// its CUDA library for itself alone (RTLD_LOCAL). It is loaded by then, and this asks for nothing more.
+Stream current_stream(const Tensor& tensor) {
+    using GetStream = AOTITorchError (*)(int32_t device, void** stream);
+    static const auto get = [] {
+        void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+        return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    }();
+    STD_TORCH_CHECK(get != nullptr,
+                    "backend 'cuda': this torch has no CUDA streams; install a torch that is built for CUDA");
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(get(tensor.get_device_index(), &stream));
+    return stream;
+}
+
+// Device memory of a call. torch hands freed memory only to later work of the same stream.
+class Scratch {
+  public:
+    explicit Scratch(const Tensor& like) : like_(like) {}
+
+    Allocate allocator() {
+        return [this](size_t bytes) {
+            const std::array<int64_t, 1> shape{static_cast<int64_t>(bytes)};
+            tensors_.push_back(stable::new_empty(like_, IntHeaderOnlyArrayRef(shape), ScalarType::Byte));
+            return tensors_.back().mutable_data_ptr();
+        };
+    }
+
+  private:
+    const Tensor& like_;
+    std::vector<Tensor> tensors_;
+};
+
+void check_launched(const char* error) {
+    STD_TORCH_CHECK(error == nullptr, "backend 'cuda': a launch was refused: ", error);
+}
+
+Tensor empty(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
+    const std::array<int64_t, 2> shape{rows, columns};
+    return stable::new_empty(like, IntHeaderOnlyArrayRef(shape), dtype);
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+    return tensor ? std::optional(stable::contiguous(*tensor)) : std::nullopt;
+}
+
+Element element_of(const Tensor& tensor) {
+    const ScalarType dtype = tensor.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                    "hidden_states: expected float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype),
+                    "; cast it, or pass backend='reference'");
+    if (dtype == ScalarType::Float) return Element::kFloat32;
+    return dtype == ScalarType::BFloat16 ? Element::kBFloat16 : Element::kFloat16;
+}
+
+// A Scoring and what its pointers refer to.
+struct Pruner {
+    Tensor hidden_states, w1, b1, w2, b2;
+    std::optional<Tensor> score_bias;
+    Scoring scoring;
+
+    Pruner(const Tensor& hidden_states, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+           const std::optional<Tensor>& score_bias, std::optional<double> rms_eps)
+        : hidden_states(hidden_states),
+          w1(stable::contiguous(w1)),
+          b1(stable::contiguous(b1)),
+          w2(stable::contiguous(w2)),
+          b2(b2),
+          score_bias(contiguous(score_bias)) {
+        scoring.element = element_of(hidden_states);
+        scoring.hidden_states = hidden_states.const_data_ptr();
+        scoring.batch_stride = hidden_states.stride(0);
+        scoring.token_stride = hidden_states.stride(1);
+        scoring.hidden_stride = hidden_states.stride(2);
+        scoring.w1 = this->w1.const_data_ptr();
+        scoring.b1 = this->b1.const_data_ptr<float>();
+        scoring.w2 = this->w2.const_data_ptr<float>();
+        scoring.b2 = b2.const_data_ptr<float>();
+        scoring.score_bias = this->score_bias ? this->score_bias->const_data_ptr<float>() : nullptr;
+        scoring.batch_size = static_cast<int>(hidden_states.size(0));
+        scoring.num_tokens = static_cast<int>(hidden_states.size(1));
+        scoring.hidden_size = static_cast<int>(hidden_states.size(2));
+        scoring.pruner_size = static_cast<int>(w1.size(0));
+        scoring.num_scored = scoring.num_tokens;
+        scoring.normalise = rms_eps.has_value();
+        scoring.rms_eps = static_cast<float>(rms_eps.value_or(0.0));
+    }
+};
+
+// A Selection, its result, and what its pointers refer to.
+struct Chosen {
+    std::optional<Tensor> rows;
+    Tensor indices;
+    Selection selection;
+
+    Chosen(const Tensor& like, int64_t num_keep, int64_t sink, int64_t recent, std::optional<int64_t> block_size,
+           const std::optional<Tensor>& rows, int64_t pooling)
+        : rows(contiguous(rows)), indices(empty(like, like.size(0), num_keep, ScalarType::Long)) {
+        const int64_t num_tokens = like.size(1);
+        selection = {this->rows ? this->rows->const_data_ptr<int64_t>() : nullptr,
+                     indices.mutable_data_ptr<int64_t>(),
+                     static_cast<int>(like.size(0)),
+                     static_cast<int>(num_tokens),
+                     static_cast<int>(num_keep),
+                     static_cast<int>(std::min(sink, num_tokens)),
+                     static_cast<int>(std::min(recent, num_tokens)),
+                     static_cast<int>(std::min(block_size.value_or(0), num_tokens + 1)),
+                     static_cast<int>(pooling)};
+    }
+};
+
+Tensor score_tokens(const Tensor& hidden_states, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                    const std::optional<Tensor>& score_bias, std::optional<double> rms_eps) {
+    const DeviceGuard guard(hidden_states.get_device_index());
+    const Pruner pruner(hidden_states, w1, b1, w2, b2, score_bias, rms_eps);
+    Tensor scores = empty(hidden_states, hidden_states.size(0), hidden_states.size(1), ScalarType::Float);
+    Scratch scratch(hidden_states);
+    check_launched(cuda::score_tokens(pruner.scoring, scores.mutable_data_ptr<float>(), scratch.allocator(),
+                                      current_stream(hidden_states)));
+    return scores;
+}
+
+Tensor select_tokens(const Tensor& scores, int64_t num_keep, int64_t sink, int64_t recent,
+                     std::optional<int64_t> block_size, const std::optional<Tensor>& rows, int64_t pooling) {
+    const DeviceGuard guard(scores.get_device_index());
+    const Tensor values = stable::contiguous(scores);
+    const Chosen chosen(values, num_keep, sink, recent, block_size, rows, pooling);
+    Scratch scratch(values);
+    check_launched(cuda::select_tokens(values.const_data_ptr<float>(), chosen.selection, scratch.allocator(),
+                                       current_stream(values)));
+    return chosen.indices;
+}
+
+std::vector<Tensor> gather_tokens(const std::vector<Tensor>& tensors, const Tensor& indices) {
+    const DeviceGuard guard(indices.get_device_index());
+    const Tensor columns = stable::contiguous(indices);
+    const Gather gather(tensors, indices.size(1));
+    check_launched(cuda::gather_tokens(gather.rows, columns.const_data_ptr<int64_t>(), indices.size(0), indices.size(1),
+                                       current_stream(indices)));
+    return gather.outputs;
+}
+
+// Scores tensors[0], gathers all of `tensors`. Returns them and the indices.
+std::tuple<std::vector<Tensor>, Tensor> prune_tokens(const std::vector<Tensor>& tensors, const Tensor& w1,
+                                                     const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                                                     int64_t num_keep, int64_t sink, int64_t recent,
+                                                     std::optional<int64_t> block_size,
+                                                     const std::optional<Tensor>& rows, int64_t pooling,
+                                                     const std::optional<Tensor>& score_bias,
+                                                     std::optional<double> rms_eps) {
+    const Tensor& hidden_states = tensors.at(0);
+    const DeviceGuard guard(hidden_states.get_device_index());
+    Pruner pruner(hidden_states, w1, b1, w2, b2, score_bias, rms_eps);
+    const Chosen chosen(hidden_states, num_keep, sink, recent, block_size, rows, pooling);
+    const Gather gather(tensors, num_keep);
+    // Tokens that are always kept need no score; padded rows have tails of their own, which the host does not know.
+    if (!rows) pruner.scoring.num_scored -= chosen.selection.recent;
+    Scratch scratch(hidden_states);
+    check_launched(cuda::prune_tokens(pruner.scoring, chosen.selection, gather.rows, scratch.allocator(),
+                                      current_stream(hidden_states)));
+    return {gather.outputs, chosen.indices};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sdtp_native, CUDA, m) {
+    m.impl("score_tokens", TORCH_BOX(&score_tokens));
+    m.impl("select_tokens", TORCH_BOX(&select_tokens));
+    m.impl("gather_tokens", TORCH_BOX(&gather_tokens));
+    m.impl("prune_tokens", TORCH_BOX(&prune_tokens));
+}
+
+}  // namespace sdtp

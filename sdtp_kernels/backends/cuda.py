@@ -1,0 +1,113 @@
+"""The compiled CUDA library: thin calls of ``csrc/bindings/cuda.cpp``.
+
+Scoring multiplies with mma.sync on every target. On compute capability 9 and 10 that leaves much of the tensor cores
+unused, which only wgmma and tcgen05 reach: there, as everywhere for now, ``"auto"`` prefers the Triton backend, whose
+compiler emits those. A backend named by the user runs its own kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import limits
+from ._native import build_info, load_error
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    if error := load_error("cuda"):
+        return error
+    if torch.version.hip:
+        return f"compiled for NVIDIA GPUs, and torch {torch.__version__} is for AMD ones"
+    if not torch.cuda.is_available():
+        return f"no GPU on this machine that torch {torch.__version__} can use; libsdtp_cuda.so {_built()}, and loads"
+    if device.type != "cuda":
+        return f"runs on cuda tensors, not on {device.type}"
+    if dtype is not None and dtype not in _FLOATS:
+        return f"computes in {', '.join(map(str, _FLOATS))}, not in {dtype}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if _has_code_for(10 * major + minor):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"libsdtp_cuda.so {_built()}; {name} has {major}.{minor}: build with SDTP_CUDA_ARCHS={10 * major + minor}"
+
+
+def _build() -> dict[str, Any]:
+    return build_info().get("cuda") or {"nvcc": "unknown", "targets": []}
+
+
+def _built() -> str:
+    return f"is built by nvcc {_build()['nvcc']} for {', '.join(_build()['targets'])}"
+
+
+def _has_code_for(capability: int) -> bool:
+    """Whether a target's machine code runs there (same major version, not newer), or its PTX (not newer)."""
+    for target in _build()["targets"]:
+        kind, _, built_for = target.partition("_")
+        if int(built_for) <= capability and (kind == "compute" or int(built_for) // 10 == capability // 10):
+            return True
+    return False
+
+
+def score_tokens(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    score_bias: torch.Tensor | None = None,
+    rms_eps: float | None = None,
+) -> torch.Tensor:
+    limits.check_size("cuda", hidden_states.shape[0], hidden_states.shape[1])
+    return torch.ops.sdtp_native.score_tokens(  # type: ignore[no-any-return]
+        hidden_states, w1, b1, w2, b2, score_bias, rms_eps
+    )
+
+
+def select_tokens(
+    scores: torch.Tensor,
+    num_keep: int,
+    sink: int = 0,
+    recent: int = 0,
+    block_size: int | None = None,
+    rows: torch.Tensor | None = None,
+    pooling: int = 1,
+) -> torch.Tensor:
+    limits.check_size("cuda", scores.shape[0], scores.shape[1])
+    limits.check_pooling("cuda", pooling)
+    return torch.ops.sdtp_native.select_tokens(  # type: ignore[no-any-return]
+        scores, num_keep, sink, recent, block_size, rows, pooling
+    )
+
+
+def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[torch.Tensor]:
+    limits.check_size("cuda", indices.shape[0], indices.shape[1])
+    return torch.ops.sdtp_native.gather_tokens(tensors, indices)  # type: ignore[no-any-return]
+
+
+def prune_tokens(
+    hidden_states: torch.Tensor,
+    tensors: list[torch.Tensor],
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    num_keep: int,
+    sink: int = 0,
+    recent: int = 0,
+    block_size: int | None = None,
+    rows: torch.Tensor | None = None,
+    pooling: int = 1,
+    score_bias: torch.Tensor | None = None,
+    rms_eps: float | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    limits.check_size("cuda", hidden_states.shape[0], hidden_states.shape[1])
+    limits.check_pooling("cuda", pooling)
+    kept, indices = torch.ops.sdtp_native.prune_tokens(
+        [hidden_states, *tensors], w1, b1, w2, b2,
+        num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps,
+    )  # fmt: skip
+    return kept[0], kept[1:], indices
