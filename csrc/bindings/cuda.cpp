@@ -37,8 +37,8 @@ Stream current_stream(const Tensor& tensor) {
     }();
     STD_TORCH_CHECK(get != nullptr,
                     "backend 'cuda': this torch has no CUDA streams; install a torch that is built for CUDA");
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(get(tensor.get_device_index(), &stream));
+    Stream stream{nullptr, tensor.get_device_index()};
+    STABLE_TORCH_ERROR_CODE_CHECK(get(stream.device, &stream.handle));
     return stream;
 }
 

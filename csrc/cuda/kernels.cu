@@ -74,10 +74,11 @@ size_t rank_with(SelectArguments& arguments, int keys_per_cta, const Allocate& a
 
 // CTAs that share the keys of a row. They wait for one another, so there may be no more than run at once: one a
 // multiprocessor always fits.
-int group_size(const Selection& selection) {
+int group_size(const Selection& selection, Stream stream) {
     if (selection.block_size > 0) return 1;
     const int64_t wanted = ceil_divide(body_of(selection), kSharedKeys);
-    return static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(num_multiprocessors() / selection.batch_size, 1)));
+    return static_cast<int>(
+        std::clamp<int64_t>(wanted, 1, std::max(num_multiprocessors(stream) / selection.batch_size, 1)));
 }
 
 // One launch. A group's `arrivals` are 0 by then.
@@ -96,10 +97,10 @@ const char* select_scores(const Scores& scores, const Selection& selection, int 
 
 bool is_empty(const Selection& selection) { return selection.batch_size == 0 || selection.num_keep == 0; }
 
-bool fits_one_launch(const Selection& selection) {
+bool fits_one_launch(const Selection& selection, Stream stream) {
     const int64_t num_blocks = body_of(selection) / selection.block_size;
     // A short prompt would leave most of the GPU idle, where two launches spread a block over several CTAs.
-    return selection.block_size <= kOneLaunchBlock && num_blocks * selection.batch_size >= num_multiprocessors();
+    return selection.block_size <= kOneLaunchBlock && num_blocks * selection.batch_size >= num_multiprocessors(stream);
 }
 
 TensorTable table_of(const TokenRows* tensors, size_t count) {
@@ -120,7 +121,7 @@ const char* score_tokens(const Scoring& scoring, float* scores, const Allocate& 
 
 const char* select_tokens(const float* scores, const Selection& selection, const Allocate& allocate, Stream stream) {
     if (is_empty(selection)) return nullptr;
-    const int group = group_size(selection);
+    const int group = group_size(selection, stream);
     uint32_t* arrivals = nullptr;
     if (group > 1) {
         arrivals = allocate_array<uint32_t>(allocate, selection.batch_size);
@@ -146,14 +147,14 @@ const char* prune_tokens(const Scoring& scoring, const Selection& selection, con
     if (is_empty(selection)) return nullptr;
     Scores scores{nullptr, 0, 0, scoring.b2, scoring.score_bias};
     if (selection.block_size == 0 || tensors.size() > kMaxTensors) {
-        const int group = group_size(selection);
+        const int group = group_size(selection, stream);
         uint32_t* arrivals = group > 1 ? allocate_array<uint32_t>(allocate, selection.batch_size) : nullptr;
         if (const char* error = score_parts(scoring, allocate, arrivals, stream, scores)) return error;
         if (const char* error = select_scores(scores, selection, group, arrivals, allocate, stream)) return error;
         return gather_tokens(tensors, selection.indices, selection.batch_size, selection.num_keep, stream);
     }
     const TensorTable table = table_of(tensors.data(), tensors.size());
-    if (fits_one_launch(selection)) {
+    if (fits_one_launch(selection, stream)) {
         const SelectArguments select{scores, selection, 1, nullptr, nullptr, nullptr, selection.block_size};
         const PruneArguments arguments{scoring, is_aligned(scoring), select, table};
         const Grid grid{ctas_of_row(selection, 1), selection.batch_size, kThreads, sizeof(PruneShared), false};

@@ -101,6 +101,8 @@ template <typename Arguments>
 const char* launch(void (*kernel)(Arguments), const Grid& grid, Stream stream, Arguments arguments) {
     constexpr size_t kSharedWithoutAsking = 48 * 1024;
     const auto* function = reinterpret_cast<const void*>(kernel);
+    const cudaError_t unknown_device = cudaSetDevice(stream.device);
+    if (unknown_device != cudaSuccess) return cudaGetErrorString(unknown_device);
     if (grid.shared_bytes > kSharedWithoutAsking) {
         const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                        static_cast<int>(grid.shared_bytes));
@@ -113,7 +115,7 @@ const char* launch(void (*kernel)(Arguments), const Grid& grid, Stream stream, A
     config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
     config.blockDim = dim3(static_cast<unsigned>(grid.threads));
     config.dynamicSmemBytes = grid.shared_bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
+    config.stream = static_cast<cudaStream_t>(stream.handle);
     config.attrs = &cooperative;
     config.numAttrs = grid.cooperative ? 1 : 0;
     void* pointers[] = {&arguments};
@@ -122,14 +124,14 @@ const char* launch(void (*kernel)(Arguments), const Grid& grid, Stream stream, A
 }
 
 inline const char* clear(void* memory, size_t bytes, Stream stream) {
-    const cudaError_t error = cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream));
+    cudaError_t error = cudaSetDevice(stream.device);
+    if (error == cudaSuccess) error = cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream.handle));
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-inline int num_multiprocessors() {
-    int device = 0, count = 1;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+inline int num_multiprocessors(Stream stream) {
+    int count = 1;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, stream.device);
     return count;
 }
 

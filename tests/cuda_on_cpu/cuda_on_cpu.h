@@ -174,6 +174,6 @@ inline const char* clear(void* memory, size_t bytes, Stream) {
     return nullptr;
 }
 
-inline int num_multiprocessors() { return cuda_on_cpu::num_multiprocessors(); }
+inline int num_multiprocessors(Stream) { return cuda_on_cpu::num_multiprocessors(); }
 
 }  // namespace sdtp::cuda

@@ -92,9 +92,9 @@ const std::map<std::string, void (*)(Nothing)> kKernels{
 
 int main(int, char** argv) {
     const sdtp::cuda::Grid grid{1, 1, 32, 1024, false};
-    const char* error = sdtp::cuda::launch(sdtp::cuda::kKernels.at(argv[1]), grid, nullptr, sdtp::cuda::Nothing{});
+    const char* error = sdtp::cuda::launch(sdtp::cuda::kKernels.at(argv[1]), grid, {}, sdtp::cuda::Nothing{});
     const sdtp::cuda::Grid large{3, 1, 32, 0, true};
-    const char* too_large = sdtp::cuda::launch(sdtp::cuda::kKernels.at("right"), large, nullptr, sdtp::cuda::Nothing{});
+    const char* too_large = sdtp::cuda::launch(sdtp::cuda::kKernels.at("right"), large, {}, sdtp::cuda::Nothing{});
     std::printf("%s; %s\n", error == nullptr ? "ran" : error, too_large == nullptr ? "ran" : too_large);
     return 0;
 }

@@ -181,7 +181,7 @@ struct Model {
         Memory own;
         const int64_t count = int64_t{size.batch} * size.tokens;
         float* scores = own.array<float>(count);
-        check_launched(score_tokens(scoring, scores, own.allocator(), nullptr));
+        check_launched(score_tokens(scoring, scores, own.allocator(), {}));
         return {scores, scores + count};
     }
 };
@@ -313,7 +313,7 @@ void select_rows(const Rows& rows) {
     Memory memory;
     const Selection selection = rows.selection(memory);
     const int before = cuda_on_cpu::num_launches();
-    check_launched(select_tokens(memory.copy(rows.scores), selection, memory.allocator(), nullptr));
+    check_launched(select_tokens(memory.copy(rows.scores), selection, memory.allocator(), {}));
     check(cuda_on_cpu::num_launches() - before == (selection.num_keep > 0), "not one launch");
     check_indices(rows, selection);
 }
@@ -368,7 +368,7 @@ void select_wrong_counts(uint64_t seed) {
             std::vector<int64_t> indices(60, -7);
             int64_t* rows = memory.copy(indices);
             const Selection selection{memory.copy(counts), rows + 20, 1, 40, 20, 2, 0, block_size, 7};
-            check_launched(select_tokens(memory.copy(scores), selection, memory.allocator(), nullptr));
+            check_launched(select_tokens(memory.copy(scores), selection, memory.allocator(), {}));
             for (int i = 0; i < 60; ++i) {
                 const bool is_ours = 20 <= i && i < 40;
                 check(is_ours ? -7 <= rows[i] && rows[i] < 40 : rows[i] == -7, "a slot or column outside the row");
@@ -438,7 +438,7 @@ void gather_random(uint64_t seed) {
         while (all.size() <= kMaxTensors) all.push_back(tensor(memory, batch, 1, tokens, 4, num_keep));
     }
     const int before = cuda_on_cpu::num_launches();
-    check_launched(gather_tokens(all, memory.copy(indices), batch, num_keep, nullptr));
+    check_launched(gather_tokens(all, memory.copy(indices), batch, num_keep, {}));
     check(cuda_on_cpu::num_launches() - before == (seed == 0 ? 2 : 1), "not one launch for 64 tensors");
     check_rows(all, batch, indices.data(), num_keep);
 }
@@ -454,7 +454,7 @@ void gather_far() {
     const int64_t indices[] = {1, 2};
     alignas(16) char destination[32] = {};
     const TokenRows rows{source, destination, 0, 0, step, 1, 16};
-    check_launched(gather_tokens({rows}, indices, 1, 2, nullptr));
+    check_launched(gather_tokens({rows}, indices, 1, 2, {}));
     check_rows({rows}, 1, indices, 2);
     munmap(memory, 3 * step);
 }
@@ -484,7 +484,7 @@ void prune(uint64_t seed, const std::vector<int64_t>& counts, int block_size, in
         all.push_back(tensor(memory, rows.batch(), 1, rows.width, 4, rows.num_keep));
     }
     const int before = cuda_on_cpu::num_launches();
-    check_launched(prune_tokens(model.scoring, selection, all, memory.allocator(), nullptr));
+    check_launched(prune_tokens(model.scoring, selection, all, memory.allocator(), {}));
     const int launches = cuda_on_cpu::num_launches() - before;
     check(launches == num_launches, std::to_string(launches) + " launches");
     check_indices(rows, selection);

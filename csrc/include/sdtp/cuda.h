@@ -12,7 +12,11 @@
 
 namespace sdtp::cuda {
 
-using Stream = void*;  // a cudaStream_t
+// A stream of torch's. The library's own CUDA runtime does not know which device torch has made the current one.
+struct Stream {
+    void* handle;  // a cudaStream_t
+    int device;
+};
 
 // Gives device memory, aligned to 16 bytes, that lives until the work given to the stream is done.
 using Allocate = std::function<void*(size_t bytes)>;
