@@ -45,7 +45,9 @@ const char* score_parts(const Scoring& scoring, const Allocate& allocate, uint32
     scores = {parts, part_stride, static_cast<int>(num_parts), scoring.b2, scoring.score_bias};
     const Grid grid{ceil_divide(scoring.num_scored, kTileTokens) * num_parts, scoring.batch_size, kThreads,
                     kScoreSharedBytes, false};
-    if (grid.x * grid.y == 0) return nullptr;
+    if (grid.x * grid.y == 0) {
+        return arrivals == nullptr ? nullptr : clear(arrivals, scoring.batch_size * sizeof(uint32_t), stream);
+    }
     const ScoreArguments arguments{scoring, is_aligned(scoring), parts, arrivals};
     return for_element(scoring.element,
                        [&](auto element) { return launch(score_kernel<decltype(element)>, grid, stream, arguments); });

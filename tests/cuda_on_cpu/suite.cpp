@@ -502,7 +502,8 @@ void prune_group() {
         prune<Half>(seed, {2 * 300 + 9, 2 * 130 + 9, 9, 300, 130, 0}, 300, 5, 2, 4);
         prune<float>(seed, {300, 200, 30, 90, 60, 9}, 0, 7, 3, 4);
         prune<BFloat16>(seed, {4096 + 200, 3000, 100}, 0, 1, 3, 4);
-        prune<float>(seed, {30, 30, 30}, 64, 1, 1, 4);  // no block is complete, nothing to score
+        prune<BFloat16>(seed, {4096 + 200, 3000, 50}, 0, 1, 2, 4, 8, 0);  // a pruner without units: nothing to launch
+        prune<float>(seed, {30, 30, 30}, 64, 1, 1, 4);                    // no block is complete, nothing to score
         prune<float>(seed, {2 * 16 + 3, 2 * 8 + 3, 3}, 16, 1, 4, 2, kMaxTensors + 1);
     }
 }
