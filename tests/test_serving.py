@@ -304,7 +304,8 @@ def test_protected_tokens_stay_and_the_rest_is_pruned_without_them(
         given_ranges = mask
     scores = {}
     with torch.no_grad():
-        hidden = model(**inputs, output_hidden_states=True, position_ids=positions(inputs)).hidden_states[1]
+        recorded = copy.deepcopy(model)  # output_hidden_states leaves hooks that no compiler likes
+        hidden = recorded(**inputs, output_hidden_states=True, position_ids=positions(inputs)).hidden_states[1]
         for row in range(len(lengths)):
             scores[row] = pruner(hidden[row, padding[row] :]).tolist()
     cache = DynamicCache(config=model.config)
