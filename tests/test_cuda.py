@@ -4,7 +4,6 @@ No test needs a GPU. `cuda_on_cpu/` runs the kernels' own source with a fiber fo
 ThreadSanitizer, which then finds missing barriers, and under AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
-import importlib.util
 import json
 import re
 import shutil
@@ -15,16 +14,13 @@ from pathlib import Path
 import cuda_aot
 import pytest
 import torch
+from cuda_on_cpu import build
 
 from sdtp_kernels import BackendUnavailableError, explain_backends, select_tokens
 from sdtp_kernels.backends import _native, limits
 from sdtp_kernels.backends import cuda as backend
 
 ROOT = Path(__file__).resolve().parent.parent
-_spec = importlib.util.spec_from_file_location("cuda_on_cpu_build", ROOT / "tests" / "cuda_on_cpu" / "build.py")
-build = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(build)
-
 GROUPS = ("score", "select", "gather", "prune")
 SMALL = {"race": ("--small",)}  # ThreadSanitizer pays for every thread there is at once
 
