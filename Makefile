@@ -34,6 +34,10 @@ $(VENV)/install.done: $(NATIVE) $(VENV)/torch.done $(wildcard $(VENV)/nvcc.done)
 $(VENV)/triton-3.8: | $(VENV)/torch.done
 	-$(BIN)/pip install --quiet --no-deps --target $@ 'triton==3.8.*'
 
+# kvpress pins an older transformers than ours, which it works with all the same: beside the environment, not in it.
+$(VENV)/kvpress: | $(VENV)/torch.done
+	-$(BIN)/pip install --quiet --no-deps --target $@ 'kvpress==0.5.*' cachetools fire termcolor peft
+
 demo: $(VENV)/install.done ## a real long text, dense and pruned side by side; options in DEMO_ARGS='--keep 0.8'
 	$(BIN)/sdtp demo $(DEMO_ARGS)
 
@@ -47,7 +51,7 @@ train: $(VENV)/install.done ## the pruners of SmolLM2-135M anew, from texts that
 		--no-averaging --intermediate 144 --out build/train/smollm2-135m-paper.safetensors
 
 test: $(VENV)/nvcc.done ## everything that proves the package right: lint, tests, planted bugs
-	$(MAKE) lint $(VENV)/triton-3.8
+	$(MAKE) lint $(VENV)/triton-3.8 $(VENV)/kvpress
 	$(BIN)/sdtp doctor
 	$(BIN)/pytest $(PYTEST_ARGS)
 	$(MAKE) test-mutants

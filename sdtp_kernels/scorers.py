@@ -14,6 +14,8 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch.distributed import ProcessGroup
+
 ATTENTION_WINDOW = 32  # SnapKV's window of last queries
 QUESTION_WINDOW = 8  # that of a pruner's attention term: sharper on what is asked for
 ATTENTION_POOLING = 7  # and its max-pooling width, so that a hit keeps its neighbours
@@ -38,6 +40,8 @@ class StageInput(NamedTuple):
     """The keys it cached, ``[B, kv_heads, n, head_dim]``; ``None`` without a cache, and where some tokens waited."""
     is_padded: bool = True
     """False where no row can have padding."""
+    group: ProcessGroup | None = None
+    """The processes that share the model's heads; each sees all tokens. ``None`` for one process alone."""
 
 
 def block_local(scorer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -79,6 +83,8 @@ def attention_score(stage: StageInput, window: int = ATTENTION_WINDOW) -> torch.
     """
     from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
+    from .models.devices import mean_over
+
     layer, attention, hidden_states_below = stage.layer_below, stage.layer_below.self_attn, stage.hidden_states_below
     assert hidden_states_below is not None, "the prompt's end is not known while it comes in pieces"
     end = stage.hidden_states.shape[1] - stage.keep_last
@@ -108,7 +114,7 @@ def attention_score(stage: StageInput, window: int = ATTENTION_WINDOW) -> torch.
     per_head = (weight[:, None, None] @ logits.softmax(-1)).squeeze(2)
     # Max-pooling by unfolding: F.max_pool1d would tie a compiled graph to one length.
     padded = F.pad(per_head, (ATTENTION_POOLING // 2,) * 2)
-    return padded.unfold(-1, ATTENTION_POOLING, 1).amax(-1).mean(1)
+    return mean_over(padded.unfold(-1, ATTENTION_POOLING, 1).amax(-1).mean(1), stage.group)
 
 
 def question_attention(stage: StageInput) -> torch.Tensor:

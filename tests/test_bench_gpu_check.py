@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdtp_bench import gpu_check, shapes
+from sdtp_bench import gpu_check, model_check, shapes
 from sdtp_bench.shapes import Case
 from sdtp_kernels import cli
 from sdtp_kernels.backends import cpu, cuda
@@ -75,7 +75,7 @@ from pathlib import Path
 sys.path.insert(0, "tests")
 import triton_interpreter
 import test_bench_gpu_check as test
-from sdtp_bench import gpu_check, shapes
+from sdtp_bench import gpu_check, model_check, shapes
 
 shapes.MODELS["tiny"] = test.TINY
 gpu_check.BLOCK_SIZES, gpu_check.WARM_UPS = (64,), 1
@@ -350,3 +350,19 @@ def test_status_and_rows_where_a_kernel_is_wrong(sdtp, tmp_path: Path, monkeypat
     (tmp_path / "file").touch()
     assert sdtp("--out", tmp_path / "file") == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_a_patched_model_by_every_attention(monkeypatch):
+    """All of it but the GPU; flex attention compiles for minutes on a CPU and has a test of its own."""
+    monkeypatch.setattr("transformers.models.qwen2.modeling_qwen2.Qwen2ForCausalLM._supports_flex_attn", False)
+    rows = {(row["backend"], row["op"]): row["error"] for row in model_check.check_models(FakeDevice())}
+    assert {what: error for what, error in rows.items() if what[0] == "sdpa"} == {
+        ("sdpa", "padded batch"): "",
+        ("sdpa", "static cache"): "",
+        ("sdpa", "captured prefill"): "",
+    }
+    monkeypatch.setattr(model_check, "PADDING", 0)
+    expected = model_check._two_calls(model_check._model(FakeDevice(), "eager"), None)
+    monkeypatch.setattr(model_check, "PADDING", 300)
+    got = model_check._two_calls(model_check._model(FakeDevice(), "sdpa"), None)
+    assert "logits differ" in model_check._difference(got, expected), "it can tell right from wrong"

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import make_qwen2
 from test_ops import NoHostSync
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
+from sdtp_kernels.models.cache import PrunedState
 
 LENGTHS = (300, 257, 411, 512, 700)
 SCHEDULES = {
@@ -29,6 +30,8 @@ CALLS = {
     "padded": call_settings(batch=2, mask=20, cache="given"),
     "mask of ones": call_settings(mask=0, cache="given"),
     "embeddings": call_settings(embeds=True, cache="given"),
+    "static cache": call_settings(cache="static"),
+    "static cache, padded": call_settings(batch=2, mask=20, cache="static"),
 }
 
 
@@ -40,6 +43,8 @@ def arguments(model, tokens, mask, batch, cache, embeds):
         inputs["attention_mask"][-1, :mask] = 0
     if cache == "given":
         inputs["past_key_values"] = DynamicCache(config=model.config)
+    if cache == "static":
+        inputs["past_key_values"] = StaticCache(config=model.config, max_cache_len=tokens + 16)
     return {**inputs, "use_cache": cache is not None, "logits_to_keep": 1}
 
 
@@ -70,6 +75,7 @@ def compilations(model, call, apply):
     ("attention", "call", "budget"),
     [
         *(("sdpa", call, "global") for call in CALLS),
+        ("sdpa", "static cache", "block"),
         ("sdpa", "mask of ones", "block"),
         ("sdpa", "padded", "block"),
         ("eager", "padded", "global"),
@@ -115,3 +121,45 @@ def test_no_host_sync_in_the_patched_loop(backend, schedule):
                 if "attention_mask" in inputs:
                     inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
                 model(**inputs)
+
+
+class Prefill(torch.nn.Module):
+    """What an exported prefill returns: logits, and of every layer the cache and what it holds."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask=None):
+        cache = DynamicCache(config=self.model.config)
+        logits = self.model(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1).logits
+        kept = [layer.kept for layer in cache.layers if isinstance(layer, PrunedState)]
+        return logits, [(layer.keys, layer.values) for layer in cache.layers], kept
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
+@pytest.mark.parametrize("budget", SCHEDULES)
+@torch.no_grad()
+def test_export(budget, padded):
+    """One program for all lengths of the prompt; the ops stay whole in it. A program takes no later turn."""
+    model, pruners = make_qwen2(num_layers=3), {1: TokenPruner(64), 2: TokenPruner(64)}
+    with apply_sdtp(model, pruners, SCHEDULES[budget], later_turns=False):
+        prefill, tokens = Prefill(model), torch.export.Dim("tokens", min=64, max=4096)
+
+        def inputs(length):
+            ids = torch.randint(1, 256, (2, length), generator=torch.Generator().manual_seed(length))
+            if not padded:
+                return (ids,)
+            mask = torch.ones_like(ids)
+            mask[1, :20] = 0
+            return ids, mask
+
+        shapes = tuple({1: tokens} for _ in inputs(200))
+        program = torch.export.export(
+            prefill, inputs(200), dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+        )
+        assert str(program.graph).count("sdtp.prune_tokens") == 2
+        for length in (64, 200, 333):
+            torch.testing.assert_close(
+                program.module()(*inputs(length)), prefill(*inputs(length)), atol=1e-5, rtol=1e-5
+            )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import make_qwen2
 from transformers import DynamicCache, Qwen2Config, Qwen2ForSequenceClassification, StaticCache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from sdtp_kernels import BackendUnavailableError, PruningSchedule, TokenPruner, apply_sdtp, load_pruners, save_pruners
 
@@ -72,10 +73,10 @@ def test_models_that_are_not_supported():
     sliding = make_qwen2(use_sliding_window=True, sliding_window=16, max_window_layers=2)
     with pytest.raises(NotImplementedError, match="use_sliding_window=False"):
         apply_sdtp(sliding, pruners(), SCHEDULE)
-    flex = make_qwen2()
-    flex.config._attn_implementation = "flex_attention"
-    with pytest.raises(NotImplementedError, match="supported are sdpa, eager"):
-        apply_sdtp(flex, pruners(), SCHEDULE)
+    paged = make_qwen2()
+    paged.config._attn_implementation = "paged|sdpa"
+    with pytest.raises(NotImplementedError, match="supported are sdpa, eager, flex_attention, flash_attention_2"):
+        apply_sdtp(paged, pruners(), SCHEDULE)
 
 
 def test_pipeline_stage(model):
@@ -100,6 +101,7 @@ def test_untested_transformers(model, monkeypatch):
         ({"logits_to_keep": torch.tensor([3])}, NotImplementedError, "count of last tokens"),
         ({"attention_mask": torch.ones(1, 1, 100, 100).bool().tril()}, NotImplementedError, "padding mask"),
         ({"position_ids": torch.arange(100)[None], "use_cache": False}, NotImplementedError, "packed sequences"),
+        ({"cu_seq_lens_q": torch.tensor([0, 60, 100])}, NotImplementedError, "packed sequences .* left-padded batch"),
     ],
 )
 @torch.no_grad()
@@ -127,12 +129,18 @@ def test_padding_on_the_wrong_side(model, zeros):
 def test_caches_that_cannot_hold_a_length_per_layer():
     model = make_qwen2()  # its own: generate() leaves notes on the model before it gets to us
     with apply_sdtp(model, pruners(), SCHEDULE):
-        with pytest.raises(NotImplementedError, match=r"StaticLayer.*DynamicCache\(\)"):
-            model(ids(), past_key_values=StaticCache(config=model.config, max_cache_len=200))
-        with pytest.raises(NotImplementedError, match="no cache_implementation"):
-            model.generate(ids(), cache_implementation="static", max_new_tokens=4)
+        sliding = Cache(layers=[DynamicSlidingWindowLayer(16) for _ in range(6)])
+        with pytest.raises(NotImplementedError, match=r"DynamicSlidingWindowLayer.*pass a DynamicCache, StaticCache"):
+            model(ids(), past_key_values=sliding)
         with pytest.raises(NotImplementedError, match="prefill_chunk_size=None"):
             model.generate(ids(), prefill_chunk_size=32, max_new_tokens=4)
+    blocks = PruningSchedule(layers=(1, 3), keep_ratio=0.8, budget="block", block_size=32)
+    in_pieces = pytest.raises(NotImplementedError, match="a pruned prompt in pieces needs a DynamicCache")
+    with apply_sdtp(model, pruners(), blocks), in_pieces:
+        model.generate(ids(), prefill_chunk_size=32, cache_implementation="static", max_new_tokens=4)
+    evicting = pytest.raises(NotImplementedError, match="evict_earlier_kv=True needs a DynamicCache")
+    with apply_sdtp(model, pruners(), SCHEDULE, evict_earlier_kv=True), evicting:
+        model(ids(), past_key_values=StaticCache(config=model.config, max_cache_len=200))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from oracle import MaskedDense, naive_select
 from transformers import DynamicCache
 
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
-from sdtp_kernels.models.cache import PrunedLayer
+from sdtp_kernels.models.cache import PrunedState
 from sdtp_kernels.scorers import SCORERS
 
 LAYERS = (1, 3, 4)
@@ -68,7 +68,7 @@ def test_prefill_equals_masked_dense(pruners, schedule, attention, averaging):
     with apply_sdtp(model, pruners, schedule) as handle:
         got = model(ids, past_key_values=cache).logits[0]
         report = handle.report()
-    kept = [layer.kept[0].tolist() for layer in cache.layers if isinstance(layer, PrunedLayer)]
+    kept = [layer.kept[0].tolist() for layer in cache.layers if isinstance(layer, PrunedState)]
     assert [kept[layer - LAYERS[0]] for layer in LAYERS] == history
     torch.testing.assert_close(got, expected[history[-1]], atol=1e-4, rtol=0)
     assert [layer.tokens_out for layer in report.layers] == [layer.keys.shape[2] for layer in cache.layers]
@@ -93,7 +93,7 @@ def test_padded_rows_equal_rows_alone(pruners, schedule, attention, lengths):
             torch.testing.assert_close(got[row, -1], alone.logits[0, -1], atol=1e-4, rtol=0)
             for padded_layer, alone_layer in zip(cache.layers, alone_cache.layers, strict=True):
                 own = slice(None)
-                if isinstance(padded_layer, PrunedLayer):
+                if isinstance(padded_layer, PrunedState):
                     own = padded_layer.kept[row] >= 0
                 elif padded_layer.keys.shape[2] == TOKENS:
                     own = batch["attention_mask"][row].bool()

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
-from sdtp_kernels.models.cache import PrunedLayer, stage_of
+from sdtp_kernels.models.cache import PrunedState, stage_of
 
 LAYERS = (1, 3, 4)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -80,7 +80,7 @@ def entries(cache, attention_mask):
     found = []
     for layer in cache.layers:
         mask = attention_mask[:, : layer.keys.shape[2]].bool()
-        if isinstance(layer, PrunedLayer):
+        if isinstance(layer, PrunedState):
             appended = layer.keys.shape[2] - layer.kept.shape[1]
             mask = torch.cat([layer.kept >= 0, attention_mask[:, layer.prompt_length :][:, :appended].bool()], dim=1)
         for row, own in enumerate(mask):
@@ -321,7 +321,7 @@ def test_protected_tokens_stay_and_the_rest_is_pruned_without_them(
             expected = sorted({free[i] for i in chosen} | set(range(n)) - set(free))
         kept = (
             cache.layers[1].kept[row].tolist()
-            if isinstance(cache.layers[1], PrunedLayer)
+            if isinstance(cache.layers[1], PrunedState)
             else list(range(-padding[row], n))
         )
         assert [i for i in kept if i >= 0] == expected

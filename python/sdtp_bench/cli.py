@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdtp_bench import gpu_check, roofline
+from sdtp_bench import gpu_check, memory, multi, roofline
 
 
 def add_command(subparsers: Any) -> None:
     """Add ``bench`` to the parsers of ``sdtp``."""
-    parser = subparsers.add_parser("bench", help="how fast the pruning step is, and how fast it can be")
+    parser = subparsers.add_parser("bench", help="speed and memory: the pruning step, and whole prefills")
     commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
     roofline.add_parser(commands)
     gpu_check.add_parser(commands)
+    memory.add_parser(commands)
+    multi.add_parser(commands)

@@ -1,6 +1,6 @@
 """``sdtp bench gpu-check``: what only a GPU can show. The kernels compute the right thing there, and how fast.
 
-Three parts: every backend against the reference, over many shapes; the same, small, under compute-sanitizer; times.
+Every backend against the reference, over many shapes; the same, small, under compute-sanitizer; a patched model; times.
 Nothing is timed whose output has not been found right. All contact with the GPU goes through a :class:`Device`, so that
 tests run everything else on a CPU.
 """
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from sdtp_bench import eager
+from sdtp_bench.model_check import check_models
 from sdtp_bench.shapes import DTYPES, GPUS, Case, Stage, make_stage, random_stage
 from sdtp_kernels import (
     PruningSchedule,
@@ -503,7 +504,7 @@ def examine(
     cases: Sequence[Case] = BENCH_CASES,
     repeats: int = REPEATS,
 ) -> int:
-    """All three parts; rows and a picture go to the directory `out`, a summary to the terminal.
+    """All parts; rows and a picture go to the directory `out`, a summary to the terminal.
 
     Returns
     -------
@@ -530,6 +531,7 @@ def _rows(device: Device, shapes: Sequence[Shape], cases: Sequence[Case], repeat
     yield from check_kernels(device, shapes)
     if device.torch_device.type == "cuda":
         yield from sanitize()
+        yield from check_models(device)
     for case in cases:
         yield from measure(device, case, repeats)
 

@@ -4,6 +4,8 @@ kvpress runs the dense prefill and shortens the cache afterwards, so its cost is
 it shows is how good the answers can be with a cache of the same size. It pins an older transformers, so it is no
 dependency: install it beside this package without its own, ``pip install --no-deps kvpress cachetools fire termcolor
 peft``. kvpress 0.5 on transformers 5.23 lacks one argument, which is given to it here.
+
+A press also works on top of a pruned model, where it shortens what the stages have left: :func:`pressed`.
 """
 
 from __future__ import annotations
@@ -78,6 +80,25 @@ def compressed_forward(
     with _translated(model):
         rest = model(behind, position_ids=position_ids, past_key_values=cache).logits[0]
     return torch.cat([first, rest])[-num_logits:], cache
+
+
+@contextlib.contextmanager
+def pressed(model: Any, press: Any) -> Iterator[None]:
+    """Run a model, pruned or not, under a press: ``with apply_sdtp(...), pressed(model, press): model.generate(...)``.
+
+    In every layer the press sees the tokens that the stages have left, in their original order and with the keys of
+    their original positions, and shortens that layer's cache: behind the prompt, or while tokens are generated
+    (``DecodingPress``). Presses know no padding, so batches are of equal lengths. Such a cache no longer knows how long
+    the prompt was: it belongs to one call of ``generate()``, and no later turn can go on with it.
+
+    Parameters
+    ----------
+    model : Qwen2ForCausalLM
+    press : object
+        Of kvpress.
+    """
+    with _translated(model), press(model):
+        yield
 
 
 @contextlib.contextmanager

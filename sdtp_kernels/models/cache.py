@@ -22,7 +22,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import (
+    BaseQuantizedLayer,
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    Fp8QuantizedLayer,
+    HQQQuantizedLayer,
+    QuantizedLayer,
+    QuantoQuantizedLayer,
+    StaticLayer,
+)
 
 from .. import ops
 
@@ -49,23 +59,19 @@ class Waiting(NamedTuple):
         return Waiting(*(torch.cat(pair, dim=1) for pair in zip(self, other, strict=True)))
 
 
-class PrunedLayer(DynamicLayer):
-    """A cache layer whose prompt was pruned.
+class PrunedState(CacheLayerMixin):
+    """What a layer of the cache needs beside its storage once its prompt is pruned.
 
-    Its state is set by :class:`~sdtp_kernels.models.stages.Prompt` before the decoder layer writes to it.
-
-    Parameters
-    ----------
-    kept : Tensor [B, K], int64
-        Index in the row's own prompt of each cached prompt token, ascending; -1 is padding.
+    Set by :class:`~sdtp_kernels.models.stages.Prompt` before the decoder layer writes to it.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self, kept: torch.Tensor) -> None:
-        super().__init__()
+    def begin(self, kept: torch.Tensor) -> None:
+        """No column of the prompt has been read, apart from what `kept` says is held already."""
         self.kept = kept
+        """``[B, K]`` index in the row's own prompt of each cached prompt token, ascending; -1 is padding."""
         self.stage = 0
         """Number of the last stage before this layer; layers of one stage hold the same tokens."""
         self.prompt_length = 0
@@ -93,6 +99,11 @@ class PrunedLayer(DynamicLayer):
         self.is_behind = False
         """Whether what waits is not in the cache: more of the prompt was to come at once."""
 
+    def expect(self, token_index: torch.Tensor, prompt_length: int) -> None:
+        """These tokens are about to be written, and with them so many columns of the prompt have been read."""
+        self.kept = torch.cat([self.kept, token_index], dim=-1)
+        self.prompt_length = prompt_length
+
     def drop_waiting(self, backend: str) -> None:
         """Reduce the layer to its finished blocks: what waits comes again, with the next piece of the prompt."""
         held = self.kept.shape[1]
@@ -114,12 +125,13 @@ class PrunedLayer(DynamicLayer):
     def padding_mask(self, attention_mask: torch.Tensor | None, num_new: int) -> torch.Tensor:
         """The logical padding mask ``[B, past + new]`` in terms of what this layer holds, ``[B, K + new]``."""
         if attention_mask is not None:
-            return torch.cat([self.kept >= 0, attention_mask[:, self.prompt_length :].bool()], dim=-1)
+            behind = attention_mask[:, self.prompt_length :].to(self.kept.device, torch.bool)
+            return torch.cat([self.kept >= 0, behind], dim=-1)
         return F.pad(self.kept >= 0, (0, self.num_appended + num_new), value=True)
 
     @property
     def num_appended(self) -> int:
-        """Tokens added behind the prompt."""
+        """Tokens added behind the prompt; of a static layer, those that there is room for."""
         return self.keys.shape[2] - self.kept.shape[1] if self.is_initialized else 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -162,6 +174,10 @@ class PrunedLayer(DynamicLayer):
         self.waiting = None if self.waiting is None else self.waiting.each(change)
 
 
+class PrunedLayer(PrunedState, DynamicLayer):
+    """Grows with the tokens behind the prompt, and with the prompt: the one that a prompt may enter in pieces."""
+
+
 class EvictedFirstLayer(PrunedLayer):
     """Layer 0, where pruned tokens were evicted from it: ``generate()`` asks it for the length of the conversation.
 
@@ -172,7 +188,84 @@ class EvictedFirstLayer(PrunedLayer):
         return self.prompt_length + self.num_appended
 
 
-def evict(cache: Cache, num_layers: int, like: PrunedLayer, indices: torch.Tensor, backend: str) -> None:
+class _PrunedQuantizedState(PrunedState):
+    cumulative_length: int
+
+    @property
+    def num_appended(self) -> int:
+        return self.cumulative_length - self.kept.shape[1] if self.is_initialized else 0
+
+
+class PrunedFp8Layer(_PrunedQuantizedState, Fp8QuantizedLayer):
+    """Keys and values in 8-bit floating point."""
+
+
+class PrunedQuantoLayer(_PrunedQuantizedState, QuantoQuantizedLayer):
+    """Keys and values in 2 or 4 bits, by optimum-quanto."""
+
+
+class PrunedHqqLayer(_PrunedQuantizedState, HQQQuantizedLayer):
+    """Keys and values in 1 to 8 bits, by HQQ."""
+
+
+class PrunedStaticLayer(PrunedState, StaticLayer):
+    """Has room for the kept tokens and for what the cache was made to take behind the prompt, and no more."""
+
+    num_dropped = 0
+
+    def expect(self, token_index: torch.Tensor, prompt_length: int) -> None:
+        super().expect(token_index, prompt_length)
+        self.num_dropped = prompt_length - token_index.shape[1]
+        self.max_cache_len -= self.num_dropped
+
+    def reset(self) -> None:
+        super().reset()
+        # The next prompt may need more room, or be too short to be pruned: the memory is given back.
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.is_initialized = False
+        self.max_cache_len += self.num_dropped
+        self.num_dropped = 0
+
+
+PRUNED_KINDS: dict[type[CacheLayerMixin], type[PrunedState]] = {
+    DynamicLayer: PrunedLayer,
+    StaticLayer: PrunedStaticLayer,
+    Fp8QuantizedLayer: PrunedFp8Layer,
+    QuantoQuantizedLayer: PrunedQuantoLayer,
+    HQQQuantizedLayer: PrunedHqqLayer,
+}
+
+
+def is_empty(cache: Cache | None) -> bool:
+    """Whether nothing is cached yet.
+
+    A static layer counts its tokens on the device, where asking would make the host wait. One that has memory counts as
+    filled; that of a pruned prompt has none after ``reset()``.
+    """
+    if cache is None or not cache.layers:
+        return True
+    if isinstance(cache.layers[0], StaticLayer):
+        return not all(layer.is_initialized for layer in cache.layers)
+    return bool(cache.get_seq_length() == 0)
+
+
+def is_growing(cache: Cache | None) -> bool:
+    """Whether entries of a layer can be taken out again, as pieces of a prompt and eviction need it."""
+    if cache is None:
+        return True
+    growing = (DynamicLayer, PrunedLayer, EvictedFirstLayer)
+    return not cache.offloading and all(type(layer) in growing for layer in cache.layers)
+
+
+def cached_keys(cache: Cache | None, layer_idx: int, length: int) -> torch.Tensor | None:
+    """The first `length` keys of a layer, where they can be read as they were written."""
+    if cache is None or cache.offloading or isinstance(cache.layers[layer_idx], BaseQuantizedLayer):
+        return None
+    keys: torch.Tensor = cache.layers[layer_idx].keys
+    return keys[:, :, :length]
+
+
+def evict(cache: Cache, num_layers: int, like: PrunedState, indices: torch.Tensor, backend: str) -> None:
     """Drop pruned tokens from the layers below a stage, which have cached them already.
 
     Parameters
@@ -180,32 +273,33 @@ def evict(cache: Cache, num_layers: int, like: PrunedLayer, indices: torch.Tenso
     cache : Cache
     num_layers : int
         Layers below the stage. All of them hold the same tokens: the input of the stage.
-    like : PrunedLayer
+    like : PrunedState
         State of a layer above the stage, for those below it as well.
     indices : Tensor [B, K], int64
         What the stage keeps of its input.
     backend : str
     """
     below: list[Any] = cache.layers[:num_layers]
-    kept = iter(ops.gather_tokens([t for layer in below for t in (layer.keys, layer.values)], indices, backend=backend))
     for i, old in enumerate(below):
-        layer = (PrunedLayer if i else EvictedFirstLayer)(like.kept)
+        layer = PrunedLayer() if i else EvictedFirstLayer()
+        layer.begin(like.kept)
         layer.stage, layer.prompt_length, layer.num_tail = like.stage, like.prompt_length, like.num_tail
         layer.is_padded, layer.is_ragged = like.is_padded, like.is_ragged
-        layer.keys, layer.values = next(kept), next(kept)
+        own = indices.to(old.keys.device)
+        layer.keys, layer.values = ops.gather_tokens([old.keys, old.values], own, backend=backend)
         layer.dtype, layer.device, layer.is_initialized = old.dtype, old.device, True
         cache.layers[i] = layer
 
 
-def pruned_layer(cache: Cache | None, layer_idx: int) -> PrunedLayer | None:
+def pruned_layer(cache: Cache | None, layer_idx: int) -> PrunedState | None:
     """This layer of the cache, where it is one that holds a pruned prompt."""
     if cache is None or layer_idx >= len(cache.layers):
         return None
     layer = cache.layers[layer_idx]
-    return layer if isinstance(layer, PrunedLayer) else None
+    return layer if isinstance(layer, PrunedState) else None
 
 
-def waiting_layer(cache: Cache | None, layer_idx: int) -> PrunedLayer | None:
+def waiting_layer(cache: Cache | None, layer_idx: int) -> PrunedState | None:
     """The same at the first stage, where a prompt is in the cache that may go on."""
     layer = pruned_layer(cache, layer_idx)
     return None if layer is None or layer.waiting is None else layer
@@ -217,20 +311,33 @@ def stage_of(cache: Cache | None, layer_idx: int) -> int:
     return 0 if layer is None else layer.stage
 
 
-def install(cache: Cache, layer_idx: int, layer: PrunedLayer) -> None:
-    """Put an empty layer into its place before the decoder layer writes to it."""
-    if layer_idx < len(cache.layers):
-        cache.layers[layer_idx] = layer
-    else:  # a DynamicCache without a config grows layer by layer
-        cache.layers.append(layer)
+def install(cache: Cache, layer_idx: int, kept: torch.Tensor) -> PrunedState:
+    """Make an empty layer one of a pruned prompt, before the decoder layer writes to it; `kept` is empty."""
+    if layer_idx >= len(cache.layers):  # a DynamicCache without a config grows layer by layer
+        cache.layers.append(DynamicLayer())
+    layer: Any = cache.layers[layer_idx]
+    if type(layer) not in PRUNED_KINDS.values():
+        layer = cache.layers[layer_idx] = PRUNED_KINDS[type(layer)](*_settings(layer))
+    layer.begin(kept)
+    return layer  # type: ignore[no-any-return]
+
+
+def _settings(layer: CacheLayerMixin) -> tuple[int, ...]:
+    """Arguments that make another layer like this one."""
+    if isinstance(layer, StaticLayer):
+        return (layer.max_cache_len,)
+    if isinstance(layer, QuantizedLayer):
+        return (layer.nbits, layer.axis_key, layer.axis_value, layer.q_group_size, layer.residual_length)
+    return ()
 
 
 def check_supported(cache: Any) -> None:
     """Refuse caches whose layers cannot hold a length of their own."""
-    kinds = {type(layer) for layer in getattr(cache, "layers", [])} - {DynamicLayer, PrunedLayer, EvictedFirstLayer}
-    if not isinstance(cache, Cache) or kinds or cache.offloading:
+    supported = {*PRUNED_KINDS, *PRUNED_KINDS.values(), EvictedFirstLayer}
+    kinds = {type(layer) for layer in getattr(cache, "layers", [])} - supported
+    if not isinstance(cache, Cache) or kinds:
         found = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
         raise NotImplementedError(
-            f"SDTP keeps a length per layer, which this cache cannot ({found}): pass past_key_values=DynamicCache(), "
-            "and no cache_implementation"
+            f"SDTP keeps a length per layer, which this cache cannot ({found}): pass a DynamicCache, StaticCache or "
+            "QuantizedCache of a model without sliding-window layers"
         )

@@ -10,13 +10,14 @@ import transformers
 from packaging.version import Version
 from transformers import Qwen2ForCausalLM, Qwen2Model
 
-from .cache import check_supported
+from .attention import ATTENTIONS
+from .cache import check_supported, is_growing
+from .devices import own_forward
 
 if TYPE_CHECKING:
     from ..schedule import PruningSchedule
     from .stages import Pruning
 
-ATTENTIONS = ("sdpa", "eager")
 TRANSFORMERS = (Version("5.23"), Version("6"))  # from, before: the range the tests run on
 
 # How the outer model's hook tells the decoder about tokens that must survive; travels in its keyword arguments.
@@ -37,10 +38,9 @@ def decoder_of(model: Any) -> Qwen2Model:
             "Qwen2ForCausalLM or Qwen2Model"
         )
     decoder = model.model if isinstance(model, Qwen2ForCausalLM) else model
-    if "forward" in decoder.__dict__:
+    if own_forward(decoder) is not None:
         raise RuntimeError(
-            "the decoder's forward is replaced already, by apply_sdtp (call handle.remove() first) or by another tool "
-            "(such as the hooks of accelerate, which are not supported yet)"
+            "the decoder's forward is replaced already, by apply_sdtp (call handle.remove() first) or by another tool"
         )
     if getattr(model, "_pp_stage", None) is not None:
         raise NotImplementedError(
@@ -107,8 +107,18 @@ def check_pieces(pruning: Pruning, is_chunk: bool, is_later: bool) -> None:
             )
 
 
+def check_takes_pieces(cache: Any) -> None:
+    """Refuse a chunk of a prompt where what waits could not be taken out of the cache again."""
+    if not is_growing(cache):
+        raise NotImplementedError(
+            "prefill_chunk_size: a pruned prompt in pieces needs a DynamicCache that is not offloaded. Prefill in one "
+            "piece (prefill_chunk_size=None), or leave out past_key_values and cache_implementation"
+        )
+
+
 def check_inputs(
     decoder: Qwen2Model,
+    pruning: Pruning,
     input_ids: torch.Tensor | None,
     attention_mask: Any,
     position_ids: torch.Tensor | None,
@@ -120,6 +130,10 @@ def check_inputs(
         raise ValueError("pass exactly one of input_ids and inputs_embeds")
     if cache is not None:
         check_supported(cache)
+    if pruning.evict_earlier_kv and not is_growing(cache):
+        raise NotImplementedError(
+            "evict_earlier_kv=True needs a DynamicCache that is not offloaded: pass one, or leave evict_earlier_kv out"
+        )
     if attention_mask is not None and getattr(attention_mask, "ndim", None) != 2:
         raise NotImplementedError(
             "a prebuilt attention mask cannot follow the tokens that are kept: pass the [batch, tokens] padding mask"
@@ -128,6 +142,10 @@ def check_inputs(
         raise NotImplementedError(
             "position_ids without attention_mask and cache may mean packed sequences, which are not supported: pass an "
             "attention_mask (of ones) as well"
+        )
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise NotImplementedError(
+            "cu_seq_lens_q: packed sequences are not supported; pass the sequences as a left-padded batch"
         )
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.get(name, getattr(decoder.config, name, False)):

@@ -17,7 +17,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .. import backends
-from .cache import stage_of, waiting_layer
+from .attention import Visibility, masks_for_generate, see_prompt
+from .cache import is_empty, is_growing, stage_of, waiting_layer
 from .checks import (
     KEEP_LAST,
     PROMPT_LENGTH,
@@ -26,8 +27,10 @@ from .checks import (
     check_inputs,
     check_layers,
     check_pieces,
+    check_takes_pieces,
     decoder_of,
 )
+from .devices import device_of, replace_forward, tensor_parallel_group
 from .report import SdtpHandle
 from .settings import SETTINGS, Current, make_settings
 from .stages import (
@@ -66,20 +69,24 @@ def apply_sdtp_to_qwen2(
     decoder = decoder_of(model)
     config = decoder.config
     check_layers(schedule, config)
-    device, dtype = next(decoder.parameters()).device, decoder.dtype
-    backends.choose(backend, device, dtype)
-    scorers = resolve_pruners(pruners, schedule, config, device, dtype)
+    # A stage runs where the layer below it does.
+    devices = {layer: device_of(decoder.layers[layer - 1]) for layer in schedule.layers}
+    for device in devices.values():
+        backends.choose(backend, device, decoder.dtype)
+    scorers = resolve_pruners(pruners, schedule, config, devices, decoder.dtype)
 
     undo = contextlib.ExitStack()
     current = Current(make_settings(schedule))
     handle = SdtpHandle(undo.close, schedule, current)
-    pruning = Pruning(schedule, scorers, backend, handle, current, later_turns, evict_earlier_kv)
-    decoder.forward = types.MethodType(_make_forward(pruning), decoder)
-    undo.callback(decoder.__dict__.pop, "forward")
+    group = tensor_parallel_group(model)
+    pruning = Pruning(schedule, scorers, backend, handle, current, later_turns, evict_earlier_kv, group)
+    undo.callback(replace_forward(decoder, _make_forward(pruning)))
     if model is not decoder:
         undo.callback(model.register_forward_pre_hook(check_call, with_kwargs=True).remove)
         model._prefill = types.MethodType(_prefill, model)
         undo.callback(model.__dict__.pop, "_prefill")
+        model.create_masks_for_generate = masks_for_generate
+        undo.callback(model.__dict__.pop, "create_masks_for_generate")
         model.generate = types.MethodType(_make_generate(handle), model)
         undo.callback(model.__dict__.pop, "generate")
     return handle
@@ -104,6 +111,8 @@ def _prefill(
     is_first_iteration: bool = True,
 ) -> Any:
     """``generate()``'s prefill, which alone knows how long the prompt is that its chunks belong to."""
+    if generation_config.prefill_chunk_size is not None:
+        check_takes_pieces(model_kwargs.get("past_key_values"))
     if is_first_iteration:  # an assistant model drafts by calls that are no prefill
         attention_mask = model_kwargs.get("attention_mask")
         tokens = input_ids if attention_mask is None else attention_mask
@@ -131,13 +140,15 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
         keep_last, prompt_length = kwargs.pop(KEEP_LAST, 0), kwargs.pop(PROMPT_LENGTH, None)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         width = 0 if inputs is None else inputs.shape[1]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        is_last = prompt_length is None or past + width >= prompt_length
+        is_first, in_pieces = is_empty(past_key_values), is_growing(past_key_values)
+        past = 0 if past_key_values is None or is_first else past_key_values.get_seq_length()
+        is_last = prompt_length is None or not (is_first or in_pieces) or past + width >= prompt_length
         earlier = waiting_layer(past_key_values, schedule.layers[0])
         settings = pruning.current.settings
-        if past == 0:
+        if is_first:
             shortest = min(own.min_prompt for own in settings.schedules)
-            is_prompt = settings.is_enabled and (may_go_on or not is_last or width - keep_last >= shortest)
+            is_long = width - keep_last >= shortest
+            is_prompt = settings.is_enabled and (is_long or not is_last or (may_go_on and in_pieces))
             if not is_prompt and not torch.compiler.is_compiling():
                 handle.note(
                     f"a prompt of {width - keep_last} tokens is shorter than min_prompt={shortest}: not pruned"
@@ -147,7 +158,7 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
         else:
             is_asked = prompt_length is not None and settings.is_enabled
             is_prompt = earlier is not None and (is_asked or earlier.is_behind)
-        is_pruned = is_prompt or (past > 0 and any(stage_of(past_key_values, i) for i in range(len(self.layers))))
+        is_pruned = is_prompt or (not is_first and any(stage_of(past_key_values, i) for i in range(len(self.layers))))
         if not is_pruned:
             return type(self).forward(
                 self,
@@ -160,9 +171,11 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
                 **kwargs,
             )
 
-        check_inputs(self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs)
+        check_inputs(self, pruning, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs)
         if is_prompt:
             check_pieces(pruning, is_chunk=not is_last, is_later=earlier is not None)
+            if not is_last:
+                check_takes_pieces(past_key_values)
         return_dict = kwargs.pop("return_dict", self.config.return_dict)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if inputs_embeds is None:
@@ -175,13 +188,16 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
         dense_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         # transformers has just looked whether the batch is padded; where it found none, neither mask is needed.
         padding_mask = attention_mask.bool() if attention_mask is not None and dense_mask is not None else None
-        index = token_index(padding_mask, past, inputs_embeds)
-        hidden_states = inputs_embeds
-        segment = Segment(0, dense_mask, self.rotary_emb(hidden_states, position_ids), position_ids, index)
+        # Of a prompt, or of what may become a part of one; nobody asks for that of others.
+        index = token_index(padding_mask if in_pieces or is_first else None, past, inputs_embeds)
+        hidden_states, visibility = inputs_embeds, Visibility(dense_mask, {})
+        if is_first and padding_mask is not None:
+            visibility = see_prompt(self.config, hidden_states, padding_mask, past_key_values, 0)
+        segment = Segment(0, visibility, self.rotary_emb(hidden_states, position_ids), position_ids, index)
         prompt = None
         if is_prompt:
             is_padded = padding_mask is not None
-            if past > 0 and earlier is not None:
+            if not is_first and earlier is not None:
                 is_padded = later_piece_is_padded(self, inputs_embeds, attention_mask, earlier)
             elif padding_mask is not None:
                 assert_left_padded(padding_mask, is_last)
@@ -203,11 +219,12 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
                 )
             hidden_states = layer(
                 hidden_states,
-                attention_mask=segment.attention_mask,
+                attention_mask=segment.visibility.attention_mask,
                 position_embeddings=segment.position_embeddings,
                 position_ids=segment.position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
+                **segment.visibility.kwargs,
                 **kwargs,
             )
         if prompt is not None:

@@ -18,12 +18,15 @@ from transformers.masking_utils import create_causal_mask
 from .. import backends, ops
 from ..pruner import PrunerStack, PrunerWeights, TokenPruner, check_finite
 from ..scorers import SCORERS, StageInput, question_attention
-from .cache import PrunedLayer, Waiting, evict, install, pruned_layer, waiting_layer
+from .attention import Visibility, see_cached, see_prompt
+from .cache import PrunedState, Waiting, cached_keys, evict, install, is_growing, pruned_layer, waiting_layer
+from .devices import from_first
 from .report import PrefillRecorder, SdtpHandle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch.distributed import ProcessGroup
     from transformers.cache_utils import Cache
 
     from ..schedule import PruningSchedule
@@ -43,6 +46,8 @@ class Pruning(NamedTuple):
     current: Current
     later_turns: bool
     evict_earlier_kv: bool
+    group: ProcessGroup | None
+    """The processes of tensor parallelism; ``None`` for one alone."""
 
 
 class Opinion(NamedTuple):
@@ -87,7 +92,7 @@ class Fused(NamedTuple):
         if self.pruner.averaging:
             if opinion is not None:
                 before, number = opinion
-                scores = torch.lerp(before, scores, 1 / (number + 1))
+                scores = torch.lerp(before.to(scores.device), scores, 1 / (number + 1))
             opinion = Opinion(scores, 1 if opinion is None else opinion.number + 1)
         bias = self.score_bias(stage)
         return scores if bias is None else scores + bias, opinion if self.pruner.averaging else None
@@ -116,7 +121,7 @@ class Segment(NamedTuple):
     """The layers between two stages: they see the same tokens."""
 
     stage: int
-    attention_mask: torch.Tensor | None
+    visibility: Visibility
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
     position_ids: torch.Tensor | None
     token_index: torch.Tensor
@@ -159,7 +164,9 @@ class Prompt:
         """That of all rows where they are alike; layers, budget and block size are always the same."""
         self.first_layer = schedule.layers[0]
         self.earlier = waiting_layer(cache, self.first_layer)
-        self.may_go_on = schedule.budget == "block" and cache is not None and not pruning.evict_earlier_kv
+        self.may_go_on = (
+            schedule.budget == "block" and cache is not None and is_growing(cache) and not pruning.evict_earlier_kv
+        )
         self.keeps_waiting = self.may_go_on and (pruning.later_turns or not piece.is_last)
         # Ragged rows finish blocks at different times, which the host does not know: they never fall behind.
         self.is_behind = self.may_go_on and not piece.is_last and not piece.is_ragged
@@ -174,14 +181,14 @@ class Prompt:
         self.indices: torch.Tensor | None = None
         self.hidden_states_below: torch.Tensor | None = None
         self.recorder = None
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()):
             self.recorder = _new_recorder(decoder, pruning.backend, inputs_embeds)
 
     def enter(self, layer_idx: int, hidden_states: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, Segment]:
         """What goes into layer `layer_idx`: pruned where a stage stands before it, after what has waited there."""
         schedule = self.schedule
         tokens_in, begin, end = hidden_states.shape[1], None, None
-        layer = None
+        layer, is_changed = None, False
         if self.earlier is not None and layer_idx >= self.first_layer:
             layer = pruned_layer(self.cache, layer_idx)
         if layer is not None:
@@ -194,19 +201,20 @@ class Prompt:
                 begin = self.recorder.now() if self.recorder else None
                 hidden_states, segment = self._prune(layer_idx, stage, hidden_states, segment)
                 end = self.recorder.now() if self.recorder else None
-            if segment.token_index is not entered.token_index:  # other tokens than in the layer below
-                mask = self._mask(layer_idx, hidden_states, segment.token_index, layer)
-                segment = segment._replace(stage=stage, attention_mask=mask, position_ids=None)
+            is_changed = segment.token_index is not entered.token_index  # other tokens than in the layer below
+            if is_changed:
+                segment = segment._replace(stage=stage, position_ids=None)
         if segment.stage > 0 and self.cache is not None:
             if layer is None:
-                layer = PrunedLayer(segment.token_index[:, :0])
-                install(self.cache, layer_idx, layer)
+                layer = install(self.cache, layer_idx, segment.token_index[:, :0])
             self._hold(layer_idx, layer, segment)
             if self.pruning.evict_earlier_kv and self.indices is not None:
                 evict(self.cache, layer_idx, layer, self.indices, self.pruning.backend)
                 self.indices = None
                 if self.recorder:
                     self.recorder.evict(hidden_states.shape[1])
+        if is_changed:  # behind the above: a static layer has its size now
+            segment = segment._replace(visibility=self._see(layer_idx, hidden_states, segment, layer))
         if self.recorder:
             self.recorder.layer(tokens_in, hidden_states.shape[1], begin, end)
         # Held over one layer, and only where a stage follows that may look at it.
@@ -220,8 +228,11 @@ class Prompt:
 
     def _join(self, hidden_states: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, Segment]:
         """At the first stage: what waited comes before what arrives. What is unfinished then waits, again or anew."""
-        (columns, keep_last, is_padded, is_ragged, _), index = self.piece, segment.token_index
+        columns, keep_last, is_padded, is_ragged, _ = self.piece
         assert segment.position_ids is not None
+        # With a device_map, a stage runs where the layer below left its output: only what is kept moves on.
+        device = hidden_states.device
+        index, position_ids = segment.token_index.to(device), segment.position_ids.to(device)
         is_protected = torch.zeros_like(index, dtype=torch.bool)
         if self.protected is not None:
             past = columns - index.shape[1]
@@ -230,7 +241,7 @@ class Prompt:
             self.least_protected, self.most_protected = self.protected.bounds(
                 past, index.shape[1] - keep_last, is_padded
             )
-        tokens = Waiting(hidden_states, segment.position_ids.expand(index.shape), index, is_protected)
+        tokens = Waiting(hidden_states, position_ids.expand(index.shape), index, is_protected)
         if self.earlier is not None:
             assert self.earlier.waiting is not None
             tokens = self.earlier.waiting.followed_by(tokens)
@@ -285,25 +296,33 @@ class Prompt:
     def _prune(
         self, layer_idx: int, stage: int, hidden_states: torch.Tensor, segment: Segment
     ) -> tuple[torch.Tensor, Segment]:
-        backend, scorer = self.pruning.backend, self.pruning.scorers[layer_idx]
+        backend, scorer, group = self.pruning.backend, self.pruning.scorers[layer_idx], self.pruning.group
+        device = hidden_states.device
+        cos, sin = (t.to(device) for t in segment.position_embeddings)
+        index = segment.token_index.to(device)
+        if segment.is_protected is not None:
+            segment = segment._replace(is_protected=segment.is_protected.to(device))
+        segment = segment._replace(token_index=index)
         stage_input = StageInput(
             hidden_states,
-            segment.position_embeddings,
-            segment.token_index,
+            (cos, sin),
+            index,
             self.piece.keep_last,
             self.decoder.layers[layer_idx - 1],
             None if stage == 1 and self.earlier is not None else self.hidden_states_below,
-            None if self.cache is None or self.earlier is not None else self.cache.layers[layer_idx - 1].keys,
-            self.piece.is_ragged,
+            None if self.earlier is not None else cached_keys(self.cache, layer_idx - 1, hidden_states.shape[1]),
+            is_padded=self.piece.is_ragged,
+            group=group,
         )
         # Every row has positions of its own from here on.
         batch = hidden_states.shape[0]
-        carried = [*(t.expand(batch, -1, -1) for t in segment.position_embeddings), segment.token_index]
+        carried = [*(t.expand(batch, -1, -1) for t in (cos, sin)), index]
         if segment.is_protected is not None:
             carried.append(segment.is_protected)
         is_simple = not self.piece.is_ragged or (self.earlier is None and segment.is_protected is None)
-        if isinstance(scorer, Fused) and not scorer.pruner.averaging and is_simple and len(self.groups) == 1:
-            num_keep, selection = self._plan(self.schedule, stage)
+        is_simple = is_simple and group is None and len(self.groups) == 1
+        if isinstance(scorer, Fused) and not scorer.pruner.averaging and is_simple:
+            num_keep, selection = self._plan(self.schedule, stage, device)
             hidden_states, (cos, sin, index), indices = ops.prune_tokens(
                 hidden_states, carried, *scorer.weights, num_keep, **selection, pooling=scorer.pooling,
                 score_bias=scorer.score_bias(stage_input), rms_eps=scorer.rms_eps, backend=backend,
@@ -311,7 +330,7 @@ class Prompt:
             is_protected, opinion = None, None
         else:
             scores, opinion = scorer.score(stage_input, segment.opinion, backend)
-            indices = self._select(scores, stage, scorer.pooling, segment)
+            indices = from_first(self._select(scores, stage, scorer.pooling, segment), group)
             if opinion is not None:
                 carried.append(opinion.mean_score)
             hidden_states, cos, sin, index, *others = ops.gather_tokens(
@@ -327,7 +346,9 @@ class Prompt:
             position_embeddings=(cos, sin), token_index=index, is_protected=is_protected, opinion=opinion
         )
 
-    def _plan(self, schedule: PruningSchedule, stage: int, rows: list[int] | None = None) -> tuple[int, _Selection]:
+    def _plan(
+        self, schedule: PruningSchedule, stage: int, device: torch.device, rows: list[int] | None = None
+    ) -> tuple[int, _Selection]:
         """Arguments of a selection for all rows, or for those that share this schedule."""
         keep_last, counts = self.piece.keep_last, None
         plan = schedule.plan(
@@ -338,8 +359,8 @@ class Prompt:
         if self.lengths is not None:
             assert self.finished_before is not None
             own = slice(None) if rows is None else rows
-            finished = None if self.earlier is None else self.finished_before[own]
-            counts = schedule.plan_rows(self.lengths[own], stage, keep_last, finished)
+            finished = None if self.earlier is None else self.finished_before.to(device)[own]
+            counts = schedule.plan_rows(self.lengths.to(device)[own], stage, keep_last, finished)
         return plan.num_keep, {
             "sink": plan.sink,
             "recent": plan.recent,
@@ -358,7 +379,7 @@ class Prompt:
         parts = []
         for rows, schedule in self.groups:
             own = slice(None) if rows is None else rows
-            num_keep, selection = self._plan(schedule, stage, rows)
+            num_keep, selection = self._plan(schedule, stage, scores.device, rows)
             chosen = ops.select_tokens(
                 scores[own], num_keep, **selection, pooling=pooling, backend=self.pruning.backend
             )
@@ -367,7 +388,8 @@ class Prompt:
                 later = ops.select_tokens(
                     scores[own], num_keep, **selection, pooling=pooling, backend=self.pruning.backend
                 )
-                chosen = torch.where(self.finished_before[own].unsqueeze(-1) == 0, chosen, later)
+                has_sink = self.finished_before.to(scores.device)[own].unsqueeze(-1) == 0
+                chosen = torch.where(has_sink, chosen, later)
             parts.append(chosen)
         indices = parts[0]
         if len(parts) > 1:
@@ -383,25 +405,26 @@ class Prompt:
         both = torch.cat([indices, protected], dim=-1).sort(dim=-1).values
         return both[:, max(0, both.shape[1] - width) :]
 
-    def _mask(
-        self, layer_idx: int, hidden_states: torch.Tensor, index: torch.Tensor, layer: PrunedLayer | None
-    ) -> torch.Tensor | None:
-        mask = None
-        if self.piece.is_ragged:
-            mask = index >= 0 if layer is None else torch.cat([layer.kept, index], dim=-1) >= 0
-        return segment_mask(self.decoder, layer_idx, hidden_states, mask, self.cache)
+    def _see(
+        self, layer_idx: int, hidden_states: torch.Tensor, segment: Segment, layer: PrunedState | None
+    ) -> Visibility:
+        held = segment.token_index if layer is None else layer.kept
+        mask = held >= 0 if self.piece.is_ragged else None
+        if self.earlier is None or self.cache is None:
+            return see_prompt(self.decoder.config, hidden_states, mask, self.cache, layer_idx)
+        return see_cached(self.decoder.config, hidden_states, mask, self.cache, layer_idx)
 
-    def _hold(self, layer_idx: int, layer: PrunedLayer, segment: Segment) -> None:
+    def _hold(self, layer_idx: int, layer: PrunedState, segment: Segment) -> None:
         """Tell the cache's layer what is about to be written to it."""
         columns, keep_last, is_padded, is_ragged, _ = self.piece
-        layer.stage, layer.prompt_length = segment.stage, columns
-        layer.is_padded, layer.is_ragged = is_padded, is_ragged
-        layer.kept = torch.cat([layer.kept, segment.token_index], dim=-1)
+        layer.stage, layer.is_padded, layer.is_ragged = segment.stage, is_padded, is_ragged
+        layer.expect(segment.token_index, columns)
         num_waiting = 0 if self.is_behind else self.num_waiting
         layer.num_tail = keep_last if is_ragged else num_waiting
         if not self.may_go_on:
             return
-        layer.finished, layer.counted, layer.most_protected = self.finished, self.counted, self.most_protected
+        layer.finished = None if self.finished is None else self.finished.to(layer.kept.device)
+        layer.counted, layer.most_protected = self.counted, self.most_protected
         layer.num_finished = layer.kept.shape[1] - num_waiting
         if is_ragged:
             layer.most_kept = max(layer.most_kept, *(own.block_keep(segment.stage) for _, own in self.groups))
@@ -421,7 +444,7 @@ def token_index(padding_mask: torch.Tensor | None, past: int, inputs_embeds: tor
 
 
 def later_piece_is_padded(
-    decoder: Any, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, earlier: PrunedLayer
+    decoder: Any, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, earlier: PrunedState
 ) -> bool:
     """Whether a row may have padding, in this piece of the prompt or in an earlier one."""
     was_padded = earlier.is_padded or earlier.is_waiting_padded
@@ -434,7 +457,7 @@ def later_piece_is_padded(
     return was_padded or create_causal_mask(decoder.config, inputs_embeds, new_columns, None) is not None
 
 
-def append_waiting(layer: PrunedLayer, hidden_states: torch.Tensor, segment: Segment, is_padded: bool) -> None:
+def append_waiting(layer: PrunedState, hidden_states: torch.Tensor, segment: Segment, is_padded: bool) -> None:
     """Tokens behind a prompt that are not pruned now wait for the next piece, if there may be one."""
     if layer.waiting is None:
         return
@@ -463,27 +486,8 @@ def continue_segment(
     if layer.is_ragged or may_be_padded:
         mask = layer.padding_mask(attention_mask, hidden_states.shape[1])
     # Layer 0 answers with the length of the conversation. Where something was evicted from it, so it was from layer 1.
-    causal_mask = segment_mask(decoder, max(layer_idx, 1), hidden_states, mask, cache)
-    return segment._replace(stage=layer.stage, attention_mask=causal_mask)
-
-
-def segment_mask(
-    decoder: Any,
-    layer_idx: int,
-    hidden_states: torch.Tensor,
-    padding_mask: torch.Tensor | None,
-    cache: Cache | None,
-) -> torch.Tensor | None:
-    # No position_ids: those of kept tokens have gaps, which transformers would take for packed sequences. A padded
-    # segment keeps its mask without asking the device whether it could do without.
-    return create_causal_mask(  # type: ignore[no-any-return]
-        decoder.config,
-        hidden_states,
-        padding_mask,
-        cache,
-        layer_idx=layer_idx,
-        allow_is_causal_skip=padding_mask is None,
-    )
+    visibility = see_cached(decoder.config, hidden_states, mask, cache, max(layer_idx, 1))
+    return segment._replace(stage=layer.stage, visibility=visibility)
 
 
 def _new_recorder(decoder: Any, backend: str, inputs_embeds: torch.Tensor) -> PrefillRecorder:
@@ -492,7 +496,9 @@ def _new_recorder(decoder: Any, backend: str, inputs_embeds: torch.Tensor) -> Pr
         chosen = next(status.name for status in backends.explain_backends(device, dtype) if status.chosen)
         backend = f"auto ({chosen})"
     attention = decoder.layers[0].self_attn
-    kv_width = attention.k_proj.out_features + attention.v_proj.out_features
+    # Of this process: with tensor parallelism each caches its own heads.
+    weights = (getattr(w, "_local_tensor", w) for w in (attention.k_proj.weight, attention.v_proj.weight))
+    kv_width = sum(weight.shape[0] for weight in weights)
     kv_bytes_per_token = inputs_embeds.shape[0] * kv_width * dtype.itemsize
     return PrefillRecorder(inputs_embeds.shape[1], backend, device, kv_bytes_per_token)
 
@@ -501,7 +507,7 @@ def resolve_pruners(
     pruners: Mapping[int, Any] | str | Callable[[StageInput], torch.Tensor],
     schedule: PruningSchedule,
     config: Any,
-    device: torch.device,
+    devices: Mapping[int, torch.device],
     dtype: torch.dtype,
 ) -> dict[int, Scorer]:
     if isinstance(pruners, str):
@@ -521,7 +527,9 @@ def resolve_pruners(
         raise ValueError(f"no pruner for layers {missing} of the schedule; there are pruners for {sorted(pruners)}")
     used = {layer: pruners[layer] for layer in schedule.layers}
     check_finite({layer: pruner for layer, pruner in used.items() if isinstance(pruner, nn.Module)})
-    return {layer: _resolve_pruner(layer, pruner, schedule, config, device, dtype) for layer, pruner in used.items()}
+    return {
+        layer: _resolve_pruner(layer, pruner, schedule, config, devices[layer], dtype) for layer, pruner in used.items()
+    }
 
 
 def _resolve_pruner(

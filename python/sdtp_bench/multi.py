@@ -1,0 +1,197 @@
+"""``sdtp bench multi``: prefill by tensor parallelism against the best single process.
+
+Several processes have to beat one that has the whole machine: on a CPU the best of several numbers of threads, on GPUs
+one GPU. Launches of both kinds take turns, and nothing is reported whose results differ from the single process's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sdtp_bench import prefill
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+WARM_UPS = 1
+# Of the spread of the logits: sums over processes are rounded in another order.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+class Launch(NamedTuple):
+    """One way to run: how many processes, and threads in each."""
+
+    processes: int
+    threads: int
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``multi`` to the parsers of ``sdtp bench``."""
+    parser = commands.add_parser("multi", help="prefill on several devices against the best single one")
+    prefill.add_arguments(parser)
+    parser.add_argument("--nproc", type=int, default=2, help="processes, on GPUs one for each (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of the prompt (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed prefills of each kind in a launch (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="launches of each kind (%(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure with these arguments; see :func:`add_parser`."""
+    from sdtp_kernels.cli import CommandError
+
+    try:
+        rows = measure(prefill.complete(args))
+        prefill.write_rows(rows, args)
+    except (ValueError, OSError, ImportError, prefill.TrialError) as error:
+        raise CommandError(str(error)) from error
+    for row in rows:
+        threads = "" if args.device == "cuda" else f" x {row['threads']} threads"
+        print(
+            f"{row['processes']} process{'es' if row['processes'] > 1 else ''}{threads:<12} {row['method']:<7}"
+            f"{row['seconds']:9.4f} s{row['speedup']:7.2f} x the best single, {row['efficiency']:.0%} a process"
+        )
+    return 0
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a launch and method.
+
+    Returns
+    -------
+    list of dict
+        ``kind="multi"``, ``processes``, ``threads``, ``method``, ``seconds`` (median), ``seconds_all``, ``speedup``
+        (best single process of the same method over this), ``efficiency`` (``speedup / processes``).
+
+    Raises
+    ------
+    ValueError
+        For settings that cannot work, or where several processes compute something else than one.
+    TrialError
+        If a process fails.
+    """
+    if args.nproc < 2:
+        raise ValueError(f"--nproc {args.nproc}: expected at least 2; one process is the baseline")
+    if args.repeats < 1 or args.rounds < 1:
+        raise ValueError("--repeats and --rounds: expected at least 1")
+    if args.device == "cuda":
+        import torch
+
+        if torch.cuda.device_count() < args.nproc:
+            raise ValueError(f"--nproc {args.nproc}: torch finds {torch.cuda.device_count()} GPUs")
+    launches = launches_of(args.nproc, args.device, os.cpu_count() or 1)
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
+    answers: dict[Launch, list[dict[str, Any]]] = {launch: [] for launch in launches}
+    for _ in range(args.rounds):
+        for launch in launches:
+            answers[launch].append(_answer(launch, settings))
+    single = [launch for launch in launches if launch.processes == 1]
+    for launch in launches:
+        for method in prefill.METHODS:
+            check(answers[single[0]][0][method], answers[launch][0][method], TOLERANCES[args.dtype], launch, method)
+    return rows_of(
+        {
+            (launch, method): [s for answer in found for s in answer[method]["seconds"]]
+            for launch, found in answers.items()
+            for method in prefill.METHODS
+        }
+    )
+
+
+def launches_of(nproc: int, device: str, cores: int) -> list[Launch]:
+    """The single processes to beat, and the launch to measure."""
+    if device == "cuda":
+        return [Launch(1, 1), Launch(nproc, 1)]
+    threads = sorted({max(1, cores >> power) for power in range(cores.bit_length())}, reverse=True)
+    return [*(Launch(1, n) for n in threads[:3]), Launch(nproc, max(1, cores // nproc))]
+
+
+def rows_of(seconds: dict[tuple[Launch, str], list[float]]) -> list[dict[str, Any]]:
+    """Medians, and each launch against the best single process of the same method."""
+    medians = {key: statistics.median(times) for key, times in seconds.items()}
+    best = {
+        method: min(median for (launch, m), median in medians.items() if m == method and launch.processes == 1)
+        for method in prefill.METHODS
+    }
+    return [
+        {
+            "kind": "multi",
+            **launch._asdict(),
+            "method": method,
+            "seconds": median,
+            "seconds_all": seconds[launch, method],
+            "speedup": best[method] / median,
+            "efficiency": best[method] / median / launch.processes,
+        }
+        for (launch, method), median in medians.items()
+    ]
+
+
+def check(expected: dict[str, Any], got: dict[str, Any], tolerance: float, launch: Launch, method: str) -> None:
+    """Refuse results that are not those of the single process.
+
+    Raises
+    ------
+    ValueError
+        If a layer's token count differs, or the logits do by more than `tolerance` of their spread.
+    """
+    if expected["tokens_per_layer"] != got["tokens_per_layer"]:
+        raise ValueError(f"{launch}, {method}: other token counts than one process; no figures")
+    spread = max(expected["logits"]) - min(expected["logits"])
+    error = max(abs(a - b) for a, b in zip(expected["logits"], got["logits"], strict=True))
+    if not error <= tolerance * spread:  # also where it is NaN
+        raise ValueError(f"{launch}, {method}: logits differ by {error:.3g} from one process's; no figures")
+
+
+def _answer(launch: Launch, settings: dict[str, Any]) -> dict[str, Any]:
+    launcher: Sequence[str] = ()
+    if launch.processes > 1:
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(launch.processes))
+    environment = {"OMP_NUM_THREADS": str(launch.threads), "MKL_NUM_THREADS": str(launch.threads)}
+    result = prefill.run_module(__name__, {**settings, **launch._asdict()}, launcher, environment)
+    answer: dict[str, Any] = prefill.answer_of(result)
+    return answer
+
+
+def work(settings: dict[str, Any]) -> None:
+    """What each process does: the methods take turns, and all processes begin and end a prefill together."""
+    import torch
+
+    is_parallel = settings["processes"] > 1
+    if settings["device"] == "cpu":
+        torch.set_num_threads(settings["threads"])
+    subject = prefill.Subject(settings, **({"tp_plan": "auto"} if is_parallel else {}))
+
+    def meet() -> None:
+        if settings["device"] == "cuda":
+            torch.cuda.synchronize()
+        if is_parallel:
+            torch.distributed.barrier()
+
+    answer: dict[str, Any] = {method: {"seconds": []} for method in prefill.METHODS}
+    for repeat in range(WARM_UPS + settings["repeats"]):
+        for method in prefill.METHODS:
+            with subject.method(method):
+                meet()
+                begin = time.perf_counter()
+                logits, cache = subject.prefill(settings["tokens"])
+                meet()
+                seconds = time.perf_counter() - begin
+            if repeat >= WARM_UPS:
+                answer[method]["seconds"].append(seconds)
+            answer[method]["logits"] = logits.float().tolist()
+            answer[method]["tokens_per_layer"] = [layer.keys.shape[2] for layer in cache.layers]
+    if not is_parallel or torch.distributed.get_rank() == 0:
+        print(json.dumps(answer), flush=True)
+    if is_parallel:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))

@@ -1,0 +1,165 @@
+"""What ``bench memory`` and ``bench multi`` run in processes of their own: one prefill, dense or pruned."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+METHODS = ("dense", "pruned")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class TrialError(RuntimeError):
+    """A process failed for another reason than the one that was looked for."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is prefilled, and how it is pruned."""
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="a Qwen2 checkpoint (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--pruner", metavar="FILE", help="pruners of this model (default: the paper's form, untrained)")
+    parser.add_argument("--keep", type=float, default=0.9, help="share of tokens that each stage keeps (%(default)s)")
+    parser.add_argument("--first", type=int, default=4, help="first layer with a stage (%(default)s)")
+    parser.add_argument("--step", type=int, default=3, help="layers from a stage to the next (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--out", metavar="FILE", help="write the rows there as well, as JSON lines")
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on the machine.
+
+    Raises
+    ------
+    ValueError
+        If a GPU is asked for and torch finds none.
+    """
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; 'sdtp doctor' tells more")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.model is None:
+        from sdtp_eval.checkpoints import default_checkpoint
+
+        args.model = str(default_checkpoint())
+    return args
+
+
+class Subject:
+    """A model, with pruners where wanted.
+
+    Parameters
+    ----------
+    settings : mapping
+        What :func:`add_arguments` adds, by name.
+    **loading
+        For ``from_pretrained``, such as ``tp_plan="auto"``.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], **loading: Any) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from sdtp_kernels import PruningSchedule, TokenPruner, load_pruners
+
+        self.model = AutoModelForCausalLM.from_pretrained(
+            settings["model"], dtype=getattr(torch, settings["dtype"]), **loading
+        ).eval()
+        if not loading:
+            self.model.to(settings["device"])
+        config = self.model.config
+        self.schedule = PruningSchedule.every(
+            config.num_hidden_layers, settings["first"], settings["step"], keep_ratio=settings["keep"]
+        )
+        torch.manual_seed(0)
+        self.pruners: Any = (
+            load_pruners(settings["pruner"])
+            if settings["pruner"]
+            else {layer: TokenPruner(config.hidden_size) for layer in self.schedule.layers}
+        )
+
+    def method(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        """The model as it is, or patched."""
+        from sdtp_kernels import apply_sdtp
+
+        return apply_sdtp(self.model, self.pruners, self.schedule) if name == "pruned" else contextlib.nullcontext()
+
+    def prefill(self, tokens: int) -> tuple[torch.Tensor, Any]:
+        """Logits ``[V]`` behind a prompt of so many pseudo-random tokens, and its cache."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(1, self.model.config.vocab_size, (1, tokens), generator=generator)
+        with torch.inference_mode():
+            output = self.model(ids.to(self.model.device), use_cache=True, logits_to_keep=1)
+        return output.logits[0, -1], output.past_key_values
+
+
+def run_module(
+    module: str, settings: Mapping[str, Any], launcher: Sequence[str] = (), env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a module in a process of its own, with its settings as the only argument."""
+    command = [sys.executable, *launcher, "-m", module, json.dumps(dict(settings))]
+    environment = {**os.environ, **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def answer_of(result: subprocess.CompletedProcess[str]) -> Any:
+    """What the process printed as its last line, as JSON.
+
+    Raises
+    ------
+    TrialError
+        If it failed or said nothing.
+    """
+    lines = result.stdout.strip().splitlines()
+    if result.returncode != 0 or not lines:
+        raise TrialError(f"a process ended with status {result.returncode}:\n{(result.stdout + result.stderr)[-3000:]}")
+    return json.loads(lines[-1])
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """What stands with every row: settings, machine, versions, date."""
+    import torch
+    import transformers
+
+    import sdtp_kernels
+
+    return {
+        "settings": {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float))},
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+            "system": platform.system(),
+        },
+        "versions": {
+            "sdtp-kernels": sdtp_kernels.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
+    """Append the rows to ``args.out``, where that is given."""
+    if args.out:
+        facts = about(args)
+        with Path(args.out).open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps({**row, **facts}) + "\n")

@@ -1,0 +1,114 @@
+"""Who sees whom in a segment, said in the way that each attention implementation wants to hear it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers.cache_utils import Cache, StaticLayer
+from transformers.masking_utils import create_causal_mask
+
+from .cache import is_empty
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+FLASH = ("flash_attention_2", "flash_attention_3")
+ATTENTIONS = ("sdpa", "eager", "flex_attention", *FLASH)
+
+
+class Visibility(NamedTuple):
+    """What the layers of a segment are given beside their hidden states."""
+
+    attention_mask: Any
+    """A mask in the form of the attention implementation; ``None`` where causality is all."""
+    kwargs: dict[str, Any]
+    """Further arguments of the attention function."""
+
+
+def see_prompt(
+    config: PreTrainedConfig,
+    hidden_states: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    cache: Cache | None,
+    layer_idx: int,
+) -> Visibility:
+    """Visibility among the tokens of a prompt, which no cached ones precede.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+    hidden_states : Tensor [B, n, D]
+    padding_mask : bool Tensor [B, n], optional
+        Of left-padded rows, false where a row is padded. ``None`` says that none is.
+    cache : Cache, optional
+    layer_idx : int
+        First layer of the segment.
+    """
+    if config._attn_implementation in FLASH:
+        if cache is not None and layer_idx < len(cache.layers) and isinstance(cache.layers[layer_idx], StaticLayer):
+            # The keys come with the room behind them, which only a mask tells apart.
+            ones = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
+            return Visibility(ones if padding_mask is None else padding_mask, {})
+        return Visibility(None, {} if padding_mask is None else _varlen(padding_mask))
+    return Visibility(_mask(config, hidden_states, padding_mask, cache, layer_idx), {})
+
+
+def see_cached(
+    config: PreTrainedConfig,
+    hidden_states: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    cache: Cache,
+    layer_idx: int,
+) -> Visibility:
+    """Visibility of cached tokens and new ones, ``padding_mask [B, cached + n]``, for the new ones."""
+    if (
+        config._attn_implementation in FLASH
+        and isinstance(cache.layers[layer_idx], StaticLayer)
+        and padding_mask is None
+    ):
+        raise ValueError(
+            "flash attention over a static cache needs the attention_mask of the prompt and the new tokens"
+        )
+    return Visibility(_mask(config, hidden_states, padding_mask, cache, layer_idx), {})
+
+
+def masks_for_generate(
+    config: PreTrainedConfig, attention_mask: torch.Tensor | None, past_key_values: Cache, **_: Any
+) -> torch.Tensor | None:
+    """Stands in for what ``generate()`` calls for static caches: that makes one mask for all layers, we one a segment.
+
+    Every step gets a padding mask of one shape, so that decoding is one compiled graph. What stands behind the tokens
+    of the step is hidden by causality.
+    """
+    if attention_mask is None or is_empty(past_key_values) or config._attn_implementation in FLASH:
+        return attention_mask
+    room = past_key_values.get_max_length(0) - attention_mask.shape[1]
+    return torch.nn.functional.pad(attention_mask, (0, room), value=1)
+
+
+def _mask(
+    config: PreTrainedConfig,
+    hidden_states: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    cache: Cache | None,
+    layer_idx: int,
+) -> Any:
+    # No position_ids: those of kept tokens have gaps, which transformers would take for packed sequences. A padded
+    # segment keeps its mask without asking the device whether it could do without.
+    return create_causal_mask(
+        config, hidden_states, padding_mask, cache, layer_idx=layer_idx, allow_is_causal_skip=padding_mask is None
+    )
+
+
+def _varlen(padding_mask: torch.Tensor) -> dict[str, Any]:
+    """Arguments of flash attention's varlen kernel for left-padded rows: padding is a sequence of its own.
+
+    transformers would gather the tokens that are none, layer by layer, and wait for the device to tell how many.
+    """
+    batch, width = padding_mask.shape
+    begin = torch.arange(batch, device=padding_mask.device) * width
+    first = begin + width - padding_mask.sum(-1)
+    bounds = torch.nn.functional.pad(torch.stack([begin, first], dim=-1).flatten(), (0, 1), value=batch * width)
+    bounds = bounds.to(torch.int32)
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": width, "max_length_k": width}

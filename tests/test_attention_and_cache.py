@@ -1,0 +1,324 @@
+"""Every attention implementation and every kind of cache: the tokens of the oracle, and the memory of the schedule."""
+
+import copy
+import functools
+import itertools
+
+import flash_stand_in
+import pytest
+import torch
+from conftest import make_qwen2
+from oracle import MaskedDense, naive_keep
+from test_ops import NoHostSync
+from test_qwen2 import LAYERS, LENGTHS, SCHEDULES, TOKENS, generate, padded_batch, prompt
+from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    Fp8QuantizedLayer,
+    HQQQuantizedLayer,
+    QuantizedLayer,
+    QuantoQuantizedLayer,
+)
+
+from sdtp_kernels import TokenPruner, apply_sdtp
+from sdtp_kernels.models.attention import FLASH
+from sdtp_kernels.models.cache import PrunedState, install
+from sdtp_kernels.models.devices import device_of
+
+BOTH = ("global", "block")
+
+
+def make_pruners():
+    torch.manual_seed(1)
+    return {layer: TokenPruner(64, pooling=pooling) for layer, pooling in zip(LAYERS, (1, 3, 5), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def pruners():
+    return make_pruners()
+
+
+@pytest.fixture(params=BOTH)
+def budget(request):
+    return request.param
+
+
+@pytest.fixture
+def schedule(budget):
+    return SCHEDULES[budget]
+
+
+def model_with(attention):
+    model = make_qwen2()
+    model.config._attn_implementation = attention
+    return model
+
+
+def inputs_of(padded):
+    return padded_batch() if padded else {"input_ids": prompt()}
+
+
+@functools.cache
+def oracle_tokens(budget, padded):
+    oracle = MaskedDense.of(make_qwen2(), make_pruners(), SCHEDULES[budget], TOKENS)
+    return generate(oracle, inputs_of(padded), use_cache=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+@pytest.mark.parametrize("attention", FLASH)
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
+@torch.no_grad()
+def test_flash_attention(monkeypatch, pruners, attention, cache, padded, budget):
+    expected = oracle_tokens(budget, padded)
+    varlen, model = flash_stand_in.install(monkeypatch), model_with(attention)
+    with apply_sdtp(model, pruners, SCHEDULES[budget]):
+        assert torch.equal(generate(model, inputs_of(padded), cache_implementation=cache), expected)
+    assert bool(varlen.calls) == (padded or cache == "static")
+
+
+@torch.no_grad()
+def test_flash_attention_gets_the_bounds_of_every_segment(monkeypatch, pruners):
+    """Padding is a sequence of its own, in terms of the tokens that are left."""
+    varlen, model, schedule = flash_stand_in.install(monkeypatch), model_with(FLASH[0]), SCHEDULES["global"]
+    batch = padded_batch()
+    with apply_sdtp(model, pruners, schedule):
+        model(**batch, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+    expected = []
+    for stage in range(len(LAYERS) + 1):
+        kept = [naive_keep(schedule, length, stage)[0] for length in LENGTHS]
+        width = max(kept)
+        bounds = [[row * width, (row + 1) * width - n] for row, n in enumerate(kept)]
+        expected.append([*itertools.chain(*bounds), len(kept) * width])
+    layers_of_stage = [sum(start <= layer for start in LAYERS) for layer in range(6)]
+    assert (
+        [q for q, _ in varlen.calls] == [k for _, k in varlen.calls] == [expected[stage] for stage in layers_of_stage]
+    )
+
+
+@torch.no_grad()
+def test_no_host_sync_of_ours_under_flash_attention(monkeypatch, pruners):
+    varlen, model = flash_stand_in.install(monkeypatch), model_with(FLASH[0])
+    monkeypatch.setattr(type(varlen), "__call__", lambda self, q, *_, **__: torch.zeros_like(q))
+    with apply_sdtp(model, pruners, SCHEDULES["global"]), NoHostSync(outside="transformers/masking_utils.py"):
+        model(**padded_batch(), past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+
+
+@torch.no_grad()
+def test_flash_attention_in_a_later_turn(monkeypatch, pruners):
+    """New tokens with holes among them go by their mask, in pruned layers too."""
+    schedule, tokens = SCHEDULES["global"], {}
+    flash_stand_in.install(monkeypatch)
+    for attention in ("sdpa", FLASH[0]):
+        model = model_with(attention)
+        with apply_sdtp(model, pruners, schedule):
+            first = generate(model, padded_batch(), return_dict_in_generate=True)
+            ids = torch.cat([first.sequences, prompt(30, 3)], dim=1)
+            mask = torch.nn.functional.pad(padded_batch()["attention_mask"], (0, ids.shape[1] - TOKENS), value=1)
+            mask[1, -30:-23] = 0
+            turn = {"input_ids": ids, "attention_mask": mask}
+            tokens[attention] = generate(model, turn, past_key_values=first.past_key_values)
+    assert torch.equal(tokens["sdpa"], tokens[FLASH[0]])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_attention(pruners):
+    """Compiled for the CPU, so few shapes: one padded batch, prefill and two steps."""
+    expected = oracle_tokens("global", padded=True)[:, : TOKENS + 3]
+    model = model_with("flex_attention")
+    with apply_sdtp(model, pruners, SCHEDULES["global"]):
+        assert torch.equal(generate(model, padded_batch(), max_new_tokens=3), expected)
+
+
+# --------------------------------------------------------------------------------------------------------- static cache
+
+
+def static_bytes(model, schedule, lengths, room):
+    """Keys and values of every layer: the kept tokens of the widest row there can be, and the room behind them."""
+    total = 0
+    for layer in range(model.config.num_hidden_layers):
+        stage = sum(start <= layer for start in schedule.layers)
+        widths = [naive_keep(schedule, n, stage)[0] for n in (range(max(lengths) + 1) if len(lengths) > 1 else lengths)]
+        total += 2 * len(lengths) * 2 * 16 * (max(widths) + room) * 4  # 2 key heads of 16, float32
+    return total
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
+@torch.no_grad()
+def test_static_cache_has_the_bytes_of_the_schedule(pruners, budget, schedule, padded):
+    model = make_qwen2()
+    lengths = LENGTHS if padded else (TOKENS,)
+    expected = oracle_tokens(budget, padded)
+    cache = StaticCache(config=model.config, max_cache_len=TOKENS + 50)
+    with apply_sdtp(model, pruners, schedule):
+        assert torch.equal(generate(model, inputs_of(padded), past_key_values=cache), expected)
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == static_bytes(
+        model, schedule, lengths, room=50
+    )
+    assert {layer.max_cache_len - layer.kept.shape[1] for layer in cache.layers if isinstance(layer, PrunedState)} == {
+        50
+    }
+
+
+@torch.no_grad()
+def test_static_cache_by_name_beams_and_a_later_turn(pruners, schedule):
+    model = make_qwen2()
+    with apply_sdtp(model, pruners, schedule, later_turns=False):  # a static cache takes none
+        beams = {"num_beams": 3, "num_return_sequences": 2}
+        expected = generate(model, padded_batch(), **beams)
+        assert torch.equal(generate(model, padded_batch(), cache_implementation="static", **beams), expected)
+        results = []
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=TOKENS + 60)):
+            first = generate(model, padded_batch(), past_key_values=cache, return_dict_in_generate=True)
+            ids = torch.cat([first.sequences, prompt(30, 3)], dim=1)
+            mask = torch.nn.functional.pad(padded_batch()["attention_mask"], (0, ids.shape[1] - TOKENS), value=1)
+            results.append(generate(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache))
+    assert torch.equal(*results)
+
+
+@torch.no_grad()
+def test_a_reset_static_cache_takes_another_prompt(pruners, schedule):
+    model = make_qwen2()
+    cache = StaticCache(config=model.config, max_cache_len=TOKENS + 50)
+    with apply_sdtp(model, pruners, schedule):
+        for tokens in (TOKENS, 90, 230, 30, TOKENS):  # pruned, also to more room than before, and too short for it
+            cache.reset()
+            expected = generate(model, {"input_ids": prompt(tokens)})
+            assert torch.equal(generate(model, {"input_ids": prompt(tokens)}, past_key_values=cache), expected)
+
+
+@torch.no_grad()
+def test_generate_compiles_decoding_over_a_static_cache(pruners, budget):
+    """What generate() does by itself on a GPU: one graph for all steps, of one shape."""
+    torch._dynamo.reset()
+    graphs, model = [], make_qwen2()
+
+    def backend(graph, inputs):
+        graphs.append([tuple(i.shape) for i in inputs if isinstance(i, torch.Tensor)])
+        return graph.forward
+
+    config = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=backend)
+    config._compile_all_devices = True
+    with apply_sdtp(model, pruners, SCHEDULES[budget]):
+        got = generate(model, padded_batch(), cache_implementation="static", compile_config=config)
+    assert torch.equal(got, oracle_tokens(budget, padded=True))
+    assert len(graphs) == 1
+
+
+# ------------------------------------------------------------------------------------------- quantized, offloaded cache
+
+
+def round_by_hand(layer, states):
+    """8-bit floating point with the scale of the first keys and values."""
+    if not hasattr(layer, "scales"):
+        layer.scales = [t.abs().amax() / torch.finfo(torch.float8_e4m3fn).max for t in states]
+    return [(t / s).to(torch.float8_e4m3fn).float() * s for t, s in zip(states, layer.scales, strict=True)]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
+@torch.no_grad()
+def test_quantized_cache(monkeypatch, pruners, schedule, padded):
+    """A quantized cache of kept tokens is what rounding the kept keys and values by hand gives."""
+    model = make_qwen2()
+    settings = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+    cache = QuantizedCache("fp8", config=model.config)
+    grow = DynamicLayer.update
+
+    def grow_rounded(layer, *states, **_):
+        is_first = not layer.is_initialized
+        cached = grow(layer, *round_by_hand(layer, states))
+        return states if is_first else cached  # attention within the prompt is exact
+
+    with apply_sdtp(model, pruners, schedule):
+        got = generate(model, inputs_of(padded), past_key_values=cache, **settings)
+        assert all(isinstance(layer, Fp8QuantizedLayer) for layer in cache.layers)
+        monkeypatch.setattr(DynamicLayer, "update", grow_rounded)
+        expected = generate(model, inputs_of(padded), **settings)
+    for a, b in zip(got.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert torch.equal(got.sequences, expected.sequences)
+    for a, b in zip(cache.layers, expected.past_key_values.layers, strict=True):
+        assert a.get_seq_length() == b.keys.shape[2]
+
+
+def test_group_wise_quantized_layers_keep_their_settings(monkeypatch):
+    """Layers of quanto and HQQ, whose packages need not be there to be made again."""
+    for kind in (QuantoQuantizedLayer, HQQQuantizedLayer):
+        monkeypatch.setattr(kind, "__init__", QuantizedLayer.__init__)
+        cache = Cache(layers=[kind(4, 0, -1, q_group_size=16, residual_length=8)])
+        install(cache, 0, torch.empty(1, 0, dtype=torch.long))
+        layer = cache.layers[0]
+        assert isinstance(layer, PrunedState)
+        assert (layer.nbits, layer.axis_key, layer.axis_value, layer.q_group_size, layer.residual_length) == (
+            4,
+            0,
+            -1,
+            16,
+            8,
+        )
+
+
+@pytest.mark.parametrize("backend", ["quanto", "hqq"])
+@torch.no_grad()
+def test_group_wise_quantized_cache(pruners, schedule, backend):
+    """Where the package is: attention within the prompt is exact, and what is cached is what was kept."""
+    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
+    model = make_qwen2()
+    cache = QuantizedCache(backend, config=model.config, nbits=4, q_group_size=16, residual_length=8)
+    with apply_sdtp(model, pruners, schedule) as handle:
+        expected = model(prompt(), logits_to_keep=1).logits
+        assert torch.equal(model(prompt(), past_key_values=cache, logits_to_keep=1).logits, expected)
+        assert [layer.get_seq_length() for layer in cache.layers] == [r.tokens_out for r in handle.report().layers]
+        generate(model, {"input_ids": prompt()}, past_key_values=QuantizedCache(backend, config=model.config))
+
+
+class NoStream(torch.nn.Identity):
+    def wait_stream(self, other): ...
+
+    def __enter__(self): ...
+
+    def __exit__(self, *error): ...
+
+
+@torch.no_grad()
+def test_offloaded_cache(monkeypatch, pruners, schedule):
+    """On a CPU its streams do not exist. What is offloaded must not be read: it is NaN until it is fetched again."""
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: NoStream())
+
+    def offload(layer):
+        if layer.is_initialized and not hasattr(layer, "away"):
+            layer.away = layer.keys, layer.values
+            layer.keys, layer.values = (torch.full_like(t, torch.nan) for t in layer.away)
+
+    def prefetch(layer):
+        if hasattr(layer, "away"):
+            layer.keys, layer.values = layer.__dict__.pop("away")
+
+    monkeypatch.setattr(CacheLayerMixin, "offload", offload)
+    monkeypatch.setattr(CacheLayerMixin, "prefetch", prefetch)
+    model = make_qwen2()
+    for scorer in (pruners, "attention"):
+        with apply_sdtp(model, scorer, schedule):
+            expected = generate(model, padded_batch())
+            assert torch.equal(generate(model, padded_batch(), cache_implementation="offloaded"), expected)
+
+
+# ------------------------------------------------------------------------------------------------------- many at a time
+
+
+def test_where_a_layer_computes():
+    """Of a hooked module its hook says it, whatever became of the weights."""
+    pytest.importorskip("accelerate")
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    layer = torch.nn.Linear(2, 2)
+    assert device_of(layer) == torch.device("cpu")
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="meta"))
+    add_hook_to_module(layer, copy.deepcopy(layer._hf_hook), append=True)
+    assert device_of(layer) == torch.device("meta")

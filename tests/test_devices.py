@@ -1,0 +1,155 @@
+"""Several devices on existing engines: accelerate's hooks, tensor parallelism over two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_qwen2
+from test_qwen2 import LAYERS, SCHEDULES, TOKENS, generate, padded_batch, prompt
+
+from sdtp_kernels import TokenPruner, apply_sdtp
+from sdtp_kernels.models.devices import device_of
+from sdtp_kernels.scorers import random_score
+
+accelerate = pytest.importorskip("accelerate")
+SCHEDULE = SCHEDULES["global"]
+
+
+def make_pruners():
+    """Trained forms: of the paper, and with everything that a pruner may add."""
+    torch.manual_seed(1)
+    plain = {layer: TokenPruner(64, pooling=3) for layer in LAYERS}
+    full = {layer: TokenPruner(64, distance=True, attention=True) for layer in LAYERS}
+    for pruner in full.values():
+        torch.nn.init.normal_(pruner.distance_bias)
+        pruner.attention_weight.data.fill_(1.0)
+    return {"plain": plain, "full": full}
+
+
+def nudged(rank):
+    """A scorer that disagrees with itself on other processes."""
+    return lambda stage: random_score(stage, seed=rank)
+
+
+# ----------------------------------------------------------------------------------------------------------- accelerate
+
+
+DEVICE_MAPS = {
+    "layers on the CPU and on disk": {
+        "model.embed_tokens": "cpu",
+        **{f"model.layers.{i}": "disk" if i in (0, 2, 3) else "cpu" for i in range(6)},
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    },
+    "the whole decoder on disk": {"model": "disk", "lm_head": "cpu"},
+}
+
+
+@pytest.mark.parametrize("device_map", DEVICE_MAPS.values(), ids=DEVICE_MAPS)
+@pytest.mark.parametrize("name", ["plain", "full"])
+@torch.no_grad()
+def test_offloaded_weights(tmp_path, device_map, name):
+    """Weights that are there only while their layer runs: on the meta device when the patch is applied."""
+    pruners, model = make_pruners()[name], make_qwen2()
+    batches = [{"input_ids": prompt()}, padded_batch()]
+    with apply_sdtp(model, pruners, SCHEDULE):
+        expected = [generate(model, inputs) for inputs in batches]
+    dense = generate(model, batches[0])
+    model = accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert any(p.device.type == "meta" for p in model.model.parameters())
+    with apply_sdtp(model, pruners, SCHEDULE):
+        assert all(torch.equal(generate(model, i), e) for i, e in zip(batches, expected, strict=True))
+        with pytest.raises(RuntimeError, match="replaced already"):
+            apply_sdtp(model, pruners, SCHEDULE)
+    assert torch.equal(generate(model, batches[0]), dense), "the patch is gone, the hooks are not"
+
+
+@torch.no_grad()
+def test_hooks_that_come_and_go_while_patched():
+    model, pruners = make_qwen2(), make_pruners()["plain"]
+    dense = generate(model, {"input_ids": prompt()})
+    handle = apply_sdtp(model, pruners, SCHEDULE)
+    expected = generate(model, {"input_ids": prompt()})
+    accelerate.hooks.add_hook_to_module(model.model, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+    assert torch.equal(generate(model, {"input_ids": prompt()}), expected)
+    handle.remove()
+    assert torch.equal(generate(model, {"input_ids": prompt()}), dense)
+    handle = apply_sdtp(model, pruners, SCHEDULE)
+    accelerate.hooks.remove_hook_from_module(model.model)
+    assert torch.equal(generate(model, {"input_ids": prompt()}), expected)
+    handle.remove()
+    assert torch.equal(generate(model, {"input_ids": prompt()}), dense)
+    assert "forward" not in model.model.__dict__ or model.model.forward.__func__ is type(model.model).forward
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
+@torch.no_grad()
+def test_state_and_pruners_follow_the_layers(padded):
+    """With a second device, here that of tensors without data, which no other can be mixed with.
+
+    A stage runs where the layer below it does, and what it keeps lies there.
+    """
+    model, pruners = make_qwen2(), make_pruners()["full"]
+    first_there = 3
+    for i, layer in enumerate(model.model.layers):
+        device = "cpu" if i < first_there else "meta"
+        accelerate.hooks.attach_execution_device_hook(layer.to(device), device)
+    for module in (model.model.norm, model.lm_head):
+        accelerate.hooks.attach_execution_device_hook(module.to("meta"), "meta")
+    assert [device_of(layer).type for layer in model.model.layers] == ["cpu"] * 3 + ["meta"] * 3
+    inputs = padded_batch() if padded else {"input_ids": prompt()}
+    with apply_sdtp(model, pruners, SCHEDULE):
+        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1) if padded else None
+        model(inputs["input_ids"][:, :2], attention_mask=mask, past_key_values=cache)
+    assert [layer.keys.device.type for layer in cache.layers] == ["cpu"] * 3 + ["meta"] * 3
+    kept_there = [layer.kept.device.type for layer in cache.layers[LAYERS[0] :]]
+    # Layers 1 to 3 hold what stages 1 and 2 kept, behind layers 0 and 2; layers 4 and 5 what stage 3 kept.
+    assert kept_there == ["cpu"] * 3 + ["meta"] * 2
+    assert [layer.keys.shape[2] for layer in cache.layers] == [
+        (SCHEDULE.max_keep if padded else SCHEDULE.num_keep)(TOKENS, sum(start <= i for start in LAYERS)) + 2
+        for i in range(6)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ tensor parallel
+
+
+@torch.no_grad()
+def test_tensor_parallel(tmp_path):
+    """Two processes generate what one does, whatever each of them would have selected by itself."""
+    from tensor_parallel import tokens_of
+
+    model = make_qwen2()
+    model.save_pretrained(tmp_path)
+    expected = {name: tokens_of(model, pruners) for name, pruners in make_pruners().items()}
+    with apply_sdtp(model, nudged(0), SCHEDULE):
+        expected["nudged"] = generate(model, {"input_ids": prompt()}).tolist()
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*launcher, tests / "tensor_parallel.py", tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert sorted(each.pop("rank") for each in found) == [0, 1]
+    for each in found:
+        for name in ("plain", "full"):
+            for inputs in ("one row", "padded"):
+                reported, cached = each[name].pop(f"{inputs}, bytes")
+                assert reported == cached == expected[name][f"{inputs}, bytes"][0] / 2, "half of the heads in each"
+    for name in ("plain", "full"):
+        for inputs in ("one row", "padded"):
+            reported, cached = expected[name].pop(f"{inputs}, bytes")
+            assert reported == cached
+    assert found == [expected, expected]
