@@ -181,7 +181,8 @@ class Prompt:
         self.indices: torch.Tensor | None = None
         self.hidden_states_below: torch.Tensor | None = None
         self.recorder = None
-        if not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()):
+        is_captured = inputs_embeds.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not (torch.compiler.is_compiling() or is_captured):  # a graph has no clock
             self.recorder = _new_recorder(decoder, pruning.backend, inputs_embeds)
 
     def enter(self, layer_idx: int, hidden_states: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, Segment]:
