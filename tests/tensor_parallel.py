@@ -1,11 +1,12 @@
 """One of the processes of ``test_devices.py::test_tensor_parallel``: a pruned model over two of them.
 
-Prints, as JSON, the tokens it generated and the tokens that each layer keeps. Run by torchrun, with the checkpoint as
-its argument.
+Writes, as JSON beside the checkpoint, the tokens it generated and the tokens that each layer keeps. Run by torchrun,
+with the checkpoint as its argument.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from test_devices import SCHEDULE, make_pruners, nudged
@@ -39,7 +40,7 @@ def main():
         # A scorer that has its own mind in every process, as a last bit may.
         with apply_sdtp(model, nudged(rank), SCHEDULE):
             found["nudged"] = generate(model, {"input_ids": prompt()}).tolist()
-    print(json.dumps({"rank": rank, **found}), flush=True)
+    (Path(sys.argv[1]) / f"process-{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
