@@ -75,7 +75,8 @@ def test_equals_a_cache_shortened_by_hand(model, patched):
         token = logits.argmax(-1, keepdim=True)
     with pressed(model, KnormPress(RATIO)):
         got = generate(model, {"input_ids": ids}, max_new_tokens=7, return_dict_in_generate=True, output_logits=True)
-    torch.testing.assert_close(torch.stack(got.logits[1:]), torch.stack(expected), atol=1e-5, rtol=1e-5)
+    # The press leaves keys in another order, and sums are rounded in that order.
+    torch.testing.assert_close(torch.stack(got.logits[1:]), torch.stack(expected), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

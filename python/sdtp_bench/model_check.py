@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from sdtp_bench.gpu_check import Device
 
+ATTENTIONS = ("sdpa", "flex_attention")  # and flash attention where it is installed
 TOKENS, PADDING = 600, 170
 TOLERANCE = 5e-2  # of the logits' spread: bfloat16 through six layers, by kernels that sum in other orders
 SCHEDULE = PruningSchedule(layers=(1, 3, 4), keep_ratio=0.7)
@@ -37,9 +38,8 @@ def check_models(device: Device) -> Iterator[dict[str, Any]]:
     """
     from transformers.utils import is_flash_attn_2_available
 
-    attentions = ["sdpa", "flex_attention"]
-    if device.torch_device.type == "cuda" and is_flash_attn_2_available():
-        attentions.append("flash_attention_2")
+    has_flash = device.torch_device.type == "cuda" and is_flash_attn_2_available()
+    attentions = (*ATTENTIONS, "flash_attention_2") if has_flash else ATTENTIONS
     expected = _two_calls(_model(device, "eager"), None)
     for attention in attentions:
         model = _model(device, attention)
