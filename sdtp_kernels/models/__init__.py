@@ -41,7 +41,7 @@ def apply_sdtp(
     Parameters
     ----------
     model : Qwen2ForCausalLM or Qwen2Model
-        With sdpa or eager attention.
+        With sdpa, eager, flex or flash attention; on one device, by an accelerate ``device_map``, or tensor parallel.
     pruners : mapping of int to module, str or callable
         For every layer of the schedule a :class:`TokenPruner`, or any module that turns hidden states ``[..., D]``
         into scores ``[...]``; the result of :func:`load_pruners`; the name of a training-free scorer (``"random"``,

@@ -298,7 +298,7 @@ class Prompt:
         self, layer_idx: int, stage: int, hidden_states: torch.Tensor, segment: Segment
     ) -> tuple[torch.Tensor, Segment]:
         backend, scorer, group = self.pruning.backend, self.pruning.scorers[layer_idx], self.pruning.group
-        device = hidden_states.device
+        device, below = hidden_states.device, self.hidden_states_below
         cos, sin = (t.to(device) for t in segment.position_embeddings)
         index = segment.token_index.to(device)
         if segment.is_protected is not None:
@@ -310,7 +310,7 @@ class Prompt:
             index,
             self.piece.keep_last,
             self.decoder.layers[layer_idx - 1],
-            None if stage == 1 and self.earlier is not None else self.hidden_states_below,
+            None if below is None or (stage == 1 and self.earlier is not None) else below.to(device),
             None if self.earlier is not None else cached_keys(self.cache, layer_idx - 1, hidden_states.shape[1]),
             is_padded=self.piece.is_ragged,
             group=group,
