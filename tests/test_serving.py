@@ -122,7 +122,7 @@ def test_chunks_equal_one_call(models, pruners, dtype, lengths, chunk, block_siz
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@settings(max_examples=30, phases=PHASES)
+@settings(max_examples=20, phases=PHASES)
 @given(
     lengths=st.lists(st.integers(1, 100), min_size=1, max_size=3),
     turns=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)), min_size=1, max_size=3),
@@ -154,7 +154,7 @@ def test_a_chat_equals_its_last_prompt_alone(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@settings(max_examples=30, phases=PHASES)
+@settings(max_examples=20, phases=PHASES)
 @given(
     prefix=st.integers(1, 120),
     suffixes=st.lists(st.integers(1, 90), min_size=2, max_size=2),
