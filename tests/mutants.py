@@ -729,6 +729,13 @@ MUTANTS = [
         "test_qwen2.py::test_pruner_with_distance_and_attention",
     ),
     Mutant(
+        "a block trained with a term that sees the prompt's end",
+        "python/sdtp_train/simulate.py",
+        "if not schedule.sees_prompt_end or not (",
+        "if not (",
+        "test_train_pruners.py::test_training_scores_equal_those_of_the_stage",
+    ),
+    Mutant(
         "global budget in chunks",
         MODELS + "checks.py",
         'if is_chunk and pruning.schedule.budget != "block":',

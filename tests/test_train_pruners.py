@@ -236,17 +236,20 @@ def test_training_scores_equal_those_of_the_stage(model, ids):
         attention=torch.stack([targets.last_window_attention(dense, layer) for layer in LAYERS]),
     )
     ours = make_objective(mse=1.0).scores(sample, 0, pruners[LAYERS[0]])
-    embeddings = dense.position_embeddings
-    expected = pruners[LAYERS[0]](dense.layer_inputs[LAYERS[0]][0, :N]) + simulate._bias(
-        pruners[LAYERS[0]],
-        PruningSchedule(layers=LAYERS),
+    stage = (
         model.model.layers[LAYERS[0] - 1],
         dense.layer_inputs[LAYERS[0]],
         dense.layer_inputs[LAYERS[0] - 1],
-        embeddings,
+        dense.position_embeddings,
         torch.arange(N),
     )
+    bias = simulate._bias(pruners[LAYERS[0]], PruningSchedule(layers=LAYERS), *stage)
+    expected = pruners[LAYERS[0]](dense.layer_inputs[LAYERS[0]][0, :N]) + bias
     torch.testing.assert_close(ours, expected[4 : N - 10])
+    # Under the block budget a stage leaves them out, and so does its simulation.
+    assert bias.count_nonzero() > 0
+    in_blocks = PruningSchedule(layers=LAYERS, budget="block")
+    assert simulate._bias(pruners[LAYERS[0]], in_blocks, *stage).count_nonzero() == 0
 
 
 def test_several_targets_are_averaged():
