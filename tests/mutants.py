@@ -865,8 +865,8 @@ MUTANTS = [
     Mutant(
         "every process selects by itself",
         MODELS + "stages.py",
-        "indices = from_first(indices, group)",
-        "pass",
+        "indices = from_first(self._select(scores, stage, scorer.pooling, segment), group)",
+        "indices = self._select(scores, stage, scorer.pooling, segment)",
         "test_devices.py::test_tensor_parallel",
     ),
     Mutant(
