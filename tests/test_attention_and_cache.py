@@ -125,14 +125,17 @@ def test_flash_attention_in_a_later_turn(monkeypatch, pruners):
     assert torch.equal(tokens["sdpa"], tokens[FLASH[0]])
 
 
-@pytest.mark.slow
 @torch.no_grad()
-def test_flex_attention(pruners):
-    """Compiled for the CPU, so few shapes: one padded batch, prefill and two steps."""
-    expected = oracle_tokens("global", padded=True)[:, : TOKENS + 3]
+def test_flex_attention(monkeypatch, pruners):
+    """The op itself, uncompiled: Inductor 2.13 writes C++ that does not compile where lengths of keys vary."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    glue = "transformers.integrations.flex_attention.compile_friendly_flex_attention"
+    monkeypatch.setattr(glue, lambda *states, training, **kwargs: flex_attention(*states, **kwargs))
     model = model_with("flex_attention")
     with apply_sdtp(model, pruners, SCHEDULES["global"]):
-        assert torch.equal(generate(model, padded_batch(), max_new_tokens=3), expected)
+        got = generate(model, padded_batch(), max_new_tokens=3)
+    assert torch.equal(got, oracle_tokens("global", padded=True)[:, : TOKENS + 3])
 
 
 # --------------------------------------------------------------------------------------------------------- static cache
