@@ -51,7 +51,8 @@ def test_pruned_prompts_fit_where_dense_ones_do_not(checkpoint, tmp_path, monkey
     assert cli.main(["bench", "memory", *arguments, "--device", "cpu"]) == 0
     dense, pruned = rows(out)
     assert 0 < dense["tokens"] < pruned["tokens"]
-    assert dense["trials"] == [[2048, True], [4096, False]], "the search went on until it did not fit"
+    *fitting, last = (fits for _, fits in dense["trials"])
+    assert (fitting, last) == ([True] * len(fitting), False), "the search went on until it did not fit"
     for row in (dense, pruned):
         assert 0 < row["kv_bytes"] < LIMIT_GIB * 2**30
     assert pruned["kv_bytes"] / pruned["tokens"] < dense["kv_bytes"] / dense["tokens"] / 2
