@@ -72,6 +72,8 @@ def prompts(lengths, seed=2):
 
 def generate(model, inputs, **settings):
     settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, **settings}
+    # transformers would take a generated token that happens to be the padding token for padding.
+    inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
     return model.generate(**inputs, **settings)
 
 
