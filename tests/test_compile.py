@@ -90,9 +90,12 @@ def test_fullgraph_wherever_the_dense_model_has_one(attention, call, budget):
     assert compilations(model, call, apply_sdtp(model, pruners, SCHEDULES[budget])) <= 2
 
 
-@pytest.mark.parametrize("scorer", ["random", "attention"])
+@pytest.mark.parametrize("scorer", ["random", "attention", "pruners that average"])
 def test_scorers_compile(scorer):
     model = make_qwen2(num_layers=3)
+    if scorer == "pruners that average":
+        settings = {"distance": True, "attention": True, "pooling": 7, "averaging": True}
+        scorer = {layer: TokenPruner(64, **settings) for layer in SCHEDULES["global"].layers}
     assert compilations(model, CALLS["given cache"], apply_sdtp(model, scorer, SCHEDULES["global"])) <= 2
 
 
@@ -111,7 +114,7 @@ def test_inductor():
 def test_no_host_sync_in_the_patched_loop(backend, schedule):
     """Padded and not, prefill and decode. transformers itself looks whether a mask is all ones; that is not ours."""
     model = make_qwen2(num_layers=3)
-    pruners = {1: TokenPruner(64), 2: TokenPruner(64)}
+    pruners = {1: TokenPruner(64), 2: TokenPruner(64, averaging=True)}
     with apply_sdtp(model, pruners, schedule, backend):
         for call in ("given cache", "padded"):
             inputs = arguments(model, 300, **CALLS[call])
