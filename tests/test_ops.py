@@ -138,6 +138,7 @@ def selections(draw):
 @example(([([math.nan] * 50, 30, 5)], 4, None, 1))
 @example(([([math.nan, 1.0, math.nan, math.nan, math.nan, 2.0], 3, 1)], 0, None, 3))  # 2.0 stands in the tail
 @example(([([0.0, -0.0] * 20, 13, 0)], 0, None, 1))
+@example(([([0.0, 1.0, 2.0, 9.0, 0.0, 1.0, 2.0, 0.0], 4, 0)], 0, 4, 3))  # 9.0 lifts no token of the next block
 def test_select(case):
     rows, sink, block_size, pooling = case
     settings = {"sink": sink, "block_size": block_size, "pooling": pooling}
