@@ -44,7 +44,7 @@ def kept_by(handle):
 def test_every_layer_is_shortened_from_what_the_stages_left(model, patched, press):
     with pressed(model, press(compression_ratio=RATIO)):
         output = generate(model, {"input_ids": prompt()}, return_dict_in_generate=True)
-    lengths = [layer.keys.shape[2] - 7 for layer in output.past_key_values.layers]  # the last token is not cached
+    lengths = [layer.keys.shape[2] - 7 for layer in output.cache.layers]  # the last token is not cached
     assert lengths == [int(n * (1 - RATIO)) for n in kept_by(patched)]
     assert output.sequences.shape[1] == TOKENS + 8
 
@@ -62,7 +62,7 @@ def test_equals_a_cache_shortened_by_hand(model, patched):
     """Keys with small norms are kept, the others cut out of a pruned cache without kvpress."""
     ids = torch.randperm(255)[None, :TOKENS] + 1  # no token twice: in layer 0 their keys have the same norm
     cache = DynamicCache(config=model.config)
-    token = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+    token = model(ids, cache=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
     for layer in cache.layers:
         count = int(layer.keys.shape[2] * (1 - RATIO))
         place = layer.keys.norm(dim=-1).argsort(dim=-1)[..., :count, None].expand(-1, -1, -1, 16)
@@ -70,7 +70,7 @@ def test_equals_a_cache_shortened_by_hand(model, patched):
     expected = []
     for step in range(6):
         position = torch.tensor([[TOKENS + step]])
-        logits = model(token, position_ids=position, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = model(token, position_ids=position, cache=cache, logits_to_keep=1).logits[:, -1]
         expected.append(logits)
         token = logits.argmax(-1, keepdim=True)
     with pressed(model, KnormPress(RATIO)):
@@ -87,5 +87,5 @@ def test_compression_while_decoding(model, patched):
     with pressed(model, press):
         got = generate(model, {"input_ids": prompt()}, max_new_tokens=20, return_dict_in_generate=True)
     assert torch.equal(got.sequences[:, : TOKENS + 6], expected[:, : TOKENS + 6])
-    lengths = [layer.keys.shape[2] for layer in got.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in got.cache.layers]
     assert max(lengths) <= 40 + 6

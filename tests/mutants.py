@@ -644,6 +644,13 @@ MUTANTS = [
         "test_qwen2.py::test_padded_rows_equal_rows_alone",
     ),
     Mutant(
+        "the cache under its old name ignored",
+        MODELS + "qwen2.py",
+        '    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")',
+        "    # nothing",
+        "test_qwen2.py::test_the_old_name_of_the_cache",
+    ),
+    Mutant(
         "patch not removed",
         MODELS + "qwen2.py",
         "undo.callback(replace_forward(decoder, _make_forward(pruning)))",
@@ -828,6 +835,20 @@ MUTANTS = [
         "test_attention_and_cache.py::test_a_reset_static_cache_takes_another_prompt",
     ),
     Mutant(
+        "a static layer's tail taken for what must stay",
+        MODELS + "cache.py",
+        "num_left >= self.kept.shape[1] - self.num_tail",
+        "num_left >= self.kept.shape[1]",
+        "test_attention_and_cache.py::test_drafts_over_a_static_cache",
+    ),
+    Mutant(
+        "crops of a static layer unchecked",
+        MODELS + "cache.py",
+        "num_left >= self.kept.shape[1] - self.num_tail",
+        "num_left >= 0",
+        "test_attention_and_cache.py::test_crop_of_a_static_cache",
+    ),
+    Mutant(
         "a mask of another shape in every step",
         MODELS + "attention.py",
         "return torch.nn.functional.pad(attention_mask, (0, room), value=1)",
@@ -900,8 +921,15 @@ MUTANTS = [
     Mutant(
         "a press that is told other places",
         "python/sdtp_eval/peers.py",
-        'kwargs = {**kwargs, "cache_position": position}',
-        'kwargs = {**kwargs, "cache_position": position - past}',
+        'return args, {**kwargs, "cache_position": position}',
+        'return args, {**kwargs, "cache_position": position - past}',
+        "test_kvpress.py::test_a_press_cuts_what_the_stages_left",
+    ),
+    Mutant(
+        "a press that does not find the cache",
+        "python/sdtp_eval/peers.py",
+        'kwargs["past_key_values"] = kwargs["cache"]',
+        "pass",
         "test_kvpress.py::test_a_press_cuts_what_the_stages_left",
     ),
     # Files.

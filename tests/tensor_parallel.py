@@ -25,9 +25,9 @@ def tokens_of(model, pruners):
             output = generate(model, inputs, return_dict_in_generate=True)
             found[name] = output.sequences.tolist()
             found[f"{name}, kept"] = [
-                layer.kept.tolist() for layer in output.past_key_values.layers if isinstance(layer, PrunedState)
+                layer.kept.tolist() for layer in output.cache.layers if isinstance(layer, PrunedState)
             ]
-            kv_bytes = sum(layer.keys[:, :, :-7].nbytes * 2 for layer in output.past_key_values.layers)
+            kv_bytes = sum(layer.keys[:, :, :-7].nbytes * 2 for layer in output.cache.layers)
             found[f"{name}, bytes"] = [handle.report().kv_bytes, kv_bytes]
     return found
 

@@ -87,7 +87,7 @@ def test_flash_attention_gets_the_bounds_of_every_segment(monkeypatch, pruners):
     varlen, model, schedule = flash_stand_in.install(monkeypatch), model_with(FLASH[0]), SCHEDULES["global"]
     batch = padded_batch()
     with apply_sdtp(model, pruners, schedule):
-        model(**batch, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+        model(**batch, cache=DynamicCache(config=model.config), logits_to_keep=1)
     expected = []
     for stage in range(len(LAYERS) + 1):
         kept = [naive_keep(schedule, length, stage)[0] for length in LENGTHS]
@@ -105,7 +105,7 @@ def test_no_host_sync_of_ours_under_flash_attention(monkeypatch, pruners):
     varlen, model = flash_stand_in.install(monkeypatch), model_with(FLASH[0])
     monkeypatch.setattr(type(varlen), "__call__", lambda self, q, *_, **__: torch.zeros_like(q))
     with apply_sdtp(model, pruners, SCHEDULES["global"]), NoHostSync(outside="transformers/masking_utils.py"):
-        model(**padded_batch(), past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+        model(**padded_batch(), cache=DynamicCache(config=model.config), logits_to_keep=1)
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def test_flash_attention_in_a_later_turn(monkeypatch, pruners):
             mask = torch.nn.functional.pad(padded_batch()["attention_mask"], (0, ids.shape[1] - TOKENS), value=1)
             mask[1, -30:-23] = 0
             turn = {"input_ids": ids, "attention_mask": mask}
-            tokens[attention] = generate(model, turn, past_key_values=first.past_key_values)
+            tokens[attention] = generate(model, turn, cache=first.cache)
     assert torch.equal(tokens["sdpa"], tokens[FLASH[0]])
 
 
@@ -159,7 +159,7 @@ def test_static_cache_has_the_bytes_of_the_schedule(pruners, budget, schedule, p
     expected = oracle_tokens(budget, padded)
     cache = StaticCache(config=model.config, max_cache_len=TOKENS + 50)
     with apply_sdtp(model, pruners, schedule):
-        assert torch.equal(generate(model, inputs_of(padded), past_key_values=cache), expected)
+        assert torch.equal(generate(model, inputs_of(padded), cache=cache), expected)
     assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == static_bytes(
         model, schedule, lengths, room=50
     )
@@ -177,10 +177,10 @@ def test_static_cache_by_name_beams_and_a_later_turn(pruners, schedule):
         assert torch.equal(generate(model, padded_batch(), cache_implementation="static", **beams), expected)
         results = []
         for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=TOKENS + 60)):
-            first = generate(model, padded_batch(), past_key_values=cache, return_dict_in_generate=True)
+            first = generate(model, padded_batch(), cache=cache, return_dict_in_generate=True)
             ids = torch.cat([first.sequences, prompt(30, 3)], dim=1)
             mask = torch.nn.functional.pad(padded_batch()["attention_mask"], (0, ids.shape[1] - TOKENS), value=1)
-            results.append(generate(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache))
+            results.append(generate(model, {"input_ids": ids, "attention_mask": mask}, cache=cache))
     assert torch.equal(*results)
 
 
@@ -192,7 +192,37 @@ def test_a_reset_static_cache_takes_another_prompt(pruners, schedule):
         for tokens in (TOKENS, 90, 230, 30, TOKENS):  # pruned, also to more room than before, and too short for it
             cache.reset()
             expected = generate(model, {"input_ids": prompt(tokens)})
-            assert torch.equal(generate(model, {"input_ids": prompt(tokens)}, past_key_values=cache), expected)
+            assert torch.equal(generate(model, {"input_ids": prompt(tokens)}, cache=cache), expected)
+
+
+@torch.no_grad()
+def test_drafts_over_a_static_cache(pruners, schedule):
+    """Prompt lookup takes back what it guessed wrong, behind the prompt and at its end."""
+    model, inputs = make_qwen2(), {"input_ids": prompt(20).repeat(1, 10)}  # candidates from the first step on
+    cache = StaticCache(config=model.config, max_cache_len=TOKENS + 50)
+    with apply_sdtp(model, pruners, schedule):
+        expected = generate(model, inputs)
+        assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=30, cache=cache), expected)
+
+
+@torch.no_grad()
+def test_crop_of_a_static_cache(pruners):
+    """At most to where the tail begins that every layer has; a layer's tokens are counted on the device."""
+    model, caches = make_qwen2(), (DynamicCache, functools.partial(StaticCache, max_cache_len=TOKENS + 40))
+    logits = []
+    with apply_sdtp(model, pruners, SCHEDULES["global"]):
+        for cache in (make(config=model.config) for make in caches):
+            mask = padded_batch()["attention_mask"]
+            model(padded_batch()["input_ids"], attention_mask=mask, cache=cache, logits_to_keep=9)
+            for removed, new in ((5, prompt(7, 3)), (6, prompt(2, 3))):  # into the tail, then behind the prompt
+                cache.crop(-removed)
+                mask = torch.nn.functional.pad(mask, (0, new.shape[1] - removed), value=1)
+                positions = (mask.cumsum(-1) - 1)[:, -new.shape[1] :]
+                logits.append(model(new, attention_mask=mask, position_ids=positions, cache=cache).logits)
+            with pytest.raises((ValueError, RuntimeError), match="prefill the shorter prompt"):
+                cache.crop(-7)
+    for a, b in zip(logits[:2], logits[2:], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -238,14 +268,14 @@ def test_quantized_cache(monkeypatch, pruners, schedule, padded):
         return states if is_first else cached  # attention within the prompt is exact
 
     with apply_sdtp(model, pruners, schedule):
-        got = generate(model, inputs_of(padded), past_key_values=cache, **settings)
+        got = generate(model, inputs_of(padded), cache=cache, **settings)
         assert all(isinstance(layer, Fp8QuantizedLayer) for layer in cache.layers)
         monkeypatch.setattr(DynamicLayer, "update", grow_rounded)
         expected = generate(model, inputs_of(padded), **settings)
     for a, b in zip(got.logits, expected.logits, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert torch.equal(got.sequences, expected.sequences)
-    for a, b in zip(cache.layers, expected.past_key_values.layers, strict=True):
+    for a, b in zip(cache.layers, expected.cache.layers, strict=True):
         assert a.get_seq_length() == b.keys.shape[2]
 
 
@@ -275,9 +305,9 @@ def test_group_wise_quantized_cache(pruners, schedule, backend):
     cache = QuantizedCache(backend, config=model.config, nbits=4, q_group_size=16, residual_length=8)
     with apply_sdtp(model, pruners, schedule) as handle:
         expected = model(prompt(), logits_to_keep=1).logits
-        assert torch.equal(model(prompt(), past_key_values=cache, logits_to_keep=1).logits, expected)
+        assert torch.equal(model(prompt(), cache=cache, logits_to_keep=1).logits, expected)
         assert [layer.get_seq_length() for layer in cache.layers] == [r.tokens_out for r in handle.report().layers]
-        generate(model, {"input_ids": prompt()}, past_key_values=QuantizedCache(backend, config=model.config))
+        generate(model, {"input_ids": prompt()}, cache=QuantizedCache(backend, config=model.config))
 
 
 class NoStream(torch.nn.Identity):

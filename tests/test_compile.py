@@ -42,9 +42,9 @@ def arguments(model, tokens, mask, batch, cache, embeds):
         inputs["attention_mask"] = torch.ones_like(ids)
         inputs["attention_mask"][-1, :mask] = 0
     if cache == "given":
-        inputs["past_key_values"] = DynamicCache(config=model.config)
+        inputs["cache"] = DynamicCache(config=model.config)
     if cache == "static":
-        inputs["past_key_values"] = StaticCache(config=model.config, max_cache_len=tokens + 16)
+        inputs["cache"] = StaticCache(config=model.config, max_cache_len=tokens + 16)
     return {**inputs, "use_cache": cache is not None, "logits_to_keep": 1}
 
 
@@ -64,7 +64,7 @@ def compilations(model, call, apply):
             got = compiled(**arguments(model, length, **call))
             torch.testing.assert_close(got.logits, eager.logits, atol=1e-4, rtol=0)
             if call["cache"]:
-                for a, b in zip(got.past_key_values.layers, eager.past_key_values.layers, strict=True):
+                for a, b in zip(got.cache.layers, eager.cache.layers, strict=True):
                     # A compiled graph cannot see that a mask is all ones: it allows for the widest row there can be.
                     tokens = b.keys.shape[2]
                     torch.testing.assert_close(a.keys[:, :, -tokens:], b.keys, atol=1e-4, rtol=0)
@@ -135,7 +135,7 @@ class Prefill(torch.nn.Module):
 
     def forward(self, input_ids, attention_mask=None):
         cache = DynamicCache(config=self.model.config)
-        logits = self.model(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1).logits
+        logits = self.model(input_ids, attention_mask=attention_mask, cache=cache, logits_to_keep=1).logits
         kept = [layer.kept for layer in cache.layers if isinstance(layer, PrunedState)]
         return logits, [(layer.keys, layer.values) for layer in cache.layers], kept
 

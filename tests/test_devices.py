@@ -104,9 +104,9 @@ def test_state_and_pruners_follow_the_layers(padded):
     assert [device_of(layer).type for layer in model.model.layers] == ["cpu"] * 3 + ["meta"] * 3
     inputs = padded_batch() if padded else {"input_ids": prompt()}
     with apply_sdtp(model, pruners, SCHEDULE):
-        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(**inputs, use_cache=True, logits_to_keep=1).cache
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1) if padded else None
-        model(inputs["input_ids"][:, :2], attention_mask=mask, past_key_values=cache)
+        model(inputs["input_ids"][:, :2], attention_mask=mask, cache=cache)
     assert [layer.keys.device.type for layer in cache.layers] == ["cpu"] * 3 + ["meta"] * 3
     kept_there = [layer.kept.device.type for layer in cache.layers[LAYERS[0] :]]
     # Layers 1 to 3 hold what stages 1 and 2 kept, behind layers 0 and 2; layers 4 and 5 what stage 3 kept.

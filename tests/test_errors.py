@@ -1,5 +1,7 @@
 """Bad input: an error that names the fix, raised before anything is changed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_qwen2
@@ -7,6 +9,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForSequenceClassificati
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from sdtp_kernels import BackendUnavailableError, PruningSchedule, TokenPruner, apply_sdtp, load_pruners, save_pruners
+from sdtp_kernels.models.checks import TRANSFORMERS
 
 SCHEDULE = PruningSchedule(layers=(1, 3), keep_ratio=0.8)
 
@@ -87,9 +90,14 @@ def test_pipeline_stage(model):
 
 
 def test_untested_transformers(model, monkeypatch):
-    monkeypatch.setattr("transformers.__version__", "6.1.0")
-    with pytest.raises(NotImplementedError, match=r"transformers 6.1.0: .* tested on >= 5"):
+    monkeypatch.setattr("transformers.__version__", f"{TRANSFORMERS[1]}.0")  # a minor release may break the patch
+    with pytest.raises(NotImplementedError, match=r"transformers 5\.\d+\.0: .* tested on >= 5\.\d+, < 5\.\d+; install"):
         apply_sdtp(model, pruners(), SCHEDULE)
+
+
+def test_the_package_asks_for_the_transformers_it_is_tested_on():
+    lowest, above = TRANSFORMERS
+    assert f'"transformers>={lowest},<{above}"' in (Path(__file__).parent.parent / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +139,7 @@ def test_caches_that_cannot_hold_a_length_per_layer():
     with apply_sdtp(model, pruners(), SCHEDULE):
         sliding = Cache(layers=[DynamicSlidingWindowLayer(16) for _ in range(6)])
         with pytest.raises(NotImplementedError, match=r"DynamicSlidingWindowLayer.*pass a DynamicCache, StaticCache"):
-            model(ids(), past_key_values=sliding)
+            model(ids(), cache=sliding)
         with pytest.raises(NotImplementedError, match="prefill_chunk_size=None"):
             model.generate(ids(), prefill_chunk_size=32, max_new_tokens=4)
     blocks = PruningSchedule(layers=(1, 3), keep_ratio=0.8, budget="block", block_size=32)
@@ -140,7 +148,7 @@ def test_caches_that_cannot_hold_a_length_per_layer():
         model.generate(ids(), prefill_chunk_size=32, cache_implementation="static", max_new_tokens=4)
     evicting = pytest.raises(NotImplementedError, match="evict_earlier_kv=True needs a DynamicCache")
     with apply_sdtp(model, pruners(), SCHEDULE, evict_earlier_kv=True), evicting:
-        model(ids(), past_key_values=StaticCache(config=model.config, max_cache_len=200))
+        model(ids(), cache=StaticCache(config=model.config, max_cache_len=200))
 
 
 @torch.no_grad()
@@ -149,9 +157,9 @@ def test_padded_cache_without_its_mask(model):
     mask[1, :20] = 0
     cache = DynamicCache(config=model.config)
     with apply_sdtp(model, pruners(), SCHEDULE):
-        model(ids(2), attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+        model(ids(2), attention_mask=mask, cache=cache, logits_to_keep=1)
         with pytest.raises(ValueError, match="pass the attention_mask"):
-            model(ids(2, 3), past_key_values=cache)
+            model(ids(2, 3), cache=cache)
 
 
 def test_file_of_another_model(model, tmp_path):

@@ -79,7 +79,7 @@ def test_mean_keep_is_that_of_the_cache(tiny_model, sample: Sample, budget: str)
         result = quality.Reader(tiny_model, sample).result(protocol, quality.find_method("norm"), schedule)
         ids = torch.tensor([[*sample.context, *sample.question][: result["prompt_tokens"]]])
         with apply_sdtp(tiny_model, "norm", schedule):
-            cache = tiny_model(ids, logits_to_keep=1).past_key_values
+            cache = tiny_model(ids, logits_to_keep=1).cache
         kept = sum(layer.keys.shape[-2] for layer in cache.layers)
         assert result["mean_keep"] == pytest.approx(kept / (6 * ids.shape[1]))
         assert result["mean_keep"] == pytest.approx(schedule.mean_keep(ids.shape[1], 6))
@@ -90,9 +90,9 @@ def test_a_question_after_the_pruned_context_equals_a_second_call(tiny_model, sa
     result = quality.Reader(tiny_model, sample).result(AFTER, quality.find_method("attention"), SCHEDULE)
     with apply_sdtp(tiny_model, "attention", SCHEDULE):
         cache = DynamicCache(config=tiny_model.config)
-        tiny_model(torch.tensor([sample.context]), past_key_values=cache, logits_to_keep=1)
+        tiny_model(torch.tensor([sample.context]), cache=cache, logits_to_keep=1)
         rest = torch.tensor([[*sample.question, *sample.answer[:-1]]])
-        logits = tiny_model(rest, past_key_values=cache).logits[0, -8:]
+        logits = tiny_model(rest, cache=cache).logits[0, -8:]
     assert result["nll"] == pytest.approx(F.cross_entropy(logits, torch.tensor(sample.answer)).item(), abs=1e-4)
 
 
@@ -198,7 +198,7 @@ def test_an_oracle_is_looked_up_by_the_original_index(tiny_model, sample: Sample
     look_up = baselines.LookUp(scores)
     ids = torch.tensor([[*sample.context, *sample.question[:4]]])
     with apply_sdtp(tiny_model, dict.fromkeys(LAYERS, look_up), SCHEDULE), torch.no_grad():
-        cache = tiny_model(ids, logits_to_keep=5).past_key_values
+        cache = tiny_model(ids, logits_to_keep=5).cache
     for stage, layer in enumerate(LAYERS, 1):
         num_keep, recent = SCHEDULE.num_keep(120, stage), SCHEDULE.num_recent(120)
         forced = {*range(SCHEDULE.sink), *range(120 - recent, 120)}

@@ -44,7 +44,7 @@ def test_loglikelihood_is_that_of_the_continuation_behind_the_pruned_context(tin
         ((total, is_greedy),) = adapter.loglikelihood([request("loglikelihood", CONTEXT, "Then it slept.")])
         cache = model(torch.tensor([context]), logits_to_keep=1)
         first = cache.logits[0, -1:]
-        rest = model(torch.tensor([continuation[:-1]]), past_key_values=cache.past_key_values).logits[0]
+        rest = model(torch.tensor([continuation[:-1]]), cache=cache.cache).logits[0]
     logits = torch.cat([first, rest]).log_softmax(-1)
     expected = logits.gather(1, torch.tensor(continuation)[:, None]).sum().item()
     assert total == pytest.approx(expected, abs=1e-3)
@@ -70,8 +70,8 @@ def test_generate_until_prunes_the_context_and_cuts_at_the_stop_string(tiny) -> 
     def greedy(ids, cache=None):
         new = []
         for _ in range(6):
-            output = model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
-            cache, ids = output.past_key_values, [output.logits[0, -1].argmax().item()]
+            output = model(torch.tensor([ids]), cache=cache, logits_to_keep=1)
+            cache, ids = output.cache, [output.logits[0, -1].argmax().item()]
             new += ids
         return tokenizer.decode(new)
 
@@ -80,7 +80,7 @@ def test_generate_until_prunes_the_context_and_cuts_at_the_stop_string(tiny) -> 
         whole = answers(max_gen_toks=100)
         assert whole == greedy([*context, *rest])
         after = answers(split=ruler.split_last_line)
-        assert after == greedy(rest, model(torch.tensor([context]), logits_to_keep=1).past_key_values)
+        assert after == greedy(rest, model(torch.tensor([context]), logits_to_keep=1).cache)
         assert answers(until=[whole[1]]) == whole.split(whole[1])[0]
     assert answers() == greedy([*context, *rest])
 

@@ -50,11 +50,11 @@ def test_a_press_cuts_what_the_stages_left(tiny_model):
                 prompt(), max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
             )
         kept = [round(layer.tokens_out * 0.5) for layer in handle.report().layers]
-        assert [layer.keys.shape[2] - 3 for layer in output.past_key_values.layers] == kept
+        assert [layer.keys.shape[2] - 3 for layer in output.cache.layers] == kept
         # By hand: the pruned cache, cut, and one token at its original position.
-        cache = tiny_model(prompt(), use_cache=True, logits_to_keep=1).past_key_values
+        cache = tiny_model(prompt(), use_cache=True, logits_to_keep=1).cache
         for layer, length in zip(cache.layers, kept, strict=True):
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
         token, position = output.sequences[:, TOKENS : TOKENS + 1], torch.tensor([[TOKENS]])
-        expected = tiny_model(token, position_ids=position, past_key_values=cache).logits[:, -1]
+        expected = tiny_model(token, position_ids=position, cache=cache).logits[:, -1]
     torch.testing.assert_close(output.logits[1], expected, atol=1e-5, rtol=1e-5)

@@ -66,7 +66,7 @@ def test_prefill_equals_masked_dense(pruners, schedule, attention, averaging):
     expected, history = oracle.row(ids[0], TOKENS)
     cache = DynamicCache(config=model.config)
     with apply_sdtp(model, pruners, schedule) as handle:
-        got = model(ids, past_key_values=cache).logits[0]
+        got = model(ids, cache=cache).logits[0]
         report = handle.report()
     kept = [layer.kept[0].tolist() for layer in cache.layers if isinstance(layer, PrunedState)]
     assert [kept[layer - LAYERS[0]] for layer in LAYERS] == history
@@ -86,10 +86,10 @@ def test_padded_rows_equal_rows_alone(pruners, schedule, attention, lengths):
     cache = DynamicCache(config=model.config)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     with apply_sdtp(model, pruners, schedule):
-        got = model(**batch, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits
+        got = model(**batch, position_ids=positions, cache=cache, logits_to_keep=1).logits
         for row, length in enumerate(lengths):
             alone_cache = DynamicCache(config=model.config)
-            alone = model(batch["input_ids"][row : row + 1, TOKENS - length :], past_key_values=alone_cache)
+            alone = model(batch["input_ids"][row : row + 1, TOKENS - length :], cache=alone_cache)
             torch.testing.assert_close(got[row, -1], alone.logits[0, -1], atol=1e-4, rtol=0)
             for padded_layer, alone_layer in zip(cache.layers, alone_cache.layers, strict=True):
                 own = slice(None)
@@ -169,7 +169,7 @@ def test_multi_turn_with_the_kept_cache(tiny_model, pruners, schedule, padded):
             new = torch.ones_like(ids[:, TOKENS:])
             new[1, -second.shape[1] : -second.shape[1] + 7] = 0  # the second turns are uneven, too
             turn["attention_mask"] = torch.cat([inputs["attention_mask"], new], dim=1)
-        got = generate(tiny_model, turn, past_key_values=first.past_key_values)
+        got = generate(tiny_model, turn, cache=first.cache)
         assert handle.report() == prefill, "a later turn is no prefill"
     if not padded:
         assert torch.equal(got, generate(oracle, turn, use_cache=False))
@@ -188,12 +188,12 @@ def test_padding_inside_a_later_turn_is_masked(tiny_model, pruners, schedule):
     with apply_sdtp(tiny_model, pruners, schedule):
         for filler in (5, 9):
             cache = DynamicCache(config=tiny_model.config)
-            tiny_model(prompt(), past_key_values=cache)
+            tiny_model(prompt(), cache=cache)
             turn = prompt(12)
             turn[:, :4] = filler
             mask = torch.ones(1, TOKENS + 12, dtype=torch.long)
             mask[:, TOKENS : TOKENS + 4] = 0
-            logits.append(tiny_model(turn, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits)
+            logits.append(tiny_model(turn, attention_mask=mask, cache=cache, logits_to_keep=1).logits)
     torch.testing.assert_close(logits[0], logits[1], atol=0, rtol=0)
 
 
@@ -208,14 +208,12 @@ def test_state_lives_on_the_cache(tiny_model, pruners, schedule):
         for _ in range(8):
             for i, cache in enumerate(caches):
                 new = sequences[i][:, cache.get_seq_length() :]
-                token = tiny_model(new, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+                token = tiny_model(new, cache=cache, logits_to_keep=1).logits.argmax(-1)
                 sequences[i] = torch.cat([sequences[i], token], dim=1)
         assert all(torch.equal(a, b) for a, b in zip(alone, sequences, strict=True))
         branch = copy.deepcopy(caches[0])
         branch.crop(-5)
-        token = (
-            tiny_model(sequences[0][:, branch.get_seq_length() : -4], past_key_values=branch).logits[:, -1].argmax(-1)
-        )
+        token = tiny_model(sequences[0][:, branch.get_seq_length() : -4], cache=branch).logits[:, -1].argmax(-1)
         assert token.item() == alone[0][0, -4].item()
 
 
@@ -244,7 +242,7 @@ def test_cache_operations_carry_the_state(tiny_model, pruners, schedule):
     cache = DynamicCache(config=tiny_model.config)
     with apply_sdtp(tiny_model, pruners, schedule):
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        tiny_model(**batch, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        tiny_model(**batch, position_ids=positions, cache=cache, logits_to_keep=1)
         order = torch.tensor([2, 0])
         cache.batch_select_indices(order)
         cache.batch_repeat_interleave(2)
@@ -253,12 +251,12 @@ def test_cache_operations_carry_the_state(tiny_model, pruners, schedule):
         mask = torch.cat([batch["attention_mask"][order], torch.ones(4, 3, dtype=torch.long)], dim=1)
         positions = mask.cumsum(-1)[:, -3:] - 1
         new = prompt(3, 1).expand(4, -1)
-        got = tiny_model(new, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        got = tiny_model(new, attention_mask=mask, position_ids=positions, cache=cache).logits
         for row in range(4):
             ids = batch["input_ids"][order[row]][batch["attention_mask"][order[row]].bool()]
             alone = DynamicCache(config=tiny_model.config)
-            tiny_model(ids[None], past_key_values=alone)
-            expected = tiny_model(new[:1], past_key_values=alone).logits
+            tiny_model(ids[None], cache=alone)
+            expected = tiny_model(new[:1], cache=alone).logits
             torch.testing.assert_close(got[row : row + 1], expected, atol=1e-4, rtol=0)
 
 
@@ -266,26 +264,36 @@ def test_cache_operations_carry_the_state(tiny_model, pruners, schedule):
 def test_crop_into_the_prompt(tiny_model, pruners):
     cache = DynamicCache(config=tiny_model.config)
     with apply_sdtp(tiny_model, pruners, SCHEDULES["global"]):
-        full = tiny_model(prompt(), past_key_values=cache).logits[:, -1]
+        full = tiny_model(prompt(), cache=cache).logits[:, -1]
         cache.crop(-1)
-        again = tiny_model(prompt()[:, -1:], past_key_values=cache).logits[:, -1]
+        again = tiny_model(prompt()[:, -1:], cache=cache).logits[:, -1]
         torch.testing.assert_close(again, full, atol=1e-5, rtol=0)
         with pytest.raises(ValueError, match="prefill the shorter prompt"):
             cache.crop(-50)
 
 
 @torch.no_grad()
+def test_the_old_name_of_the_cache(tiny_model, pruners):
+    """As the original decoder: deprecated, and never ignored."""
+    cache = DynamicCache(config=tiny_model.config)
+    with apply_sdtp(tiny_model, pruners, SCHEDULES["global"]), pytest.warns(FutureWarning, match="Use `cache` instead"):
+        output = tiny_model.model(prompt(), past_key_values=cache)
+    assert output.cache is cache
+    assert cache.get_seq_length() == TOKENS
+
+
+@torch.no_grad()
 def test_a_reset_cache_takes_another_prompt(tiny_model, pruners, schedule):
     cache = DynamicCache(config=tiny_model.config)
     with apply_sdtp(tiny_model, pruners, schedule):
-        tiny_model(prompt(), past_key_values=cache)
+        tiny_model(prompt(), cache=cache)
         for tokens in (150, 30):  # pruned, and too short for it
             cache.reset()
-            tiny_model(prompt(tokens), past_key_values=cache)
-            got = tiny_model(prompt(2), past_key_values=cache).logits
+            tiny_model(prompt(tokens), cache=cache)
+            got = tiny_model(prompt(2), cache=cache).logits
             fresh = DynamicCache(config=tiny_model.config)
-            tiny_model(prompt(tokens), past_key_values=fresh)
-            torch.testing.assert_close(got, tiny_model(prompt(2), past_key_values=fresh).logits, atol=1e-5, rtol=0)
+            tiny_model(prompt(tokens), cache=fresh)
+            torch.testing.assert_close(got, tiny_model(prompt(2), cache=fresh).logits, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -293,7 +301,7 @@ def test_lazy_cache_and_no_cache(tiny_model, pruners, schedule):
     ids = prompt()
     with apply_sdtp(tiny_model, pruners, schedule):
         expected = tiny_model(ids).logits
-        torch.testing.assert_close(tiny_model(ids, past_key_values=DynamicCache()).logits, expected, atol=0, rtol=0)
+        torch.testing.assert_close(tiny_model(ids, cache=DynamicCache()).logits, expected, atol=0, rtol=0)
         torch.testing.assert_close(tiny_model(ids, use_cache=False).logits, expected, atol=0, rtol=0)
         torch.testing.assert_close(tiny_model(ids, return_dict=False)[0], expected, atol=0, rtol=0)
 
@@ -370,7 +378,7 @@ def test_scorers_score_what_their_names_say(tiny_model):
     for name in SCORERS:
         cache = DynamicCache(config=tiny_model.config)
         with apply_sdtp(tiny_model, name, schedule):
-            tiny_model(prompt(), past_key_values=cache)
+            tiny_model(prompt(), cache=cache)
         kept[name] = cache.layers[1].kept[0].tolist()
     assert kept["recent"] == [0, 1, 2, 3, *range(104, 200)]
     # Attention of the last queries in the layer below, from the probabilities of the eager model itself.

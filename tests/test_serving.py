@@ -100,9 +100,9 @@ def assert_same(got, expected, mask, row=None):
         assert torch.equal(got.sequences, expected.sequences)
     else:
         assert torch.equal(got.sequences[rows][own], expected.sequences[0])
-    found = entries(got.past_key_values, mask)
+    found = entries(got.cache, mask)
     found = found if row is None else found[row :: len(mask)]
-    for a, b in zip(found, entries(expected.past_key_values, expected_mask), strict=True):
+    for a, b in zip(found, entries(expected.cache, expected_mask), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
@@ -149,7 +149,7 @@ def test_a_chat_equals_its_last_prompt_alone(
             mask = F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
             mask[0, -tokens:][: min(padding, tokens - 1)] = 0
             turn = {"input_ids": ids, "attention_mask": mask}
-            got = generate(model, turn, past_key_values=got.past_key_values, **answer)
+            got = generate(model, turn, cache=got.cache, **answer)
         for row, own in enumerate(mask.bool()):
             alone = generate(model, {"input_ids": ids[row : row + 1, own]}, max_new_tokens=new_tokens)
             assert_same(got, alone, mask, row)
@@ -169,7 +169,7 @@ def test_a_kept_prefix_equals_each_prompt_alone(models, pruners, dtype, prefix, 
     schedule = block_schedule(block_size, min_prompt=1)
     kept = DynamicCache(config=model.config)
     with ARITHMETIC[dtype](), apply_sdtp(model, pruners, schedule):
-        model(ids, past_key_values=kept, logits_to_keep=1)
+        model(ids, cache=kept, logits_to_keep=1)
         finished = [
             (layer.keys, schedule.num_keep(prefix // block_size * block_size, stage_of(kept, i)))
             for i, layer in enumerate(kept.layers)
@@ -177,7 +177,7 @@ def test_a_kept_prefix_equals_each_prompt_alone(models, pruners, dtype, prefix, 
         for tokens in suffixes:
             whole = {"input_ids": torch.cat([ids, prompts([tokens], seed=3)["input_ids"]], dim=1)}
             cache = copy.deepcopy(kept)
-            got = generate(model, whole, past_key_values=cache, prefill_chunk_size=chunk)
+            got = generate(model, whole, cache=cache, prefill_chunk_size=chunk)
             assert_same(got, generate(model, whole), torch.ones_like(whole["input_ids"]))
             for layer, (keys, tokens) in zip(cache.layers, finished, strict=True):
                 assert torch.equal(layer.keys[:, :, :tokens], keys[:, :, :tokens]), "finished blocks never change"
@@ -189,13 +189,13 @@ def test_a_prompt_in_pieces_by_hand(models, pruners):
     model, ids = models[torch.float32], prompts([100])["input_ids"]
     whole, pieces = (DynamicCache(config=model.config) for _ in range(2))
     with apply_sdtp(model, pruners, block_schedule()):
-        expected = model(ids, past_key_values=whole).logits[:, -1]
+        expected = model(ids, cache=whole).logits[:, -1]
         for piece in ids.split(23, dim=1):
-            got = model(piece, past_key_values=pieces, sdtp_prompt_length=100).logits
+            got = model(piece, cache=pieces, sdtp_prompt_length=100).logits
         torch.testing.assert_close(got[:, -1], expected, atol=1e-5, rtol=0)
         lengths = [layer.keys.shape[2] for layer in whole.layers]
         assert [layer.keys.shape[2] for layer in pieces.layers] == lengths
-        assert model(ids[:, :50], past_key_values=pieces).logits.shape[1] == 50
+        assert model(ids[:, :50], cache=pieces).logits.shape[1] == 50
         assert [layer.keys.shape[2] for layer in pieces.layers] == [n + 50 for n in lengths]
 
 
@@ -206,9 +206,9 @@ def test_a_prompt_left_in_the_middle_is_taken_up(models, pruners):
     with apply_sdtp(model, pruners, block_schedule()):
         expected = model(ids).logits[:, -1]
         cache = DynamicCache(config=model.config)
-        model(ids[:, :45], past_key_values=cache, sdtp_prompt_length=100)
+        model(ids[:, :45], cache=cache, sdtp_prompt_length=100)
         assert cache.layers[4].keys.shape[2] == 11, "one block, and nothing of the unfinished one"
-        torch.testing.assert_close(model(ids[:, 45:], past_key_values=cache).logits[:, -1], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(ids[:, 45:], cache=cache).logits[:, -1], expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -216,13 +216,13 @@ def test_later_turns_can_be_left_alone(models, pruners):
     model, ids = models[torch.float32], prompts([200])["input_ids"]
     with apply_sdtp(model, pruners, block_schedule(), later_turns=False):
         first = generate(model, {"input_ids": ids[:, :100]}, prefill_chunk_size=30)
-        held = [layer.keys.shape[2] for layer in first.past_key_values.layers]
+        held = [layer.keys.shape[2] for layer in first.cache.layers]
         again = generate(model, {"input_ids": ids[:, :100]})
         assert_same(first, again, torch.ones(1, 100, dtype=torch.long))
-        second = generate(model, {"input_ids": ids}, past_key_values=first.past_key_values)
-        grown = [layer.keys.shape[2] for layer in second.past_key_values.layers]
+        second = generate(model, {"input_ids": ids}, cache=first.cache)
+        grown = [layer.keys.shape[2] for layer in second.cache.layers]
         assert [b - a for a, b in zip(held, grown, strict=True)] == [100] * 5
-        assert all(getattr(layer, "waiting", None) is None for layer in second.past_key_values.layers)
+        assert all(getattr(layer, "waiting", None) is None for layer in second.cache.layers)
 
 
 @torch.no_grad()
@@ -231,7 +231,7 @@ def test_a_long_chat_stays_bounded_by_the_schedule(models, pruners):
     ids, cache = prompts([40])["input_ids"], DynamicCache(config=model.config)
     with apply_sdtp(model, pruners, schedule):
         for _ in range(6):
-            ids = generate(model, {"input_ids": ids}, past_key_values=cache, max_new_tokens=30).sequences
+            ids = generate(model, {"input_ids": ids}, cache=cache, max_new_tokens=30).sequences
             ids = torch.cat([ids, prompts([40], seed=3)["input_ids"]], dim=1)
         prompt = ids.shape[1] - 40 - 30
         counts = [schedule.num_keep(prompt, stage_of(cache, i)) + 29 for i in range(5)]
@@ -252,7 +252,7 @@ def test_what_cannot_come_in_pieces(models, pruners):
         with pytest.raises(NotImplementedError, match=r"attention_score \(layer 1\) looks past its block.*block_local"):
             generate(model, inputs, prefill_chunk_size=30)
         with pytest.raises(NotImplementedError, match="later_turns=False"):
-            generate(model, {"input_ids": first.sequences}, past_key_values=first.past_key_values)
+            generate(model, {"input_ids": first.sequences}, cache=first.cache)
 
 
 @pytest.mark.parametrize("scorer", ["random", "recent", "norm"])
@@ -312,7 +312,7 @@ def test_protected_tokens_stay_and_the_rest_is_pruned_without_them(
             scores[row] = pruner(hidden[row, padding[row] :]).tolist()
     cache = DynamicCache(config=model.config)
     with apply_sdtp(model, {1: pruner}, schedule) as handle, handle.request(protect=given_ranges):
-        model(**inputs, position_ids=positions(inputs), past_key_values=cache, logits_to_keep=1)
+        model(**inputs, position_ids=positions(inputs), cache=cache, logits_to_keep=1)
     for row, n in enumerate(lengths):
         free = [i for i in range(n) if not is_in(protect[row], i)]
         expected = list(range(n))
@@ -333,13 +333,13 @@ def test_protected_tokens_stay_and_the_rest_is_pruned_without_them(
 def test_settings_end_with_their_request(models, pruners):
     model, inputs = models[torch.float32], prompts([100])
     with apply_sdtp(model, pruners, block_schedule()) as handle:
-        expected = generate(model, inputs).past_key_values.layers[4].keys
+        expected = generate(model, inputs).cache.layers[4].keys
         with handle.request(enabled=False):
-            assert generate(model, inputs).past_key_values.layers[4].keys.shape[2] == 103
+            assert generate(model, inputs).cache.layers[4].keys.shape[2] == 103
             assert "not enabled" in str(handle.report())
         with pytest.raises(ZeroDivisionError), handle.request(enabled=False):
             raise ZeroDivisionError
-        assert torch.equal(generate(model, inputs).past_key_values.layers[4].keys, expected)
+        assert torch.equal(generate(model, inputs).cache.layers[4].keys, expected)
 
 
 @pytest.mark.parametrize(
@@ -371,9 +371,9 @@ def test_no_host_sync_in_pieces_settings_and_eviction(models, pruners, backend):
         cache = DynamicCache(config=model.config)
         for begin, end in ((0, 40), (40, 77), (77, 100)):
             piece = inputs["input_ids"][:, begin:end]
-            model(piece, attention_mask=mask[:, :end], past_key_values=cache, sdtp_prompt_length=100)
+            model(piece, attention_mask=mask[:, :end], cache=cache, sdtp_prompt_length=100)
     with apply_sdtp(model, pruners, PruningSchedule(LAYERS), backend, evict_earlier_kv=True), ours:
-        model(**inputs, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+        model(**inputs, cache=DynamicCache(config=model.config), logits_to_keep=1)
 
 
 @pytest.mark.parametrize("evicts", [False, True], ids=["pieces", "evicted"])
@@ -388,7 +388,7 @@ def test_one_graph(models, pruners, evicts):
         for piece in ids.split((75, 44, 1), dim=1):
             asked = {} if evicts or piece.shape[1] == 1 else {"sdtp_prompt_length": 119}
             logits = [
-                run(piece, past_key_values=cache, logits_to_keep=1, **asked).logits
+                run(piece, cache=cache, logits_to_keep=1, **asked).logits
                 for run, cache in zip((model, compiled), caches, strict=True)
             ]
             if logits[0].shape[1]:  # a piece that is not the last may have none
@@ -452,7 +452,7 @@ def test_bytes_of_an_evicted_cache_are_those_of_the_schedule(models, pruners, bu
     schedule = PruningSchedule(LAYERS, 0.7, budget=budget, block_size=32)
     cache = DynamicCache(config=model.config)
     with apply_sdtp(model, pruners, schedule, evict_earlier_kv=True) as handle:
-        generate(model, inputs, past_key_values=cache, max_new_tokens=6)
+        generate(model, inputs, cache=cache, max_new_tokens=6)
         kv_bytes = handle.report().kv_bytes
     assert cache.get_seq_length() == 150 + 5, "the logical length"
     per_token = 2 * 2 * 8 * 4  # keys and values, heads, width, bytes
@@ -471,14 +471,14 @@ def test_chat_and_crop_of_an_evicted_cache(models, pruners):
         first = generate(model, {"input_ids": ids[:, :150]})
         turn = torch.cat([first.sequences, ids[:, 150:]], dim=1)
         expected = generate(oracle, {"input_ids": turn}, use_cache=False).sequences
-        second = generate(model, {"input_ids": turn}, past_key_values=first.past_key_values)
+        second = generate(model, {"input_ids": turn}, cache=first.cache)
         assert torch.equal(second.sequences, expected)
-        cache = second.past_key_values
+        cache = second.cache
         cache.crop(-3)
-        again = generate(model, {"input_ids": expected[:, :-3]}, past_key_values=cache, max_new_tokens=3)
+        again = generate(model, {"input_ids": expected[:, :-3]}, cache=cache, max_new_tokens=3)
         assert torch.equal(again.sequences, expected)
         cache.reset()
-        model(ids[:, :15], past_key_values=cache)
+        model(ids[:, :15], cache=cache)
         assert cache.get_seq_length() == 15
     refused = pytest.raises(NotImplementedError, match="leave evict_earlier_kv out")
     with apply_sdtp(model, pruners, block_schedule(), evict_earlier_kv=True), refused:

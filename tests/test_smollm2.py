@@ -46,7 +46,7 @@ def test_equals_masked_dense_then_32_greedy_tokens(smollm2, pruners, rows, sched
         for row, ids in enumerate(rows):
             prompt = torch.tensor([ids])
             cache = DynamicCache(config=model.config)
-            alone = model(prompt, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+            alone = model(prompt, cache=cache, logits_to_keep=1).logits[0, -1]
             torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=0)
             assert torch.equal(model.generate(prompt, **greedy)[0, len(ids) :], generated[row])
 

@@ -83,9 +83,7 @@ def serve(model, request):
         for _ in range(2 if kind == "chat" else 0):
             turn = torch.randint(1, 256, (1, rng.randint(1, 150)), generator=generator)
             ids = torch.cat([output.sequences, turn], dim=1)
-            output = model.generate(
-                ids, past_key_values=output.past_key_values, return_dict_in_generate=True, **settings
-            )
+            output = model.generate(ids, cache=output.cache, return_dict_in_generate=True, **settings)
         return output.sequences[:, max(lengths) :].tolist()
     except InterruptedRequestError:
         return "interrupted"

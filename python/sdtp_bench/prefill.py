@@ -105,7 +105,7 @@ class Subject:
         ids = torch.randint(1, self.model.config.vocab_size, (1, tokens), generator=generator)
         with torch.inference_mode():
             output = self.model(ids.to(self.model.device), use_cache=True, logits_to_keep=1)
-        return output.logits[0, -1], output.past_key_values
+        return output.logits[0, -1], output.cache
 
 
 def run_module(

@@ -328,7 +328,7 @@ def _run(trial: _Trial, repeats: int, new_tokens: int) -> dict[str, Any]:
             pruned = step("pruned, warming up", trial.prefill)
             report = handle.report()
         _check_kept(trial, report, pruned)
-        kv_bytes = {"dense": cache_bytes(dense.past_key_values), "pruned": cache_bytes(pruned.past_key_values)}
+        kv_bytes = {"dense": cache_bytes(dense.cache), "pruned": cache_bytes(pruned.cache)}
         del dense, pruned
 
         seconds: dict[str, list[float]] = {"dense": [], "pruned": []}
@@ -365,7 +365,7 @@ def _check_equal(logits: torch.Tensor, dense: torch.Tensor, keep_ratio: float) -
 def _check_kept(trial: _Trial, report: PrefillReport, output: Any) -> None:
     import torch
 
-    layers = output.past_key_values.layers
+    layers = output.cache.layers
     cached = [layer.keys.shape[-2] for layer in layers]
     expected = tokens_per_layer(trial.schedule, trial.input_ids.shape[1], len(layers))
     reported = [layer.tokens_out for layer in report.layers] or expected  # empty where nothing was pruned

@@ -3,7 +3,7 @@
 kvpress runs the dense prefill and shortens the cache afterwards, so its cost is that of the dense model and more; what
 it shows is how good the answers can be with a cache of the same size. It pins an older transformers, so it is no
 dependency: install it beside this package without its own, ``pip install --no-deps kvpress cachetools fire termcolor
-peft``. kvpress 0.5 on transformers 5.23 lacks one argument, which is given to it here.
+peft``. kvpress 0.5 on transformers 5.24 misses two arguments, which are given to it here.
 
 A press also works on top of a pruned model, where it shortens what the stages have left: :func:`pressed`.
 """
@@ -65,7 +65,7 @@ def compressed_forward(
     Returns
     -------
     logits : Tensor [num_logits, V]
-    past_key_values : Cache
+    cache : Cache
         Of the compressed prompt and the tokens behind it.
     """
     from transformers import DynamicCache
@@ -73,12 +73,12 @@ def compressed_forward(
     cache = DynamicCache(config=model.config)
     behind = input_ids[:, prompt_length:]
     with _translated(model), press(compression_ratio=1 - mean_keep)(model):
-        first = model(input_ids[:, :prompt_length], past_key_values=cache, logits_to_keep=1).logits[0]
+        first = model(input_ids[:, :prompt_length], cache=cache, logits_to_keep=1).logits[0]
     if behind.shape[1] == 0:
         return first[-num_logits:], cache
     position_ids = torch.arange(prompt_length, input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     with _translated(model):
-        rest = model(behind, position_ids=position_ids, past_key_values=cache).logits[0]
+        rest = model(behind, position_ids=position_ids, cache=cache).logits[0]
     return torch.cat([first, rest])[-num_logits:], cache
 
 
@@ -103,24 +103,29 @@ def pressed(model: Any, press: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _translated(model: Any) -> Iterator[None]:
-    """Attention layers get ``cache_position``, which kvpress reads, and a mask of their own cache's length."""
+    """Attention layers get a mask of their own cache's length, and kvpress what it reads by names of its own time."""
 
     def translate(attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden_states = kwargs["hidden_states"]
-        new, past = hidden_states.shape[1], kwargs["past_key_values"].get_seq_length(attention.layer_idx)
+        new, past = hidden_states.shape[1], kwargs["cache"].get_seq_length(attention.layer_idx)
         position = torch.arange(past, past + new, device=hidden_states.device)
-        kwargs = {**kwargs, "cache_position": position}
         if past:  # the model made its mask for the first layer; presses such as PyramidKV keep more there
             place = torch.arange(past + new, device=hidden_states.device)
             kwargs["attention_mask"] = torch.where(place <= position[:, None], 0.0, -torch.inf)[None, None].to(
                 hidden_states.dtype
             )
-        return args, kwargs
+        return args, {**kwargs, "cache_position": position}
+
+    def tell(attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        # Hooks share one dict of arguments: a press, whose hook comes after this one, finds its name in it, and the
+        # attention itself has not seen it.
+        kwargs["past_key_values"] = kwargs["cache"]
 
     with contextlib.ExitStack() as hooks:
         for layer in model.model.layers:
-            hook = layer.self_attn.register_forward_pre_hook(translate, with_kwargs=True)
-            hooks.callback(hook.remove)
+            attention = layer.self_attn
+            hooks.callback(attention.register_forward_pre_hook(translate, with_kwargs=True).remove)
+            hooks.callback(attention.register_forward_hook(tell, with_kwargs=True).remove)
         yield
 
 

@@ -460,7 +460,7 @@ class Reader:
         wanted = max(behind + 1, len(self.answer))
         if press is None:
             output = self.model(self.input_ids, use_cache=True, logits_to_keep=wanted)
-            logits, cache = output.logits[0], output.past_key_values
+            logits, cache = output.logits[0], output.cache
         else:
             logits, cache = compressed_forward(
                 self.model, press, mean_keep, self.input_ids, prompt_length, len(self.answer)
@@ -492,11 +492,11 @@ def greedy(model: Any, prompt: list[int], question: list[int], max_new_tokens: i
     ids = torch.tensor([[*prompt, *question]], device=model.device)
     if question:
         cache = DynamicCache(config=model.config)
-        model(ids[:, : len(prompt)], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, : len(prompt)], cache=cache, logits_to_keep=1)
     end = own.eos_token_id
     pad = own.pad_token_id if own.pad_token_id is not None else end[0] if isinstance(end, list) else end
     settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad)
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, generation_config=settings)
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, generation_config=settings)
     new: list[int] = output[0, ids.shape[1] :].tolist()
     return new
 

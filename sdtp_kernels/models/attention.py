@@ -74,16 +74,16 @@ def see_cached(
 
 
 def masks_for_generate(
-    config: PreTrainedConfig, attention_mask: torch.Tensor | None, past_key_values: Cache, **_: Any
+    config: PreTrainedConfig, attention_mask: torch.Tensor | None, cache: Cache, **_: Any
 ) -> torch.Tensor | None:
     """Stands in for what ``generate()`` calls for static caches: that makes one mask for all layers, we one a segment.
 
     Every step gets a padding mask of one shape, so that decoding is one compiled graph. What stands behind the tokens
     of the step is hidden by causality.
     """
-    if attention_mask is None or is_empty(past_key_values) or config._attn_implementation in FLASH:
+    if attention_mask is None or is_empty(cache) or config._attn_implementation in FLASH:
         return attention_mask
-    room = past_key_values.get_max_length(0) - attention_mask.shape[1]
+    room = cache.get_max_length(0) - attention_mask.shape[1]
     return torch.nn.functional.pad(attention_mask, (0, room), value=1)
 
 

@@ -218,6 +218,17 @@ class PrunedStaticLayer(PrunedState, StaticLayer):
         self.num_dropped = prompt_length - token_index.shape[1]
         self.max_cache_len -= self.num_dropped
 
+    def crop(self, tokens_to_remove: int) -> None:
+        # Only the device knows how many tokens there are. `kept` may go on naming some of the tail: what stands in
+        # their place is no padding either, and causality hides what is not there.
+        num_left = self.cumulative_length - abs(tokens_to_remove)
+        torch._assert_async(
+            num_left >= self.kept.shape[1] - self.num_tail,
+            f"crop({tokens_to_remove}) of a static cache would remove tokens of a pruned prompt before its last "
+            f"{self.num_tail}, which alone are known to be in every layer: prefill the shorter prompt instead",
+        )
+        StaticLayer.crop(self, tokens_to_remove)
+
     def reset(self) -> None:
         super().reset()
         # The next prompt may need more room, or be too short to be pruned: the memory is given back.
@@ -287,7 +298,7 @@ def evict(cache: Cache, num_layers: int, like: PrunedState, indices: torch.Tenso
         layer.is_padded, layer.is_ragged = like.is_padded, like.is_ragged
         own = indices.to(old.keys.device)
         layer.keys, layer.values = ops.gather_tokens([old.keys, old.values], own, backend=backend)
-        layer.dtype, layer.device, layer.is_initialized = old.dtype, old.device, True
+        layer.device, layer.is_initialized = old.device, True
         cache.layers[i] = layer
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..schedule import PruningSchedule
     from .stages import Pruning
 
-TRANSFORMERS = (Version("5.23"), Version("6"))  # from, before: the range the tests run on
+TRANSFORMERS = (Version("5.24"), Version("5.25"))  # from, before: the range the tests run on
 
 # How the outer model's hook tells the decoder about tokens that must survive; travels in its keyword arguments.
 KEEP_LAST = "sdtp_keep_last"
@@ -112,7 +112,7 @@ def check_takes_pieces(cache: Any) -> None:
     if not is_growing(cache):
         raise NotImplementedError(
             "prefill_chunk_size: a pruned prompt in pieces needs a DynamicCache that is not offloaded. Prefill in one "
-            "piece (prefill_chunk_size=None), or leave out past_key_values and cache_implementation"
+            "piece (prefill_chunk_size=None), or leave out cache and cache_implementation"
         )
 
 

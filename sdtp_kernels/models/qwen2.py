@@ -1,6 +1,6 @@
 """Qwen2: the decoder loop of transformers with pruning stages in it.
 
-The loop below is ``Qwen2Model.forward`` of transformers 5.x plus three things: a stage may replace the hidden states
+The loop below is ``Qwen2Model.forward`` of transformers 5.24 plus three things: a stage may replace the hidden states
 and position embeddings before a layer, every stage begins a segment with a mask of its own, and the cache layers of a
 pruned prompt carry what was kept. Prompts that are not pruned never reach it: they go to the original forward.
 """
@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .. import backends
 from .attention import Visibility, masks_for_generate, see_prompt
@@ -112,7 +113,7 @@ def _prefill(
 ) -> Any:
     """``generate()``'s prefill, which alone knows how long the prompt is that its chunks belong to."""
     if generation_config.prefill_chunk_size is not None:
-        check_takes_pieces(model_kwargs.get("past_key_values"))
+        check_takes_pieces(model_kwargs.get("cache"))
     if is_first_iteration:  # an assistant model drafts by calls that are no prefill
         attention_mask = model_kwargs.get("attention_mask")
         tokens = input_ids if attention_mask is None else attention_mask
@@ -127,12 +128,13 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
     schedule, handle = pruning.schedule, pruning.handle
     may_go_on = schedule.budget == "block" and pruning.later_turns and not pruning.evict_earlier_kv
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self: Qwen2Model,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -140,10 +142,10 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
         keep_last, prompt_length = kwargs.pop(KEEP_LAST, 0), kwargs.pop(PROMPT_LENGTH, None)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         width = 0 if inputs is None else inputs.shape[1]
-        is_first, in_pieces = is_empty(past_key_values), is_growing(past_key_values)
-        past = 0 if past_key_values is None or is_first else past_key_values.get_seq_length()
+        is_first, in_pieces = is_empty(cache), is_growing(cache)
+        past = 0 if cache is None or is_first else cache.get_seq_length()
         is_last = prompt_length is None or not (is_first or in_pieces) or past + width >= prompt_length
-        earlier = waiting_layer(past_key_values, schedule.layers[0])
+        earlier = waiting_layer(cache, schedule.layers[0])
         settings = pruning.current.settings
         if is_first:
             shortest = min(own.min_prompt for own in settings.schedules)
@@ -158,41 +160,41 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
         else:
             is_asked = prompt_length is not None and settings.is_enabled
             is_prompt = earlier is not None and (is_asked or earlier.is_behind)
-        is_pruned = is_prompt or (not is_first and any(stage_of(past_key_values, i) for i in range(len(self.layers))))
+        is_pruned = is_prompt or (not is_first and any(stage_of(cache, i) for i in range(len(self.layers))))
         if not is_pruned:
             return type(self).forward(
                 self,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 **kwargs,
             )
 
-        check_inputs(self, pruning, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs)
+        check_inputs(self, pruning, input_ids, attention_mask, position_ids, cache, inputs_embeds, kwargs)
         if is_prompt:
             check_pieces(pruning, is_chunk=not is_last, is_later=earlier is not None)
             if not is_last:
-                check_takes_pieces(past_key_values)
+                check_takes_pieces(cache)
         return_dict = kwargs.pop("return_dict", self.config.return_dict)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = (torch.arange(width, device=inputs_embeds.device) + past).unsqueeze(0)
 
-        dense_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        dense_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         # transformers has just looked whether the batch is padded; where it found none, neither mask is needed.
         padding_mask = attention_mask.bool() if attention_mask is not None and dense_mask is not None else None
         # Of a prompt, or of what may become a part of one; nobody asks for that of others.
         index = token_index(padding_mask if in_pieces or is_first else None, past, inputs_embeds)
         hidden_states, visibility = inputs_embeds, Visibility(dense_mask, {})
         if is_first and padding_mask is not None:
-            visibility = see_prompt(self.config, hidden_states, padding_mask, past_key_values, 0)
+            visibility = see_prompt(self.config, hidden_states, padding_mask, cache, 0)
         segment = Segment(0, visibility, self.rotary_emb(hidden_states, position_ids), position_ids, index)
         prompt = None
         if is_prompt:
@@ -203,26 +205,24 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
                 assert_left_padded(padding_mask, is_last)
             is_ragged = is_padded or settings.is_ragged or (earlier is not None and earlier.is_ragged)
             piece = Piece(past + width, keep_last, is_padded, is_ragged, is_last)
-            prompt = Prompt(self, pruning, settings, past_key_values, piece, inputs_embeds)
+            prompt = Prompt(self, pruning, settings, cache, piece, inputs_embeds)
 
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             if prompt is not None:
                 hidden_states, segment = prompt.enter(i, hidden_states, segment)
                 if hidden_states.shape[1] == 0:  # all of it waits
                     break
-            elif stage_of(past_key_values, i) != segment.stage:
+            elif stage_of(cache, i) != segment.stage:
                 if earlier is not None and i == schedule.layers[0]:
                     append_waiting(earlier, hidden_states, segment, padding_mask is not None)
                 may_be_padded = padding_mask is not None
-                segment = continue_segment(
-                    self, i, hidden_states, segment, attention_mask, may_be_padded, past_key_values
-                )
+                segment = continue_segment(self, i, hidden_states, segment, attention_mask, may_be_padded, cache)
             hidden_states = layer(
                 hidden_states,
                 attention_mask=segment.visibility.attention_mask,
                 position_embeddings=segment.position_embeddings,
                 position_ids=segment.position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 **segment.visibility.kwargs,
                 **kwargs,
@@ -230,9 +230,7 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
         if prompt is not None:
             prompt.leave()
 
-        output = BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        output = BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
         return output if return_dict else output.to_tuple()
 
     return forward
