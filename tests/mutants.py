@@ -842,6 +842,13 @@ MUTANTS = [
         "test_attention_and_cache.py::test_drafts_over_a_static_cache",
     ),
     Mutant(
+        "tokens seen that a static layer has lost",
+        MODELS + "cache.py",
+        "torch.cat([self.kept >= 0, behind], dim=-1)[:, :length]",
+        "torch.cat([self.kept >= 0, behind], dim=-1)",
+        "test_attention_and_cache.py::test_drafts_over_a_static_cache",
+    ),
+    Mutant(
         "crops of a static layer unchecked",
         MODELS + "cache.py",
         "num_left >= self.kept.shape[1] - self.num_tail",

@@ -195,10 +195,12 @@ def test_a_reset_static_cache_takes_another_prompt(pruners, schedule):
             assert torch.equal(generate(model, {"input_ids": prompt(tokens)}, cache=cache), expected)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", FLASH[0]])
 @torch.no_grad()
-def test_drafts_over_a_static_cache(pruners, schedule):
+def test_drafts_over_a_static_cache(monkeypatch, pruners, schedule, attention):
     """Prompt lookup takes back what it guessed wrong, behind the prompt and at its end."""
-    model, inputs = make_qwen2(), {"input_ids": prompt(20).repeat(1, 10)}  # candidates from the first step on
+    flash_stand_in.install(monkeypatch)
+    model, inputs = model_with(attention), {"input_ids": prompt(20).repeat(1, 10)}  # candidates from the first step on
     cache = StaticCache(config=model.config, max_cache_len=TOKENS + 50)
     with apply_sdtp(model, pruners, schedule):
         expected = generate(model, inputs)

@@ -126,7 +126,9 @@ class PrunedState(CacheLayerMixin):
         """The logical padding mask ``[B, past + new]`` in terms of what this layer holds, ``[B, K + new]``."""
         if attention_mask is not None:
             behind = attention_mask[:, self.prompt_length :].to(self.kept.device, torch.bool)
-            return torch.cat([self.kept >= 0, behind], dim=-1)
+            # A static layer that was cropped may still name tokens that are gone.
+            length = self.kept.shape[1] + attention_mask.shape[1] - self.prompt_length
+            return torch.cat([self.kept >= 0, behind], dim=-1)[:, :length]
         return F.pad(self.kept >= 0, (0, self.num_appended + num_new), value=True)
 
     @property
@@ -219,8 +221,8 @@ class PrunedStaticLayer(PrunedState, StaticLayer):
         self.max_cache_len -= self.num_dropped
 
     def crop(self, tokens_to_remove: int) -> None:
-        # Only the device knows how many tokens there are. `kept` may go on naming some of the tail: what stands in
-        # their place is no padding either, and causality hides what is not there.
+        # Only the device knows how many tokens there are, so `kept` goes on naming those of the tail: what comes in
+        # their place is no padding either.
         num_left = self.cumulative_length - abs(tokens_to_remove)
         torch._assert_async(
             num_left >= self.kept.shape[1] - self.num_tail,

@@ -233,4 +233,4 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
         output = BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
         return output if return_dict else output.to_tuple()
 
-    return forward
+    return forward  # type: ignore[no-any-return]
