@@ -155,10 +155,9 @@ class TokenPruner(nn.Module):
             return torch.zeros_like(distance, dtype=torch.float32)
         # Knots at distances 0, 1, 3, 7, ...: linear between them in the logarithm.
         place = torch.log2(1 + distance.clamp(min=0).float()).clamp(max=DISTANCE_KNOTS - 1)
-        left = place.floor().clamp(max=DISTANCE_KNOTS - 2)
-        share = place - left
+        left = place.long().clamp(max=DISTANCE_KNOTS - 2)
         knots = self.distance_bias.float()
-        return knots[left.long()] * (1 - share) + knots[left.long() + 1] * share
+        return torch.lerp(knots.take(left), knots[1:].take(left), place - left)
 
     def weights(self, dtype: torch.dtype = torch.float32) -> PrunerWeights:
         """Detached weights for the ops: ``w1`` in `dtype`, that of the hidden states, the others in float32."""

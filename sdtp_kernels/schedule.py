@@ -32,7 +32,7 @@ class StagePlan(NamedTuple):
     recent: int
     """Trailing tokens that are always kept, outside any block."""
     block_size: int | None
-    """Tokens a complete block holds when the stage begins; ``None`` for the global budget."""
+    """Tokens a finished block holds when the stage begins; ``None`` for the global budget."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,11 @@ class PruningSchedule:
         Share of the *original* prompt length that is always kept at its end, in ``[0, 1]``; the last token always is.
         Used by the global budget only: it would make a token's fate depend on where the prompt ends.
     budget : {"global", "block"}, default "global"
-        ``"global"`` ranks the whole prompt at each stage. ``"block"`` ranks each complete block of `block_size`
-        prompt tokens by itself and keeps the same count in every block, its last token included; the unfinished block
-        at the end keeps everything. With a causal score a block's result then depends on nothing after it.
+        ``"global"`` ranks the whole prompt at each stage. ``"block"`` ranks each finished block of `block_size`
+        prompt tokens by itself and keeps the same count in every block, its last token included; what stands behind
+        the last finished block is kept whole. A block is finished once half a block stands behind it: a prompt ends
+        with what is asked, which must not be pruned because a block happens to end there. With a causal score a
+        block's result then depends on nothing after it.
     block_size : int, default 512
         Prompt tokens in a block, by original position.
     min_prompt : int, default 64
@@ -155,8 +157,8 @@ class PruningSchedule:
         if stage == 0:
             return length
         if self.budget == "block":
-            num_blocks = length // self.block_size
-            kept = length - num_blocks * (self.block_size - self.block_keep(stage))
+            finished_now = self._finished(length)
+            kept = length - finished_now + self._finished_keep(finished_now, stage)
         else:
             forced = _min(length, self.sink + self.num_recent(length))
             kept = _max(forced, _ceil_share(length, self._share(stage)))
@@ -165,7 +167,7 @@ class PruningSchedule:
     def num_recent(self, length: Length, finished: Length | int = 0) -> Length:
         """Trailing tokens that every stage keeps of a prompt of `length` tokens."""
         if self.budget == "block":
-            recent = length - length // self.block_size * self.block_size
+            recent = length - self._finished(length)
         else:
             recent = _max(_min(length, 1), _ceil_share(length, self._recent_share))  # type: ignore[attr-defined]
         return self._unless_short(length, recent, finished)
@@ -173,10 +175,10 @@ class PruningSchedule:
     @property
     def max_unfinished(self) -> int:
         """Most tokens of a prompt that the block budget keeps whole at its end, whatever its length."""
-        return max(self.block_size, self.min_prompt) - 1
+        return max(self.block_size + self._margin, self.min_prompt) - 1
 
     def block_keep(self, stage: int) -> int:
-        """Tokens that a complete block still holds after `stage` stages."""
+        """Tokens that a finished block still holds after `stage` stages."""
         forced = self.sink + 1  # the sink falls into the first block, and every block keeps its last token
         return max(min(self.block_size, forced), _ceil_share(self.block_size, self._share(stage)))
 
@@ -188,8 +190,8 @@ class PruningSchedule:
         """
         widest = _max(self.num_keep(length, stage), _min(length, self.min_prompt - 1))
         if self.budget == "block" and stage > 0:
-            finished = length // self.block_size
-            almost_finished = (finished - 1) * self.block_keep(stage) + self.block_size - 1
+            blocks = self._finished(length) // self.block_size
+            almost_finished = (blocks - 1) * self.block_keep(stage) + self.block_size + self._margin - 1
             widest = _max(widest, _min(almost_finished, length))
         return widest
 
@@ -250,8 +252,17 @@ class PruningSchedule:
         kept = sum(self.num_keep(length, sum(start <= layer for start in self.layers)) for layer in range(num_layers))
         return kept / (num_layers * length)
 
+    @property
+    def _margin(self) -> int:
+        """Tokens that have to stand behind a block before it is finished."""
+        return self.block_size // 2
+
+    def _finished(self, length: Length) -> Length:
+        """Tokens in finished blocks of a prompt of `length` tokens."""
+        return _max(length - self._margin, 0) // self.block_size * self.block_size
+
     def _finished_keep(self, finished: Length, stage: int) -> Length:
-        """What is left after `stage` stages of so many tokens of complete blocks."""
+        """What is left after `stage` stages of so many tokens of finished blocks."""
         return finished // self.block_size * self.block_keep(stage)
 
     def _share(self, stage: int) -> tuple[int, int]:
@@ -301,7 +312,7 @@ def _ceil_share(length: Length, share: tuple[int, int]) -> Length:
     return (length * numerator + (denominator - 1)) // denominator
 
 
-def _max(a: Length, b: Length) -> Length:
+def _max(a: Length, b: Length | int) -> Length:
     if isinstance(a, torch.Tensor):
         return torch.maximum(a, torch.as_tensor(b, device=a.device))
     return torch.sym_max(a, b)  # type: ignore[no-any-return]

@@ -599,6 +599,27 @@ MUTANTS = [
         "self.num_recent(self.num_keep(length, stage - 1), finished) + keep_last, block_size",
         "test_schedule.py test_qwen2.py::test_prefill_equals_masked_dense",
     ),
+    Mutant(
+        "a block is finished with nothing behind it",
+        "sdtp_kernels/schedule.py",
+        "return self.block_size // 2\n",
+        "return 0\n",
+        "test_schedule.py",
+    ),
+    Mutant(
+        "attention pooled over 8 tokens",
+        "sdtp_kernels/scorers.py",
+        "step = min(reach, width - reach)",
+        "step = reach",
+        "test_qwen2.py::test_scorers_score_what_their_names_say",
+    ),
+    Mutant(
+        "every stage timed as the first",
+        "python/sdtp_eval/cost.py",
+        "None if layer == layers[0] else opinion",
+        "None",
+        "test_eval_cost.py::test_what_is_timed_is_the_score",
+    ),
     # Op contract.
     Mutant(
         "fake kernel with another dtype",

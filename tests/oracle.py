@@ -45,7 +45,10 @@ def naive_keep(schedule, length, stage):
         return length, length, None
     if schedule.budget == "block":
         per_block = max(math.ceil(schedule.block_size * share), min(schedule.sink + 1, schedule.block_size))
-        blocks, unfinished = divmod(length, schedule.block_size)
+        margin = schedule.block_size // 2
+        ends = range(schedule.block_size, length + 1, schedule.block_size)
+        blocks = sum(length - end >= margin for end in ends)  # half a block has to stand behind a finished one
+        unfinished = length - blocks * schedule.block_size
         return blocks * per_block + unfinished, unfinished, per_block
     recent = max(1, math.ceil(length * Fraction(str(schedule.recent))))
     forced = min(length, schedule.sink + recent)

@@ -36,28 +36,33 @@ def test_every_layer_and_stage_is_timed(sdtp, tmp_path: Path, capsys: pytest.Cap
 
 @torch.no_grad()
 def test_what_is_timed_is_the_score(tiny_model) -> None:
-    pruners = {layer: TokenPruner(64, distance=True, attention=True, rms_eps=0.5) for layer in (2, 4)}
+    pruners = {
+        layer: TokenPruner(64, distance=True, attention=True, rms_eps=0.5, averaging=True) for layer in (2, 4)
+    }
     for pruner in pruners.values():
         pruner.distance_bias.uniform_()
         pruner.attention_weight.fill_(0.7)
-    method = quality.Method("pruner", pruners)
-    seen = []
+    timed = cost._scorers(quality.Method("pruner", pruners), tuple(pruners), tiny_model, "auto")
+    seen, mlp = [], []
 
     def compare(layer: int):
-        timed = cost._scorer(method, layer, tiny_model, "auto")
-
         def score(stage):
-            scores = timed(stage)
-            seen.append((scores, baselines.pruner_score(pruners[layer], stage)))
+            scores, pruner = timed[layer](stage), pruners[layer]
+            mlp.append(pruner(stage.hidden_states))
+            alone = baselines.pruner_score(pruner, stage)
+            seen.append((scores, alone - mlp[-1] + torch.stack(mlp).mean(0)))
             return scores
 
         return score
 
-    with apply_sdtp(tiny_model, {layer: compare(layer) for layer in pruners}, PruningSchedule(layers=(2, 4))):
-        tiny_model(torch.randint(1, 256, (1, 100)), logits_to_keep=1)
-    assert len(seen) == 2
-    for timed, expected in seen:
-        torch.testing.assert_close(timed, expected, atol=1e-5, rtol=1e-5)
+    patched = apply_sdtp(tiny_model, {layer: compare(layer) for layer in pruners}, PruningSchedule((2, 4), 1 - 1e-8))
+    with patched:
+        for _ in range(2):  # the second prompt is another one
+            tiny_model(torch.randint(1, 256, (1, 100)), logits_to_keep=1)
+            mlp.clear()
+    assert len(seen) == 4
+    for got, expected in seen:
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_refusals(sdtp, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

@@ -75,8 +75,10 @@ def test_budget_unit():
 
 def test_block_counts_do_not_depend_on_what_follows():
     schedule = PruningSchedule((1, 2), 0.8, budget="block", block_size=64, min_prompt=1)
-    for length in range(64, 400):
-        assert schedule.num_keep(length, 2) - schedule.num_keep(length % 64, 2) == length // 64 * schedule.block_keep(2)
+    for length in range(96, 400):
+        unfinished = (length - 32) % 64 + 32
+        assert schedule.num_recent(length) == unfinished
+        assert schedule.num_keep(length, 2) == unfinished + (length - unfinished) // 64 * schedule.block_keep(2)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_a_kept_prefix_equals_each_prompt_alone(models, pruners, dtype, prefix, 
     with ARITHMETIC[dtype](), apply_sdtp(model, pruners, schedule):
         model(ids, cache=kept, logits_to_keep=1)
         finished = [
-            (layer.keys, schedule.num_keep(prefix // block_size * block_size, stage_of(kept, i)))
+            (layer.keys, schedule.num_keep(prefix, stage_of(kept, i)) - schedule.num_recent(prefix))
             for i, layer in enumerate(kept.layers)
         ]
         for tokens in suffixes:
@@ -206,9 +206,9 @@ def test_a_prompt_left_in_the_middle_is_taken_up(models, pruners):
     with apply_sdtp(model, pruners, block_schedule()):
         expected = model(ids).logits[:, -1]
         cache = DynamicCache(config=model.config)
-        model(ids[:, :45], cache=cache, sdtp_prompt_length=100)
+        model(ids[:, :55], cache=cache, sdtp_prompt_length=100)
         assert cache.layers[4].keys.shape[2] == 11, "one block, and nothing of the unfinished one"
-        torch.testing.assert_close(model(ids[:, 45:], cache=cache).logits[:, -1], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(ids[:, 55:], cache=cache).logits[:, -1], expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -68,8 +68,13 @@ SDTP_INLINE void finish_tile_impl(const Product* products, const float* inv_rms,
                 sums[lane] += activation * head.w2[h + lane];
             }
         }
-        for (int lane = 0; h < head.pruner_size; ++h, ++lane) {
-            sums[lane] += gelu(to_float(row[h]) * scale + head.b1[h]) * head.w2[h];
+        if (h < head.pruner_size) {  // the rest among zeros: GELU one by one takes longer than of all lanes
+            float inputs[kLanes] = {}, weights[kLanes] = {};
+            for (int lane = 0; h + lane < head.pruner_size; ++lane) {
+                inputs[lane] = to_float(row[h + lane]) * scale + head.b1[h + lane];
+                weights[lane] = head.w2[h + lane];
+            }
+            for (int lane = 0; lane < kLanes; ++lane) sums[lane] += gelu(inputs[lane]) * weights[lane];
         }
         scores[token] = sum_lanes(sums) + head.b2;
     }

@@ -19,7 +19,7 @@ from sdtp_eval.demo import describe_machine, describe_versions
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             layers = method.layers or PruningSchedule.every(num_layers).layers
             schedule = PruningSchedule(layers=layers, keep_ratio=quality.KEEP_ALL)
             watch = _Watch(model.device)
-            pruners = {layer: watch.timed(_scorer(method, layer, model, args.backend)) for layer in layers}
+            pruners = {layer: watch.timed(score) for layer, score in _scorers(method, layers, model, args.backend).items()}
             with torch.inference_mode(), apply_sdtp(model, pruners, schedule, args.backend), watch.layers(model.model):
                 for i in range(args.runs + 1):
                     model(input_ids, logits_to_keep=1)
@@ -123,24 +123,30 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _scorer(method: Method, layer: int, model: Any, backend: str) -> Callable[[StageInput], torch.Tensor]:
-    """The scoring of a stage alone: what the fused op does before it selects, or the scorer itself."""
-    from sdtp_kernels import TokenPruner, score_tokens
-    from sdtp_kernels.models.stages import Fused
+def _scorers(
+    method: Method, layers: Sequence[int], model: Any, backend: str
+) -> dict[int, Callable[[StageInput], torch.Tensor]]:
+    """The scoring of each stage alone: what the fused op does before it selects, or the scorer itself."""
+    from sdtp_kernels import TokenPruner
+    from sdtp_kernels.models.stages import Fused, Opinion
 
-    pruner = method.pruners if callable(method.pruners) else method.pruners[layer]
-    if not isinstance(pruner, TokenPruner):
-        return pruner  # type: ignore[no-any-return]
-    pruner = pruner.to(model.device)
-    fused = Fused(pruner, pruner.weights(model.dtype), pruner.rms_eps if pruner.rms_norm else None)
+    opinion: Opinion | None = None
 
-    def score(stage: StageInput) -> torch.Tensor:
-        bias = fused.score_bias(stage)
-        return score_tokens(
-            stage.hidden_states, *fused.weights, score_bias=bias, rms_eps=fused.rms_eps, backend=backend
-        )
+    def make(layer: int) -> Callable[[StageInput], torch.Tensor]:
+        pruner = method.pruners if callable(method.pruners) else method.pruners[layer]
+        if not isinstance(pruner, TokenPruner):
+            return pruner  # type: ignore[no-any-return]
+        pruner = pruner.to(model.device)
+        fused = Fused(pruner, pruner.weights(model.dtype), pruner.rms_eps if pruner.rms_norm else None)
 
-    return score
+        def score(stage: StageInput) -> torch.Tensor:
+            nonlocal opinion
+            scores, opinion = fused.score(stage, None if layer == layers[0] else opinion, backend)
+            return scores
+
+        return score
+
+    return {layer: make(layer) for layer in layers}
 
 
 class _Watch:

@@ -4,14 +4,14 @@ Two requests never mix, and whatever ``generate()`` does to a cache (beam reorde
 state as well.
 
 Under the block budget a prompt may arrive in pieces: chunks of a prefill, turns of a chat, a kept prefix and what
-follows it. Its unfinished block is then *waiting*: its tokens are in all layers, because what comes next attends to
-them, but only until the block is complete. A layer from the first stage on holds first what is finished, which never
-changes again, then what waits: the unfinished block, and tokens generated since. The layer at the first stage keeps
+follows it. What is behind its last finished block is then *waiting*: in all layers, because what comes next attends to
+it, but only until its block is finished. A layer from the first stage on holds first what is finished, which never
+changes again, then what waits: unfinished blocks, and tokens generated since. The layer at the first stage keeps
 the hidden states of all that waits as well, as they arrived there.
 
 The next piece of the prompt goes through the layers below the first stage by itself, and from there on together with
 what has waited, whose entries it replaces. So each layer computes what one call with the whole prompt would: below the
-first stage nothing is ever dropped, and from there on complete blocks alone are final, pruned at each stage from all
+first stage nothing is ever dropped, and from there on finished blocks alone are final, pruned at each stage from all
 their tokens, while queries behind them see what they kept. A piece whose logits nobody wants (a chunk that is not the
 last) leaves what is unfinished at the first stage: *behind*, until the next piece takes it along.
 """
