@@ -378,6 +378,20 @@ MUTANTS = [
         f"{ON_CPU}[plain-gather]",
     ),
     Mutant(
+        "many tensors in many launches",
+        CUDA + "kernels.cu",
+        "if (tensors.size() <= kFewTensors) return gather",
+        "return gather",
+        f"{ON_CPU}[plain-gather]",
+    ),
+    Mutant(
+        "a second table of tensors like the first",
+        CUDA + "kernels.cu",
+        "table_of<kRoom>(&tensors[first], count)",
+        "table_of<kRoom>(&tensors[0], count)",
+        f"{ON_CPU}[plain-gather]",
+    ),
+    Mutant(
         "padding copied by CUDA",
         CUDA + "gather.cuh",
         "if (column >= 0 && first",
