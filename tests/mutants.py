@@ -863,6 +863,20 @@ MUTANTS = [
         "test_attention_and_cache.py::test_offloaded_cache",
     ),
     Mutant(
+        "padding seen by flash attention over a static cache",
+        MODELS + "attention.py",
+        "Visibility(ones if padding_mask is None else padding_mask, {})",
+        "Visibility(ones, {})",
+        "test_attention_and_cache.py::test_a_row_is_that_of_the_row_alone",
+    ),
+    Mutant(
+        "an 8-bit cache in full precision",
+        MODELS + "cache.py",
+        "Fp8QuantizedLayer: PrunedFp8Layer,",
+        "Fp8QuantizedLayer: PrunedLayer,",
+        "test_attention_and_cache.py::test_quantized_cache",
+    ),
+    Mutant(
         "pruners on the first layer's device",
         MODELS + "qwen2.py",
         "device_of(decoder.layers[layer - 1])",
@@ -875,6 +889,13 @@ MUTANTS = [
         'setattr(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward", bound)',
         "module.forward = bound",
         "test_devices.py::test_hooks_that_come_and_go_while_patched",
+    ),
+    Mutant(
+        "weights on disk taken from the meta device",
+        MODELS + "devices.py",
+        "HOOK",
+        "HOOK",
+        "test_devices.py::test_offloaded_weights_of_any_batch",
     ),
     Mutant(
         "every process selects by itself",

@@ -31,7 +31,7 @@ class InDouble(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function not in (F.linear, F.scaled_dot_product_attention):
+        if function not in (F.linear, F.scaled_dot_product_attention, torch.matmul):
             return function(*args, **kwargs)
 
         def wide(value):
@@ -43,13 +43,18 @@ class InDouble(TorchFunctionMode):
 ARITHMETIC = {torch.float32: contextlib.nullcontext, torch.bfloat16: InDouble}
 
 
-@pytest.fixture(scope="module")
-def models():
+def make_models():
+    """One model in each dtype."""
     model = make_qwen2(num_layers=5, hidden_size=32)
     for parameter in model.parameters():  # values of size 1, as the tolerance is absolute
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     return {dtype: copy.deepcopy(model).to(dtype) for dtype in DTYPES}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return make_models()
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +83,15 @@ def generate(model, inputs, **settings):
 
 
 def entries(cache, attention_mask):
-    """Keys and values of every layer and row, without padding."""
-    found = []
+    """Keys and values of every layer and row, without padding and the room that a static layer has left."""
+    found, cached = [], attention_mask[:, :-1].bool()  # the last token is not cached
     for layer in cache.layers:
-        mask = attention_mask[:, : layer.keys.shape[2]].bool()
+        mask = cached
         if isinstance(layer, PrunedState):
-            appended = layer.keys.shape[2] - layer.kept.shape[1]
-            mask = torch.cat([layer.kept >= 0, attention_mask[:, layer.prompt_length :][:, :appended].bool()], dim=1)
+            mask = torch.cat([layer.kept >= 0, cached[:, layer.prompt_length :]], dim=1)
         for row, own in enumerate(mask):
-            found.append(torch.stack([layer.keys[row][:, own], layer.values[row][:, own]]))
+            states = layer.keys[row, :, : own.shape[0]], layer.values[row, :, : own.shape[0]]
+            found.append(torch.stack([state[:, own] for state in states]))
     return found
 
 
