@@ -863,6 +863,13 @@ MUTANTS = [
         "test_attention_and_cache.py::test_offloaded_cache",
     ),
     Mutant(
+        "a suffix that nobody says is not pruned",
+        MODELS + "qwen2.py",
+        "if prompt_length is not None and not is_prompt and not",
+        "if False and not",
+        "test_serving.py::test_a_kept_prefix_under_the_global_budget",
+    ),
+    Mutant(
         "padding seen by flash attention over a static cache",
         MODELS + "attention.py",
         "Visibility(ones if padding_mask is None else padding_mask, {})",
@@ -893,8 +900,8 @@ MUTANTS = [
     Mutant(
         "weights on disk taken from the meta device",
         MODELS + "devices.py",
-        "HOOK",
-        "HOOK",
+        'device = getattr(one, "execution_device", None)',
+        "device = None",
         "test_devices.py::test_offloaded_weights_of_any_batch",
     ),
     Mutant(
@@ -931,6 +938,20 @@ MUTANTS = [
         "        if fits(middle):\n",
         "        if True:\n",
         "test_bench_processes.py::test_the_search_finds_what_fits",
+    ),
+    Mutant(
+        "every process evaluates every sample",
+        "python/sdtp_eval/quality.py",
+        "if entry[2]][workers.index :: workers.number]",
+        "if entry[2]]",
+        "test_eval_quality.py::test_every_process_has_a_share",
+    ),
+    Mutant(
+        "results in the order of the processes",
+        "python/sdtp_eval/quality.py",
+        "key=lambda result: place.get(_key(result), -1)",
+        "key=lambda result: 0",
+        "test_eval_quality.py::test_two_processes_evaluate_what_one_does",
     ),
     Mutant(
         "a press that is told other places",

@@ -188,6 +188,32 @@ def test_a_kept_prefix_equals_each_prompt_alone(models, pruners, dtype, prefix, 
                 assert torch.equal(layer.keys[:, :, :tokens], keys[:, :, :tokens]), "finished blocks never change"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@settings(max_examples=5, phases=PHASES)
+@given(prefix=st.integers(20, 120), suffixes=st.lists(st.integers(1, 40), min_size=2, max_size=2))
+@torch.no_grad()
+def test_a_kept_prefix_under_the_global_budget(models, pruners, dtype, prefix, suffixes):
+    """Pruned by itself, once; each suffix whole behind it. The report says that this is not the whole prompt."""
+    model, ids = models[dtype], prompts([prefix])["input_ids"]
+    schedule, rounded = PruningSchedule(LAYERS, 0.7, min_prompt=20), copy.deepcopy(pruners)
+    for pruner in rounded.values():  # as the op sees its weights
+        pruner.w1.data = pruner.w1.to(dtype).float()
+    kept = DynamicCache(config=model.config)
+    with ARITHMETIC[dtype](), apply_sdtp(model, rounded, schedule) as handle:
+        model(ids, past_key_values=kept, logits_to_keep=1)
+        held = [layer.keys.shape[2] for layer in kept.layers]
+        assert handle.report().layers
+        for tokens in suffixes:
+            whole = {"input_ids": torch.cat([ids, prompts([tokens], seed=3)["input_ids"]], dim=1)}
+            got = generate(model, whole, past_key_values=copy.deepcopy(kept))
+            assert [layer.keys.shape[2] for layer in got.past_key_values.layers] == [n + tokens + 3 for n in held]
+            assert f"{tokens} tokens added to a cache, none of them pruned" in str(handle.report())
+            assert 'PruningSchedule(budget="block")' in handle.report().note
+            oracle = MaskedDense.of(type(model)(model.config).to(dtype), rounded, schedule, prefix)
+            oracle.load_state_dict(model.state_dict())
+            assert torch.equal(got.sequences, generate(oracle, whole, use_cache=False).sequences)
+
+
 @torch.no_grad()
 def test_a_prompt_in_pieces_by_hand(models, pruners):
     """Without generate(), a call says how long the prompt is of which it reads a piece; any other prunes nothing."""
