@@ -376,9 +376,9 @@ def test_every_process_has_a_share(sdtp, tmp_path: Path, monkeypatch: pytest.Mon
     second = parallel.Workers(1, 2, torch.device("cpu"), lambda: None, lambda tensors: None)
     monkeypatch.setattr(parallel, "join_workers", lambda device: second)
     (tmp_path / "samples.jsonl").touch()  # by the first
-    options = ["--tokens", 200, "--samples", 3, "--continuation", 8, "--methods"]
+    options = ["--tokens", 200, "--samples", 3, "--continuation", 8, "--methods", "random", "--keep", 0.8]
     assert sdtp("run", "--out", tmp_path, *options) == 0
-    assert len((tmp_path / "samples.1.part").read_text().splitlines()) == 1
+    assert len((tmp_path / "samples.1.part").read_text().splitlines()) == 2  # dense and random
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.1.part", "samples.jsonl"]
 
 
