@@ -19,16 +19,22 @@ TABLE = ROOT / "docs" / "kernels.md"
 MARKS = ("<!-- cuda aot -->", "<!-- /cuda aot -->")
 
 FLOATS = ("bf16", "fp16", "fp32")
-# Kernel -> the element types that it is compiled for.
+# Kernel -> what it is compiled for: element types, or the most tensors of a launch.
 KERNELS: dict[str, tuple[str, ...]] = {
     "score_kernel": FLOATS,
     "finish_kernel": ("",),
     "select_kernel": ("",),
-    "gather_kernel": ("",),
+    "gather_kernel": ("64 tensors", "584 tensors"),
     "select_and_gather_kernel": ("",),
     "prune_kernel": FLOATS,
 }
-_ELEMENTS = {"NS_8BFloat16E": "bf16", "NS_4HalfE": "fp16", "f": "fp32"}  # as their names are mangled
+_VARIANTS = {  # as their names are mangled
+    "NS_8BFloat16E": "bf16",
+    "NS_4HalfE": "fp16",
+    "f": "fp32",
+    "Li64E": "64 tensors",
+    "Li584E": "584 tensors",
+}
 THREADS = 256
 
 
@@ -101,7 +107,7 @@ def compile_all(jobs: int = 2) -> list[dict[str, Any]]:
 
 def _row(found: re.Match[str], shared: dict[str, int], nvcc: str) -> dict[str, Any]:
     kernel = next(name for name in sorted(KERNELS, key=len, reverse=True) if name in found["name"])
-    element = next((short for part, short in _ELEMENTS.items() if f"kernelI{part}E" in found["name"]), "")
+    element = next((short for part, short in _VARIANTS.items() if f"kernelI{part}E" in found["name"]), "")
     limits, registers = TARGETS[found["target"]], int(found["registers"])
     per_warp = -(-registers * 32 // 256) * 256
     fits = [65536 // per_warp * 32 // THREADS, limits.max_warps * 32 // THREADS]
@@ -125,7 +131,7 @@ def key(row: dict[str, Any]) -> tuple[str, str, str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each kernel, a column for each target."""
-    lines = ["| kernel | elements | " + " | ".join(TARGETS) + " |", "|---|---|" + "---|" * len(TARGETS)]
+    lines = ["| kernel | compiled for | " + " | ".join(TARGETS) + " |", "|---|---|" + "---|" * len(TARGETS)]
     cells = {key(row): row for row in rows}
     for kernel, element in dict.fromkeys((row["kernel"], row["element"]) for row in rows):
         found = [cells[target, kernel, element] for target in TARGETS]

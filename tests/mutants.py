@@ -378,6 +378,20 @@ MUTANTS = [
         f"{ON_CPU}[plain-gather]",
     ),
     Mutant(
+        "many tensors in many launches",
+        CUDA + "kernels.cu",
+        "if (tensors.size() <= kFewTensors) return gather",
+        "return gather",
+        f"{ON_CPU}[plain-gather]",
+    ),
+    Mutant(
+        "a second table of tensors like the first",
+        CUDA + "kernels.cu",
+        "table_of<kRoom>(&tensors[first], count)",
+        "table_of<kRoom>(&tensors[0], count)",
+        f"{ON_CPU}[plain-gather]",
+    ),
+    Mutant(
         "padding copied by CUDA",
         CUDA + "gather.cuh",
         "if (column >= 0 && first",
@@ -898,6 +912,27 @@ MUTANTS = [
         "test_attention_and_cache.py::test_offloaded_cache",
     ),
     Mutant(
+        "a suffix that nobody says is not pruned",
+        MODELS + "qwen2.py",
+        "if prompt_length is not None and not is_prompt and not",
+        "if False and not",
+        "test_serving.py::test_a_kept_prefix_under_the_global_budget",
+    ),
+    Mutant(
+        "padding seen by flash attention over a static cache",
+        MODELS + "attention.py",
+        "Visibility(ones if padding_mask is None else padding_mask, {})",
+        "Visibility(ones, {})",
+        "test_attention_and_cache.py::test_a_row_is_that_of_the_row_alone",
+    ),
+    Mutant(
+        "an 8-bit cache in full precision",
+        MODELS + "cache.py",
+        "Fp8QuantizedLayer: PrunedFp8Layer,",
+        "Fp8QuantizedLayer: PrunedLayer,",
+        "test_attention_and_cache.py::test_quantized_cache",
+    ),
+    Mutant(
         "pruners on the first layer's device",
         MODELS + "qwen2.py",
         "device_of(decoder.layers[layer - 1])",
@@ -910,6 +945,13 @@ MUTANTS = [
         'setattr(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward", bound)',
         "module.forward = bound",
         "test_devices.py::test_hooks_that_come_and_go_while_patched",
+    ),
+    Mutant(
+        "weights on disk taken from the meta device",
+        MODELS + "devices.py",
+        'device = getattr(one, "execution_device", None)',
+        "device = None",
+        "test_devices.py::test_offloaded_weights_of_any_batch",
     ),
     Mutant(
         "every process selects by itself",
@@ -945,6 +987,20 @@ MUTANTS = [
         "        if fits(middle):\n",
         "        if True:\n",
         "test_bench_processes.py::test_the_search_finds_what_fits",
+    ),
+    Mutant(
+        "every process evaluates every sample",
+        "python/sdtp_eval/quality.py",
+        "if entry[2]][workers.index :: workers.number]",
+        "if entry[2]]",
+        "test_eval_quality.py::test_every_process_has_a_share",
+    ),
+    Mutant(
+        "results in the order of the processes",
+        "python/sdtp_eval/quality.py",
+        "key=lambda result: place.get(_key(result), -1)",
+        "key=lambda result: 0",
+        "test_eval_quality.py::test_two_processes_evaluate_what_one_does",
     ),
     Mutant(
         "a press that is told other places",

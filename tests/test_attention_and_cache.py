@@ -8,9 +8,13 @@ import flash_stand_in
 import pytest
 import torch
 from conftest import make_qwen2
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import MaskedDense, naive_keep
 from test_ops import NoHostSync
 from test_qwen2 import LAYERS, LENGTHS, SCHEDULES, TOKENS, generate, padded_batch, prompt
+from test_serving import ARITHMETIC, DTYPES, PHASES, assert_same, make_models, prompts
+from test_serving import generate as generate_with_cache
 from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import (
     Cache,
@@ -22,17 +26,32 @@ from transformers.cache_utils import (
     QuantoQuantizedLayer,
 )
 
-from sdtp_kernels import TokenPruner, apply_sdtp
+from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
 from sdtp_kernels.models.attention import FLASH
 from sdtp_kernels.models.cache import PrunedState, install
 from sdtp_kernels.models.devices import device_of
 
 BOTH = ("global", "block")
+of_both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+rows = st.lists(st.integers(1, 150), min_size=1, max_size=3)
+schedules = st.builds(
+    PruningSchedule,
+    layers=st.just(LAYERS),
+    keep_ratio=st.sampled_from([0.5, 0.7, 0.9]),
+    budget=st.sampled_from(BOTH),
+    block_size=st.integers(6, 64),
+    min_prompt=st.sampled_from([1, 20, 70]),
+)
 
 
-def make_pruners():
+def make_pruners(hidden_size=64):
     torch.manual_seed(1)
-    return {layer: TokenPruner(64, pooling=pooling) for layer, pooling in zip(LAYERS, (1, 3, 5), strict=True)}
+    return {layer: TokenPruner(hidden_size, pooling=pooling) for layer, pooling in zip(LAYERS, (1, 3, 5), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return make_models()
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +86,34 @@ def oracle_tokens(budget, padded):
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
+
+
+@of_both_dtypes
+@settings(max_examples=20, phases=PHASES)
+@given(lengths=rows, schedule=schedules, attention=st.sampled_from(["sdpa", "eager", *FLASH]), static=st.booleans())
+@torch.no_grad()
+def test_a_row_is_that_of_the_row_alone(models, dtype, lengths, schedule, attention, static):
+    """In a padded batch, under every attention, in a growing and in a static cache, whose bytes are the schedule's.
+
+    The reference is the row by itself, in a growing cache, under sdpa; where the batch's attention is eager under that,
+    which rounds the weights of bfloat16 as well. Shapes differ, so bfloat16 is computed in double and rounded once.
+    """
+    model, inputs, mask = models[dtype], prompts(lengths), prompts(lengths)["attention_mask"]
+    cache = StaticCache(config=model.config, max_cache_len=max(lengths) + 4) if static else None
+    with pytest.MonkeyPatch.context() as patch, ARITHMETIC[dtype]():
+        flash_stand_in.install(patch)
+        patch.setattr(model.config, "_attn_implementation", attention)
+        with apply_sdtp(model, make_pruners(32), schedule):
+            got = generate_with_cache(model, inputs, cache=cache)
+        patch.setattr(model.config, "_attn_implementation", "eager" if attention == "eager" else "sdpa")
+        with apply_sdtp(model, make_pruners(32), schedule):
+            for row, own in enumerate(mask.bool()):
+                alone = generate_with_cache(model, {"input_ids": inputs["input_ids"][row : row + 1, own]})
+                assert_same(got, alone, mask, row)
+    if static:  # whose mask is never left out under flash attention, be it all ones
+        padded = len(set(lengths)) > 1 or attention in FLASH
+        expected = static_bytes(model, schedule, lengths, room=4, padded=padded)
+        assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == expected
 
 
 @pytest.mark.parametrize("attention", FLASH)
@@ -141,13 +188,15 @@ def test_flex_attention(monkeypatch, pruners):
 # --------------------------------------------------------------------------------------------------------- static cache
 
 
-def static_bytes(model, schedule, lengths, room):
+def static_bytes(model, schedule, lengths, room, padded):
     """Keys and values of every layer: the kept tokens of the widest row there can be, and the room behind them."""
-    total = 0
-    for layer in range(model.config.num_hidden_layers):
+    total, config = 0, model.config
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads * model.dtype.itemsize
+    for layer in range(config.num_hidden_layers):
         stage = sum(start <= layer for start in schedule.layers)
-        widths = [naive_keep(schedule, n, stage)[0] for n in (range(max(lengths) + 1) if len(lengths) > 1 else lengths)]
-        total += 2 * len(lengths) * 2 * 16 * (max(widths) + room) * 4  # 2 key heads of 16, float32
+        possible = range(max(lengths) + 1) if padded else lengths
+        widest = max(naive_keep(schedule, n, stage)[0] for n in possible)
+        total += 2 * len(lengths) * width * (widest + room)
     return total
 
 
@@ -161,7 +210,7 @@ def test_static_cache_has_the_bytes_of_the_schedule(pruners, budget, schedule, p
     with apply_sdtp(model, pruners, schedule):
         assert torch.equal(generate(model, inputs_of(padded), cache=cache), expected)
     assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == static_bytes(
-        model, schedule, lengths, room=50
+        model, schedule, lengths, room=50, padded=padded
     )
     assert {layer.max_cache_len - layer.kept.shape[1] for layer in cache.layers if isinstance(layer, PrunedState)} == {
         50
@@ -251,16 +300,24 @@ def test_generate_compiles_decoding_over_a_static_cache(pruners, budget):
 def round_by_hand(layer, states):
     """8-bit floating point with the scale of the first keys and values."""
     if not hasattr(layer, "scales"):
-        layer.scales = [t.abs().amax() / torch.finfo(torch.float8_e4m3fn).max for t in states]
-    return [(t / s).to(torch.float8_e4m3fn).float() * s for t, s in zip(states, layer.scales, strict=True)]
+        layer.scales = [t.abs().amax().float() / torch.finfo(torch.float8_e4m3fn).max for t in states]
+    return [
+        ((t.float() / s).to(torch.float8_e4m3fn).float() * s).to(t.dtype)
+        for t, s in zip(states, layer.scales, strict=True)
+    ]
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
+@of_both_dtypes
+@settings(max_examples=12, phases=PHASES)
+@given(lengths=rows, schedule=schedules)
 @torch.no_grad()
-def test_quantized_cache(monkeypatch, pruners, schedule, padded):
-    """A quantized cache of kept tokens is what rounding the kept keys and values by hand gives."""
-    model = make_qwen2()
-    settings = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+def test_quantized_cache(models, dtype, lengths, schedule):
+    """A quantized cache of kept tokens is what rounding the kept keys and values by hand gives.
+
+    Exactly, also in bfloat16: the same is computed, in tensors of the same shapes.
+    """
+    model, inputs = models[dtype], prompts(lengths)
+    asked = {"max_new_tokens": 6, "output_logits": True}
     cache = QuantizedCache("fp8", config=model.config)
     grow = DynamicLayer.update
 
@@ -269,13 +326,13 @@ def test_quantized_cache(monkeypatch, pruners, schedule, padded):
         cached = grow(layer, *round_by_hand(layer, states))
         return states if is_first else cached  # attention within the prompt is exact
 
-    with apply_sdtp(model, pruners, schedule):
-        got = generate(model, inputs_of(padded), cache=cache, **settings)
+    with apply_sdtp(model, make_pruners(32), schedule, later_turns=False):  # a quantized cache takes none
+        got = generate_with_cache(model, inputs, cache=cache, **asked)
         assert all(isinstance(layer, Fp8QuantizedLayer) for layer in cache.layers)
-        monkeypatch.setattr(DynamicLayer, "update", grow_rounded)
-        expected = generate(model, inputs_of(padded), **settings)
-    for a, b in zip(got.logits, expected.logits, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DynamicLayer, "update", grow_rounded)
+            expected = generate_with_cache(model, inputs, **asked)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, expected.logits, strict=True))
     assert torch.equal(got.sequences, expected.sequences)
     for a, b in zip(cache.layers, expected.cache.layers, strict=True):
         assert a.get_seq_length() == b.keys.shape[2]
@@ -320,11 +377,9 @@ class NoStream(torch.nn.Identity):
     def __exit__(self, *error): ...
 
 
-@torch.no_grad()
-def test_offloaded_cache(monkeypatch, pruners, schedule):
-    """On a CPU its streams do not exist. What is offloaded must not be read: it is NaN until it is fetched again."""
-    monkeypatch.setattr(torch, "Stream", NoStream)
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: NoStream())
+@pytest.fixture(scope="module")
+def offloading():
+    """On a CPU there are no streams. What is offloaded must not be read: it is NaN until it is fetched again."""
 
     def offload(layer):
         if layer.is_initialized and not hasattr(layer, "away"):
@@ -335,13 +390,27 @@ def test_offloaded_cache(monkeypatch, pruners, schedule):
         if hasattr(layer, "away"):
             layer.keys, layer.values = layer.__dict__.pop("away")
 
-    monkeypatch.setattr(CacheLayerMixin, "offload", offload)
-    monkeypatch.setattr(CacheLayerMixin, "prefetch", prefetch)
-    model = make_qwen2()
-    for scorer in (pruners, "attention"):
-        with apply_sdtp(model, scorer, schedule):
-            expected = generate(model, padded_batch())
-            assert torch.equal(generate(model, padded_batch(), cache_implementation="offloaded"), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "Stream", NoStream)
+        patch.setattr(torch.cuda, "default_stream", lambda device: NoStream())
+        patch.setattr(CacheLayerMixin, "offload", offload)
+        patch.setattr(CacheLayerMixin, "prefetch", prefetch)
+        yield
+
+
+@of_both_dtypes
+@settings(max_examples=8, phases=PHASES)
+@given(lengths=rows, schedule=schedules, by_attention=st.booleans())
+@torch.no_grad()
+def test_offloaded_cache(models, offloading, dtype, lengths, schedule, by_attention):
+    """The logits of a cache that stays where it is, bit for bit, also in bfloat16: the same is computed."""
+    model, inputs = models[dtype], prompts(lengths)
+    asked = {"max_new_tokens": 6, "output_logits": True}
+    scorer = "attention" if by_attention else make_pruners(32)
+    with apply_sdtp(model, scorer, schedule, later_turns=False):  # an offloaded cache takes none
+        expected = generate_with_cache(model, inputs, **asked)
+        got = generate_with_cache(model, inputs, cache_implementation="offloaded", **asked)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, expected.logits, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- many at a time

@@ -251,7 +251,7 @@ def by_the_batch(scores):
         ("score_tokens", by_the_batch, "depend on the rest of the batch"),
         ("score_tokens", lambda scores: scores.fill_(torch.nan), "scores differ"),
         ("select_tokens", lambda indices: indices.roll(1, dims=1), "indices differ"),
-        ("gather_tokens", lambda tensors: [*tensors[:-1], ~tensors[-1]], "tensor 5: not the rows"),
+        ("gather_tokens", lambda tensors: [*tensors[:-1], ~tensors[-1]], "tensor 69: not the rows"),
         ("prune_tokens", copy_of_another_row, "tensor 0: not the rows"),
         ("prune_tokens", lambda output: (*output[:2], output[2] - 1), "indices differ"),
         ("prune_tokens", raises, "RuntimeError"),

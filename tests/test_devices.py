@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_qwen2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention_and_cache import of_both_dtypes, rows, schedules
 from test_qwen2 import LAYERS, SCHEDULES, TOKENS, generate, padded_batch, prompt
+from test_serving import DTYPES, PHASES, prompts
+from test_serving import generate as generate_with_cache
 
 from sdtp_kernels import TokenPruner, apply_sdtp
 from sdtp_kernels.models.devices import device_of
@@ -67,6 +72,42 @@ def test_offloaded_weights(tmp_path, device_map, name):
         with pytest.raises(RuntimeError, match="replaced already"):
             apply_sdtp(model, pruners, SCHEDULE)
     assert torch.equal(generate(model, batches[0]), dense), "the patch is gone, the hooks are not"
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """In each dtype a model, and the same with layers on disk."""
+    found = {}
+    for dtype in DTYPES:
+        folder = tmp_path_factory.mktemp("weights")
+        plain, offloaded = (make_qwen2().to(dtype) for _ in range(2))
+        device_map = DEVICE_MAPS["layers on the CPU and on disk"]
+        offloaded = accelerate.dispatch_model(
+            offloaded, device_map, main_device="cpu", offload_dir=folder, force_hooks=True
+        )
+        found[dtype] = plain, offloaded
+    return found
+
+
+@of_both_dtypes
+@settings(max_examples=6, phases=PHASES)
+@given(lengths=rows, schedule=schedules, name=st.sampled_from(["plain", "full"]), chunk=st.none() | st.integers(1, 60))
+@torch.no_grad()
+def test_offloaded_weights_of_any_batch(twins, dtype, lengths, schedule, name, chunk):
+    """Tokens, logits and caches bit for bit, also in bfloat16: the same is computed, from weights that moved."""
+    if schedule.budget == "global" or len(lengths) > 1:
+        chunk = None
+    asked = {"prefill_chunk_size": chunk, "output_logits": True}
+    results = []
+    for model in twins[dtype]:
+        with apply_sdtp(model, make_pruners()[name], schedule):
+            results.append(generate_with_cache(model, prompts(lengths), **asked))
+    expected, got = results
+    assert torch.equal(got.sequences, expected.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, expected.logits, strict=True))
+    for a, b in zip(got.cache.layers, expected.cache.layers, strict=True):
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.values, b.values)
 
 
 @torch.no_grad()

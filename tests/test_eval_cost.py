@@ -36,9 +36,7 @@ def test_every_layer_and_stage_is_timed(sdtp, tmp_path: Path, capsys: pytest.Cap
 
 @torch.no_grad()
 def test_what_is_timed_is_the_score(tiny_model) -> None:
-    pruners = {
-        layer: TokenPruner(64, distance=True, attention=True, rms_eps=0.5, averaging=True) for layer in (2, 4)
-    }
+    pruners = {layer: TokenPruner(64, distance=True, attention=True, rms_eps=0.5, averaging=True) for layer in (2, 4)}
     for pruner in pruners.values():
         pruner.distance_bias.uniform_()
         pruner.attention_weight.fill_(0.7)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 from argparse import ArgumentParser
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -16,7 +19,7 @@ from oracle import MaskedDense
 from test_demo import checkpoint, one_thread  # noqa: F401 - fixtures
 from transformers import DynamicCache
 
-from sdtp_eval import baselines, compare, quality
+from sdtp_eval import baselines, compare, parallel, quality
 from sdtp_eval.checkpoints import identify
 from sdtp_eval.tasks import AFTER, INSIDE, Sample
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp, cli, save_pruners
@@ -341,6 +344,42 @@ def test_run_resume_and_compare(sdtp, tmp_path: Path, capsys: pytest.CaptureFixt
     for word in ("passkey, 400 tokens, question after", name, "oracle_saliency", "python-reference", "wording 1"):
         assert word in table
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_processes_evaluate_what_one_does(sdtp, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Samples, results and their order; two processes take up what one has begun, and what two have left torn."""
+    options = ["--tasks", "nll", "passkey", "--tokens", 200, 300, "--samples", 2, "--continuation", 8, "--keep", 0.8,
+               "--methods", "random"]  # fmt: skip
+    assert sdtp("run", "--out", tmp_path / "one", *options) == 0
+
+    def lines(out):
+        assert sorted(path.name for path in out.iterdir()) == ["rows.jsonl", "samples.jsonl", "settings.json"]
+        return [{**row, "seconds": 0} for row in read(out)]
+
+    expected, out = lines(tmp_path / "one"), tmp_path / "two"
+    out.mkdir()
+    shutil.copy(tmp_path / "one" / "settings.json", out)
+    begun = (tmp_path / "one" / "samples.jsonl").read_text().splitlines(keepends=True)
+    (out / "samples.jsonl").write_text("".join(begun[4:6]))
+    (out / "samples.1.part").write_text(begun[2].replace('"kl": 0.0', '"kl": 7.0') + begun[9][:40])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "sdtp_kernels", "eval", "run", "--out", out, *options, "--model", checkpoint]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("passkey, 200 tokens, question inside") == 1, "one process reports"
+    expected[2]["kl"] = 7.0  # is not computed again
+    assert lines(out) == expected
+
+
+def test_every_process_has_a_share(sdtp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two processes reads every other sample, and writes a part that it does not report."""
+    second = parallel.Workers(1, 2, torch.device("cpu"), lambda: None, lambda tensors: None)
+    monkeypatch.setattr(parallel, "join_workers", lambda device: second)
+    (tmp_path / "samples.jsonl").touch()  # by the first
+    options = ["--tokens", 200, "--samples", 3, "--continuation", 8, "--methods", "random", "--keep", 0.8]
+    assert sdtp("run", "--out", tmp_path, *options) == 0
+    assert len((tmp_path / "samples.1.part").read_text().splitlines()) == 2  # dense and random
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.1.part", "samples.jsonl"]
 
 
 def test_rank_agreement(sdtp, tmp_path: Path) -> None:

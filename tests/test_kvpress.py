@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_qwen2 import LAYERS, SCHEDULES, TOKENS, prompt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention_and_cache import make_pruners, of_both_dtypes, schedules
+from test_serving import ARITHMETIC, PHASES, make_models, prompts
 
-from sdtp_kernels import TokenPruner, apply_sdtp
+from sdtp_kernels import apply_sdtp
 
 TESTS = Path(__file__).parent
 KVPRESS = Path(sys.prefix) / "kvpress"  # see the Makefile
@@ -26,35 +29,52 @@ def test_presses():
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
+@pytest.fixture(scope="module")
+def models():
+    return make_models()
+
+
+@of_both_dtypes
+@settings(max_examples=12, phases=PHASES)
+@given(tokens=st.integers(2, 150), batch=st.integers(1, 2), schedule=schedules, share=st.sampled_from([0.3, 0.5, 1]))
 @torch.no_grad()
-def test_a_press_cuts_what_the_stages_left(tiny_model):
+def test_a_press_cuts_what_the_stages_left(models, dtype, tokens, batch, schedule, share):
+    """What cutting by hand gives. With a press sdpa gets a mask, and rounds otherwise: bfloat16 once, from double."""
+    model, ids = models[dtype], prompts([tokens] * batch)["input_ids"]
     peers = pytest.importorskip("sdtp_eval.peers", reason="python/ is not installed")
 
+    def shortened(length):
+        return max(1, round(length * share))
+
     @contextlib.contextmanager
-    def keep_first_half(model):
+    def keep_first(model):
         def cut(attention, args, kwargs, output):
             layer, length = kwargs["past_key_values"].layers[attention.layer_idx], kwargs["hidden_states"].shape[1]
             assert kwargs["cache_position"].tolist() == list(range(layer.keys.shape[2]))[-length:]
             if length > 1:
-                layer.keys, layer.values = (t[:, :, : round(length * 0.5)] for t in (layer.keys, layer.values))
+                layer.keys, layer.values = (t[:, :, : shortened(length)] for t in (layer.keys, layer.values))
 
         with contextlib.ExitStack() as hooks:
             for layer in model.model.layers:
                 hooks.callback(layer.self_attn.register_forward_hook(cut, with_kwargs=True).remove)
             yield
 
-    torch.manual_seed(1)
-    with apply_sdtp(tiny_model, {layer: TokenPruner(64) for layer in LAYERS}, SCHEDULES["global"]) as handle:
-        with peers.pressed(tiny_model, keep_first_half):
-            output = tiny_model.generate(
-                prompt(), max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
+    with ARITHMETIC[dtype](), apply_sdtp(model, make_pruners(32), schedule, later_turns=False):
+        with peers.pressed(model, keep_first):
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=4,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
             )
-        kept = [round(layer.tokens_out * 0.5) for layer in handle.report().layers]
-        assert [layer.keys.shape[2] - 3 for layer in output.cache.layers] == kept
         # By hand: the pruned cache, cut, and one token at its original position.
-        cache = tiny_model(prompt(), use_cache=True, logits_to_keep=1).cache
+        cache = model(ids, use_cache=True, logits_to_keep=1).cache
+        kept = [shortened(layer.keys.shape[2]) for layer in cache.layers]
+        assert [layer.keys.shape[2] - 3 for layer in output.cache.layers] == kept
         for layer, length in zip(cache.layers, kept, strict=True):
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
-        token, position = output.sequences[:, TOKENS : TOKENS + 1], torch.tensor([[TOKENS]])
-        expected = tiny_model(token, position_ids=position, cache=cache).logits[:, -1]
-    torch.testing.assert_close(output.logits[1], expected, atol=1e-5, rtol=1e-5)
+        token, position = output.sequences[:, tokens : tokens + 1], torch.tensor([[tokens]])
+        expected = model(token, position_ids=position, cache=cache).logits[:, -1]
+    torch.testing.assert_close(output.logits[1], expected.float(), atol=1e-5, rtol=0)

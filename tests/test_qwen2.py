@@ -162,7 +162,6 @@ def test_multi_turn_with_the_kept_cache(tiny_model, pruners, schedule, padded):
     # Later turns as they are: those that the block budget prunes are in test_serving.py.
     with apply_sdtp(tiny_model, pruners, schedule, later_turns=False) as handle:
         first = generate(tiny_model, inputs, return_dict_in_generate=True)
-        prefill = handle.report()
         ids = torch.cat([first.sequences, second], dim=1)
         turn = {"input_ids": ids}
         if padded:
@@ -170,7 +169,8 @@ def test_multi_turn_with_the_kept_cache(tiny_model, pruners, schedule, padded):
             new[1, -second.shape[1] : -second.shape[1] + 7] = 0  # the second turns are uneven, too
             turn["attention_mask"] = torch.cat([inputs["attention_mask"], new], dim=1)
         got = generate(tiny_model, turn, cache=first.cache)
-        assert handle.report() == prefill, "a later turn is no prefill"
+        note = f"{30 + 1} tokens added to a cache, none of them pruned"  # with the last token of the answer
+        assert handle.report().note.startswith(note)
     if not padded:
         assert torch.equal(got, generate(oracle, turn, use_cache=False))
         return
@@ -277,7 +277,7 @@ def test_the_old_name_of_the_cache(tiny_model, pruners):
     """As the original decoder: deprecated, and never ignored."""
     cache = DynamicCache(config=tiny_model.config)
     with apply_sdtp(tiny_model, pruners, SCHEDULES["global"]), pytest.warns(FutureWarning, match="Use `cache` instead"):
-        output = tiny_model.model(prompt(), past_key_values=cache)
+        output = tiny_model.model(prompt(), cache=cache)
     assert output.cache is cache
     assert cache.get_seq_length() == TOKENS
 

@@ -31,7 +31,7 @@ class InDouble(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function not in (F.linear, F.scaled_dot_product_attention):
+        if function not in (F.linear, F.scaled_dot_product_attention, torch.matmul):
             return function(*args, **kwargs)
 
         def wide(value):
@@ -43,13 +43,18 @@ class InDouble(TorchFunctionMode):
 ARITHMETIC = {torch.float32: contextlib.nullcontext, torch.bfloat16: InDouble}
 
 
-@pytest.fixture(scope="module")
-def models():
+def make_models():
+    """One model in each dtype."""
     model = make_qwen2(num_layers=5, hidden_size=32)
     for parameter in model.parameters():  # values of size 1, as the tolerance is absolute
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     return {dtype: copy.deepcopy(model).to(dtype) for dtype in DTYPES}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return make_models()
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +83,15 @@ def generate(model, inputs, **settings):
 
 
 def entries(cache, attention_mask):
-    """Keys and values of every layer and row, without padding."""
-    found = []
+    """Keys and values of every layer and row, without padding and the room that a static layer has left."""
+    found, cached = [], attention_mask[:, :-1].bool()  # the last token is not cached
     for layer in cache.layers:
-        mask = attention_mask[:, : layer.keys.shape[2]].bool()
+        mask = cached
         if isinstance(layer, PrunedState):
-            appended = layer.keys.shape[2] - layer.kept.shape[1]
-            mask = torch.cat([layer.kept >= 0, attention_mask[:, layer.prompt_length :][:, :appended].bool()], dim=1)
+            mask = torch.cat([layer.kept >= 0, cached[:, layer.prompt_length :]], dim=1)
         for row, own in enumerate(mask):
-            found.append(torch.stack([layer.keys[row][:, own], layer.values[row][:, own]]))
+            states = layer.keys[row, :, : own.shape[0]], layer.values[row, :, : own.shape[0]]
+            found.append(torch.stack([state[:, own] for state in states]))
     return found
 
 
@@ -181,6 +186,32 @@ def test_a_kept_prefix_equals_each_prompt_alone(models, pruners, dtype, prefix, 
             assert_same(got, generate(model, whole), torch.ones_like(whole["input_ids"]))
             for layer, (keys, tokens) in zip(cache.layers, finished, strict=True):
                 assert torch.equal(layer.keys[:, :, :tokens], keys[:, :, :tokens]), "finished blocks never change"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@settings(max_examples=5, phases=PHASES)
+@given(prefix=st.integers(20, 120), suffixes=st.lists(st.integers(1, 40), min_size=2, max_size=2))
+@torch.no_grad()
+def test_a_kept_prefix_under_the_global_budget(models, pruners, dtype, prefix, suffixes):
+    """Pruned by itself, once; each suffix whole behind it. The report says that this is not the whole prompt."""
+    model, ids = models[dtype], prompts([prefix])["input_ids"]
+    schedule, rounded = PruningSchedule(LAYERS, 0.7, min_prompt=20), copy.deepcopy(pruners)
+    for pruner in rounded.values():  # as the op sees its weights
+        pruner.w1.data = pruner.w1.to(dtype).float()
+    kept = DynamicCache(config=model.config)
+    with ARITHMETIC[dtype](), apply_sdtp(model, rounded, schedule) as handle:
+        model(ids, cache=kept, logits_to_keep=1)
+        held = [layer.keys.shape[2] for layer in kept.layers]
+        assert handle.report().layers
+        for tokens in suffixes:
+            whole = {"input_ids": torch.cat([ids, prompts([tokens], seed=3)["input_ids"]], dim=1)}
+            got = generate(model, whole, cache=copy.deepcopy(kept))
+            assert [layer.keys.shape[2] for layer in got.cache.layers] == [n + tokens + 3 for n in held]
+            assert f"{tokens} tokens added to a cache, none of them pruned" in str(handle.report())
+            assert 'PruningSchedule(budget="block")' in handle.report().note
+            oracle = MaskedDense.of(type(model)(model.config).to(dtype), rounded, schedule, prefix)
+            oracle.load_state_dict(model.state_dict())
+            assert torch.equal(got.sequences, generate(oracle, whole, use_cache=False).sequences)
 
 
 @torch.no_grad()

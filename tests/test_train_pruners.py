@@ -402,7 +402,7 @@ def test_several_processes_take_the_steps_of_one(planted, place, tmp_path):
     """Each process sees a share of a batch and of the evaluation; the sums are those of one process."""
     import threading
 
-    from sdtp_train.parallel import Workers
+    from sdtp_eval.parallel import Workers
 
     parser = argparse.ArgumentParser()
     train.add_command(parser.add_subparsers())

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from test_train_data import make_checkpoint, make_texts
 
 from sdtp_eval.checkpoints import identify
+from sdtp_eval.parallel import Workers, join_workers
 from sdtp_kernels import cli
 from sdtp_train import checkpoint, saliency, shards
-from sdtp_train.parallel import Workers, join_workers
 
 TARGETS = ("future_attention", "l2/continuation")
 
@@ -180,7 +180,7 @@ def test_two_processes_write_the_same_bytes(place, whole, tmp_path, monkeypatch)
     local = threading.local()
     cpu = torch.device("cpu")
     monkeypatch.setattr(
-        "sdtp_train.parallel.join_workers",
+        "sdtp_eval.parallel.join_workers",
         lambda device: Workers(local.index, 2, cpu, barrier.wait, lambda tensors: None),
     )
 

@@ -13,9 +13,10 @@ namespace sdtp::cuda {
 inline constexpr int kGatherTokens = 16;   // of one CTA
 inline constexpr int kCopiesInFlight = 4;  // of a thread: enough bytes under way to keep HBM busy
 
+template <int kRoom>
 struct TensorTable {
     int count;
-    TokenRows tensors[kMaxTensors];
+    TokenRows tensors[kRoom];
 };
 
 // Copies slots `slots` of one tensor with accesses of sizeof(Vector) bytes, which all its rows must be aligned to.
@@ -50,8 +51,9 @@ __device__ void copy_rows(const TokenRows& tensor, int batch, const int64_t* col
 }
 
 // Fills slots `slots` of every output of row `batch`. The token of slot i stands in column columns[i]; -1 gives zeros.
-__device__ inline void copy_tokens(const TensorTable& table, int batch, const int64_t* columns, int num_keep,
-                                   const Run& slots) {
+template <int kRoom>
+__device__ void copy_tokens(const TensorTable<kRoom>& table, int batch, const int64_t* columns, int num_keep,
+                            const Run& slots) {
     for (int t = 0; t < table.count; ++t) {
         const TokenRows& tensor = table.tensors[t];
         // The widest access that divides all that an address is made of.
@@ -72,14 +74,16 @@ __device__ inline void copy_tokens(const TensorTable& table, int batch, const in
     }
 }
 
+template <int kRoom>
 struct GatherArguments {
     const int64_t* indices;  // [B, num_keep]
     int num_keep;
-    TensorTable table;
+    TensorTable<kRoom> table;
 };
 
 // CTA (run of slots, row).
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArguments arguments) {
+template <int kRoom>
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArguments<kRoom> arguments) {
     const auto batch = static_cast<int>(blockIdx.y);
     const int first = static_cast<int>(blockIdx.x) * kGatherTokens;
     copy_tokens(arguments.table, batch, arguments.indices + int64_t{batch} * arguments.num_keep, arguments.num_keep,

@@ -10,7 +10,8 @@ namespace {
 // CTAs that share the copies of a block.
 constexpr int kMaxShares = 16;
 
-static_assert(sizeof(PruneArguments) <= 4096, "a launch has room for 4 KiB of arguments");
+static_assert(sizeof(PruneArguments) <= 4096, "every launch copies all of its arguments");
+static_assert(sizeof(GatherArguments<kMaxTensors>) <= 32764, "a launch has room for no more arguments");
 static_assert(sizeof(PruneShared) <= (102400 - 2 * 1024) / 2, "two CTAs must fit on sm_86, sm_89 and sm_120");
 
 template <typename T>
@@ -105,11 +106,25 @@ bool fits_one_launch(const Selection& selection, Stream stream) {
     return selection.block_size <= kOneLaunchBlock && num_blocks * selection.batch_size >= num_multiprocessors(stream);
 }
 
-TensorTable table_of(const TokenRows* tensors, size_t count) {
-    TensorTable table{};
+template <int kRoom>
+TensorTable<kRoom> table_of(const TokenRows* tensors, size_t count) {
+    TensorTable<kRoom> table{};
     table.count = static_cast<int>(count);
     std::copy_n(tensors, count, table.tensors);
     return table;
+}
+
+// One launch for every kRoom tensors.
+template <int kRoom>
+const char* gather(const std::vector<TokenRows>& tensors, const int64_t* indices, int64_t num_keep, const Grid& grid,
+                   Stream stream) {
+    for (size_t first = 0; first < tensors.size(); first += kRoom) {
+        const size_t count = std::min<size_t>(tensors.size() - first, kRoom);
+        const GatherArguments<kRoom> arguments{indices, static_cast<int>(num_keep),
+                                               table_of<kRoom>(&tensors[first], count)};
+        if (const char* error = launch(gather_kernel<kRoom>, grid, stream, arguments)) return error;
+    }
+    return nullptr;
 }
 
 }  // namespace
@@ -136,26 +151,22 @@ const char* gather_tokens(const std::vector<TokenRows>& tensors, const int64_t* 
                           int64_t num_keep, Stream stream) {
     const Grid grid{ceil_divide(num_keep, kGatherTokens), batch_size, kThreads, 0, false};
     if (grid.x * grid.y == 0) return nullptr;
-    for (size_t first = 0; first < tensors.size(); first += kMaxTensors) {
-        const size_t count = std::min<size_t>(tensors.size() - first, kMaxTensors);
-        const GatherArguments arguments{indices, static_cast<int>(num_keep), table_of(&tensors[first], count)};
-        if (const char* error = launch(gather_kernel, grid, stream, arguments)) return error;
-    }
-    return nullptr;
+    if (tensors.size() <= kFewTensors) return gather<kFewTensors>(tensors, indices, num_keep, grid, stream);
+    return gather<kMaxTensors>(tensors, indices, num_keep, grid, stream);
 }
 
 const char* prune_tokens(const Scoring& scoring, const Selection& selection, const std::vector<TokenRows>& tensors,
                          const Allocate& allocate, Stream stream) {
     if (is_empty(selection)) return nullptr;
     Scores scores{nullptr, 0, 0, scoring.b2, scoring.score_bias};
-    if (selection.block_size == 0 || tensors.size() > kMaxTensors) {
+    if (selection.block_size == 0 || tensors.size() > kFewTensors) {
         const int group = group_size(selection, stream);
         uint32_t* arrivals = group > 1 ? allocate_array<uint32_t>(allocate, selection.batch_size) : nullptr;
         if (const char* error = score_parts(scoring, allocate, arrivals, stream, scores)) return error;
         if (const char* error = select_scores(scores, selection, group, arrivals, allocate, stream)) return error;
         return gather_tokens(tensors, selection.indices, selection.batch_size, selection.num_keep, stream);
     }
-    const TensorTable table = table_of(tensors.data(), tensors.size());
+    const auto table = table_of<kFewTensors>(tensors.data(), tensors.size());
     if (fits_one_launch(selection, stream)) {
         const SelectArguments select{scores, selection, 1, nullptr, nullptr, nullptr, selection.block_size};
         const PruneArguments arguments{scoring, is_aligned(scoring), select, table};

@@ -16,7 +16,7 @@ inline constexpr int kOneLaunchBlock = 256;
 // Copies the slots of a block that this CTA chose, and its part of those outside all blocks. The columns travel from
 // the selection to the copy through `indices`, which is an output anyway.
 __device__ inline void copy_chosen(const SelectArguments& arguments, const RowPlan& row, const Run& slots,
-                                   const TensorTable& table) {
+                                   const TensorTable<kFewTensors>& table) {
     const Rest rest(arguments.selection, row);
     const int64_t* columns = arguments.row_indices();
     rest.write(arguments.selection, arguments.row_indices());
@@ -30,7 +30,7 @@ __device__ inline void copy_chosen(const SelectArguments& arguments, const RowPl
 
 struct SelectAndGatherArguments {
     SelectArguments select;
-    TensorTable table;
+    TensorTable<kFewTensors> table;
 };
 
 // The second of two launches: CTA (share of a block's copies, row). Each ranks all of the block.
@@ -53,7 +53,7 @@ struct PruneArguments {
     Scoring scoring;
     bool is_aligned;
     SelectArguments select;
-    TensorTable table;
+    TensorTable<kFewTensors> table;
 };
 
 struct RankingShared {

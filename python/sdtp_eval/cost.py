@@ -99,7 +99,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             layers = method.layers or PruningSchedule.every(num_layers).layers
             schedule = PruningSchedule(layers=layers, keep_ratio=quality.KEEP_ALL)
             watch = _Watch(model.device)
-            pruners = {layer: watch.timed(score) for layer, score in _scorers(method, layers, model, args.backend).items()}
+            pruners = {
+                layer: watch.timed(score) for layer, score in _scorers(method, layers, model, args.backend).items()
+            }
             with torch.inference_mode(), apply_sdtp(model, pruners, schedule, args.backend), watch.layers(model.model):
                 for i in range(args.runs + 1):
                     model(input_ids, logits_to_keep=1)

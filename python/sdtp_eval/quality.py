@@ -2,7 +2,8 @@
 
 Each sample is read once by the dense model and once by every method with every schedule, so all comparisons are paired.
 The answer is teacher-forced behind the pruned prompt and never pruned itself. Results go to ``samples.jsonl`` as they
-come, and a run that is started again takes up where it was stopped.
+come, and a run that is started again takes up where it was stopped. Under ``accelerate launch`` (or ``torchrun``) the
+processes share the samples and write files of their own, which the first one puts together.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from sdtp_eval.baselines import Oracle
+    from sdtp_eval.parallel import Workers
     from sdtp_kernels import PruningSchedule
     from sdtp_kernels.scorers import StageInput
 
@@ -509,13 +511,19 @@ def run(args: argparse.Namespace) -> int:
     return report(args, evaluate)
 
 
-def report(args: argparse.Namespace, evaluate: Callable[[argparse.Namespace], list[dict[str, Any]]]) -> int:
-    """Evaluate, print the table and write ``rows.jsonl``; mistakes of the user become a message."""
+def report(args: argparse.Namespace, evaluate: Callable[[argparse.Namespace], list[dict[str, Any]] | None]) -> int:
+    """Evaluate, print the table and write ``rows.jsonl``; mistakes of the user become a message.
+
+    Where `evaluate` returns ``None``, another process reports.
+    """
     from sdtp_kernels import BackendUnavailableError
     from sdtp_kernels.cli import CommandError
 
     try:
-        rows = compare.summarize(compare.group(evaluate(args)), args.against)
+        results = evaluate(args)
+        if results is None:
+            return 0
+        rows = compare.summarize(compare.group(results), args.against)
         compare.print_table(rows, args.against)
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (Path(args.out) / "rows.jsonl").write_text(lines, encoding="utf-8")
@@ -524,7 +532,7 @@ def report(args: argparse.Namespace, evaluate: Callable[[argparse.Namespace], li
     return 0
 
 
-def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
+def evaluate(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     """Score everything that the arguments ask for and that the directory ``args.out`` does not hold yet.
 
     Parameters
@@ -534,8 +542,9 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     Returns
     -------
-    list of dict
-        All per-sample results of the directory, as they stand in ``samples.jsonl``: the fields of
+    list of dict, or None
+        ``None`` in all processes but the first, which returns what all have found:
+        all per-sample results of the directory, as they stand in ``samples.jsonl``: the fields of
         :meth:`Reader.result`, those that identify them (``task``, ``protocol``, ``tokens``, ``kind``, ``id``,
         ``method``, ``schedule``) and the facts of the sample (``depth``, ``wording``).
 
@@ -544,7 +553,11 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError
         For options, files, models and machines that cannot work.
     """
+    from sdtp_eval.parallel import join_workers
+
+    workers = join_workers(args.device)
     model, tokenizer = load_model(args)
+    model = model.to(workers.device)
     methods = find_methods(args.methods)
     presses = [method.name for method in methods if method.press is not None]
     if presses and (args.greedy or "ranks" in args.tasks):
@@ -559,12 +572,53 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         )
     ]
     plans = {tokens: plan(args, methods, model.config.num_hidden_layers, tokens) for tokens in args.tokens}
-    file = open_results(Path(args.out), args, model)
-    done = {tuple(result[name] for name in compare.KEY) for result in compare.read_samples([file])}
-    jobs = [(tokens, sample, [job for job in _jobs(args, tokens, sample, plans[tokens]) if job.key not in done])
-            for tokens, sample in samples]  # fmt: skip
-    _work(args, model, tokenizer, [job for job in jobs if job[2]], file)
+    work = [(tokens, sample, _jobs(args, tokens, sample, plans[tokens])) for tokens, sample in samples]
+    order = [job.key for _, _, jobs in work for job in jobs]
+    file = Path(args.out) / SAMPLES
+    if workers.index == 0:
+        open_results(Path(args.out), args, model)
+        join_parts(file, order)  # of a run that was killed
+    workers.wait()
+    done = {_key(result) for result in compare.read_samples([file])}
+    work = [(tokens, sample, [job for job in jobs if job.key not in done]) for tokens, sample, jobs in work]
+    mine = [entry for entry in work if entry[2]][workers.index :: workers.number]
+    _work(args, model, tokenizer, mine, file if workers.index == 0 else part_of(file, workers), workers)
+    workers.wait()
+    if workers.index > 0:
+        return None
+    join_parts(file, order)
     return compare.read_samples([file])
+
+
+def part_of(file: Path, workers: Workers) -> Path:
+    """Where a process other than the first writes its results."""
+    return file.with_suffix(f".{workers.index}.part")
+
+
+def join_parts(file: Path, order: Sequence[tuple[Any, ...]]) -> None:
+    """Put what the processes have written into one file, in the order in which one process would have written it.
+
+    Parameters
+    ----------
+    file : Path
+        Per-sample results of the first process.
+    order : sequence of tuple
+        Keys of all results that are asked for; those of other runs stand before them.
+    """
+    parts = sorted(file.parent.glob(f"{file.stem}.*.part"))
+    if not parts:
+        return
+    place = {key: i for i, key in enumerate(order)}
+    results = sorted(compare.read_samples([file, *parts]), key=lambda result: place.get(_key(result), -1))
+    whole = file.with_suffix(".whole")
+    whole.write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
+    whole.replace(file)
+    for part in parts:
+        part.unlink()
+
+
+def _key(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(result[name] for name in compare.KEY)
 
 
 class Job(NamedTuple):
@@ -597,8 +651,9 @@ def _work(
     tokenizer: Any,
     work: Sequence[tuple[int, Sample, Sequence[Job]]],
     path: Path,
+    workers: Workers,
 ) -> None:
-    """Score and write, with a progress bar on stderr."""
+    """Score and write, with a progress bar on stderr, of the first process."""
     import sys
 
     import torch
@@ -611,7 +666,14 @@ def _work(
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     console = Console(file=sys.stderr, highlight=False)
     with (
-        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, auto_refresh=False) as progress,
+        Progress(
+            *columns,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            auto_refresh=False,
+            disable=workers.index > 0,
+        ) as progress,
         path.open("a", encoding="utf-8") as file,
         torch.no_grad(),  # not inference_mode: an oracle takes gradients
     ):

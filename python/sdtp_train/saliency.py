@@ -85,9 +85,9 @@ def mark(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from sdtp_eval.checkpoints import identify
+    from sdtp_eval.parallel import join_workers
     from sdtp_kernels import PruningSchedule
     from sdtp_train.checkpoint import load_frozen
-    from sdtp_train.parallel import join_workers
     from sdtp_train.targets import check_names
 
     check_names(args.targets)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from sdtp_eval.parallel import Workers
     from sdtp_kernels import PruningSchedule, TokenPruner
-    from sdtp_train.parallel import Workers
 
 LOSSES = ("mse", "rank", "lm", "kl")
 NUM_PAIRS = 4096  # of the ranking loss, per sample and stage
@@ -231,9 +231,9 @@ def train(args: argparse.Namespace) -> None:
         For settings, files and models that cannot work. Nothing is written then.
     """
     from sdtp_eval.checkpoints import identify
+    from sdtp_eval.parallel import join_workers
     from sdtp_kernels import PruningSchedule, save_pruners
     from sdtp_train.checkpoint import load_frozen
-    from sdtp_train.parallel import join_workers
 
     weights = _parse_losses(args.loss)
     _check_settings(args)

@@ -36,7 +36,9 @@ def apply_sdtp(
     Under the block budget a prompt may come in pieces: ``generate(prefill_chunk_size=...)``, later turns of a chat, a
     kept prefix and what follows it; the cache is that of one call with the whole. A call of the model itself with
     ``sdtp_prompt_length=columns`` reads a piece of a prompt of so many columns; without it, a call that continues a
-    cache adds tokens and prunes none. ``generate()`` takes the settings of :meth:`SdtpHandle.request` as keywords.
+    cache adds tokens and prunes none. So does every call that continues a cache under the global budget: what follows
+    a kept prefix is not pruned, and is not what one prompt with all the tokens would be. ``generate()`` takes the
+    settings of :meth:`SdtpHandle.request` as keywords.
 
     Parameters
     ----------

@@ -124,6 +124,22 @@ def _prefill(
         model_kwargs.pop(PROMPT_LENGTH, None)
 
 
+def _why_only_added(pruning: Pruning, is_enabled: bool, tokens: int) -> str:
+    """What the report says of a prompt that continues a cache and is not pruned."""
+    added = f"{tokens} tokens added to a cache, none of them pruned: "
+    if not is_enabled:
+        return added + "every keep ratio is 1.0, or the request not enabled"
+    if pruning.schedule.budget == "global":
+        return added + (
+            "the global budget ranks one prompt at once. This is not what one prompt with all the tokens would give; "
+            'under PruningSchedule(budget="block") it is'
+        )
+    return added + (
+        "later turns are pruned where the cache began pruned, is a DynamicCache that is not offloaded, and apply_sdtp "
+        "was called with later_turns=True and evict_earlier_kv=False"
+    )
+
+
 def _make_forward(pruning: Pruning) -> Callable[..., Any]:
     schedule, handle = pruning.schedule, pruning.handle
     may_go_on = schedule.budget == "block" and pruning.later_turns and not pruning.evict_earlier_kv
@@ -160,6 +176,8 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
         else:
             is_asked = prompt_length is not None and settings.is_enabled
             is_prompt = earlier is not None and (is_asked or earlier.is_behind)
+            if prompt_length is not None and not is_prompt and not torch.compiler.is_compiling():
+                handle.note(_why_only_added(pruning, settings.is_enabled, width))
         is_pruned = is_prompt or (not is_first and any(stage_of(cache, i) for i in range(len(self.layers))))
         if not is_pruned:
             return type(self).forward(

@@ -81,7 +81,11 @@ class SdtpHandle:
         self._note = "no prefill yet"
 
     def report(self) -> PrefillReport:
-        """What happened in the last prefill, or piece of one; calls that only add tokens to a cache are none."""
+        """What happened in the last prefill, or piece of one.
+
+        A prompt that ``generate()`` adds to a cache without pruning it is one, and the note says why; a call of the
+        model itself that adds tokens is none.
+        """
         return self._recorder.report() if self._recorder else PrefillReport(note=self._note)
 
     @contextlib.contextmanager

@@ -427,19 +427,20 @@ void check_rows(const std::vector<TokenRows>& tensors, int64_t batch, const int6
     }
 }
 
-void gather_random(uint64_t seed) {
+void gather_random(uint64_t seed, int num_tensors = 0, int num_launches = 1) {
     begin("gather", seed, 3, 4);
     Memory memory;
     const int64_t batch = integer(1, 2), tokens = integer(1, is_small ? 20 : 60), num_keep = integer(1, tokens);
     std::vector<int64_t> indices(batch * num_keep);
     for (int64_t& index : indices) index = integer(-1, tokens - 1);
     std::vector<TokenRows> all = tensors(memory, batch, tokens, num_keep);
-    if (seed == 0) {
-        while (all.size() <= kMaxTensors) all.push_back(tensor(memory, batch, 1, tokens, 4, num_keep));
+    while (static_cast<int>(all.size()) < num_tensors) {
+        all.push_back(tensor(memory, batch, 1, tokens, 4, num_keep));
     }
     const int before = cuda_on_cpu::num_launches();
     check_launched(gather_tokens(all, memory.copy(indices), batch, num_keep, {}));
-    check(cuda_on_cpu::num_launches() - before == (seed == 0 ? 2 : 1), "not one launch for 64 tensors");
+    const int launches = cuda_on_cpu::num_launches() - before;
+    check(launches == num_launches, std::to_string(launches) + " launches");
     check_rows(all, batch, indices.data(), num_keep);
 }
 
@@ -461,6 +462,10 @@ void gather_far() {
 
 void gather_group() {
     for (uint64_t seed = 0; seed < (is_small ? 2 : 6); ++seed) gather_random(seed);
+    gather_random(0, kFewTensors);
+    gather_random(1, kFewTensors + 1);
+    gather_random(2, kMaxTensors);  // more than keys and values of all layers of any model we know
+    gather_random(3, kMaxTensors + 1, 2);
     gather_far();
 }
 
@@ -504,7 +509,7 @@ void prune_group() {
         prune<BFloat16>(seed, {4096 + 200, 3000, 100}, 0, 1, 3, 4);
         prune<BFloat16>(seed, {4096 + 200, 3000, 50}, 0, 1, 2, 4, 8, 0);  // a pruner without units: nothing to launch
         prune<float>(seed, {30, 30, 30}, 64, 1, 1, 4);                    // no block is complete, nothing to score
-        prune<float>(seed, {2 * 16 + 3, 2 * 8 + 3, 3}, 16, 1, 4, 2, kMaxTensors + 1);
+        prune<float>(seed, {2 * 16 + 3, 2 * 8 + 3, 3}, 16, 1, 3, 2, kFewTensors + 1);
     }
 }
 

@@ -27,8 +27,11 @@ inline constexpr int64_t kMaxBatch = 65535;
 inline constexpr int64_t kMaxTokens = int64_t{1} << 24;
 // A tile of keys is staged together with its neighbours.
 inline constexpr int kMaxPooling = 255;
-// What one launch copies: the table of tensors travels with its arguments, of which there are 4 KiB.
-inline constexpr int kMaxTensors = 64;
+// What one launch copies: the table of tensors travels with its arguments, so that a captured launch owns it. Few of
+// them fit the 4 KiB that every launch has, which the fused ones stay within; a gather by itself may take 32764 bytes
+// (CUDA 12.1, compute capability 7.0).
+inline constexpr int kFewTensors = 64;
+inline constexpr int kMaxTensors = 584;
 
 enum class Element { kFloat32, kBFloat16, kFloat16 };
 
@@ -70,12 +73,12 @@ const char* score_tokens(const Scoring& scoring, float* scores, const Allocate& 
 // One launch.
 const char* select_tokens(const float* scores, const Selection& selection, const Allocate& allocate, Stream stream);
 
-// One launch for every kMaxTensors tensors. indices: [B, num_keep], contiguous.
+// One launch, for every kMaxTensors tensors. indices: [B, num_keep], contiguous.
 const char* gather_tokens(const std::vector<TokenRows>& tensors, const int64_t* indices, int64_t batch_size,
                           int64_t num_keep, Stream stream);
 
 // One launch where blocks hold at most 256 tokens and there is one for every multiprocessor, two for other blocks,
-// three under the global budget. More than kMaxTensors tensors take three or more.
+// three under the global budget. More than kFewTensors tensors take three, and more than kMaxTensors more.
 const char* prune_tokens(const Scoring& scoring, const Selection& selection, const std::vector<TokenRows>& tensors,
                          const Allocate& allocate, Stream stream);
 

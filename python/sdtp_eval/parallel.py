@@ -1,4 +1,4 @@
-"""One process or several: what the two stages need of ``accelerate launch``."""
+"""One process or several: what evaluation and training need of ``accelerate launch``."""
 
 from __future__ import annotations
 
