@@ -964,7 +964,7 @@ MUTANTS = [
     ),
     Mutant(
         "times from a warm cache",
-        BENCH + "gpu_check.py",
+        BENCH + "timing.py",
         "            device.flush()\n",
         "",
         "test_bench_gpu_check.py::test_runs_are_interleaved_and_cold",
