@@ -968,6 +968,34 @@ MUTANTS = [
         "test_devices.py::test_tensor_parallel",
     ),
     Mutant(
+        "rows that make the next ones dirty",
+        "python/sdtp_eval/provenance.py",
+        '":(top,exclude)benchmarks/results", ',
+        "",
+        "test_bench_rows.py::test_revision_is_dirty_where_code_changed",
+    ),
+    Mutant(
+        "changed code taken for the commit",
+        "python/sdtp_eval/provenance.py",
+        ' + ("+dirty" if changed else "")',
+        "",
+        "test_bench_rows.py::test_revision_is_dirty_where_code_changed",
+    ),
+    Mutant(
+        "the commit of somebody else's checkout",
+        "python/sdtp_eval/provenance.py",
+        '        git("ls-files", "--error-unmatch", here.name)',
+        "        pass",
+        "test_bench_rows.py::test_no_revision_in_somebody_elses_checkout",
+    ),
+    Mutant(
+        "a directory of the machine in a published row",
+        "python/sdtp_eval/provenance.py",
+        "Path(word).name if Path(word).is_absolute() else word",
+        "word",
+        "test_bench_rows.py::test_commands_name_no_directory_of_the_machine",
+    ),
+    Mutant(
         "speed against a slower baseline",
         BENCH + "multi.py",
         "best = {\n        method: min(",
@@ -1048,7 +1076,7 @@ MUTANTS = [
     ),
     Mutant(
         "times from a warm cache",
-        BENCH + "gpu_check.py",
+        BENCH + "timing.py",
         "            device.flush()\n",
         "",
         "test_bench_gpu_check.py::test_runs_are_interleaved_and_cold",

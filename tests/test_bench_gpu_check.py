@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdtp_bench import gpu_check, model_check, shapes
+from sdtp_bench import gpu_check, model_check, shapes, timing
 from sdtp_bench.shapes import Case
 from sdtp_kernels import cli
 from sdtp_kernels.backends import cpu, cuda
@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="the model of the times is that of the Trit
 TINY = shapes.Model(hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, num_layers=2)
 CASE = Case("tiny", 150, dtype="fp32", keep=0.7, budget="block", block_size=64, pooling=7)
 SHAPE = gpu_check.Shape(2, 150, 24, 9)
-EVERYONE = {"eager", "torch.compile", "cpu"}
+EVERYONE = {"eager", "eager tuned", "torch.compile", "cpu"}
 
 
 class FakeDevice:
@@ -75,10 +75,10 @@ from pathlib import Path
 sys.path.insert(0, "tests")
 import triton_interpreter
 import test_bench_gpu_check as test
-from sdtp_bench import gpu_check, model_check, shapes
+from sdtp_bench import gpu_check, model_check, shapes, timing
 
 shapes.MODELS["tiny"] = test.TINY
-gpu_check.BLOCK_SIZES, gpu_check.WARM_UPS = (64,), 1
+gpu_check.BLOCK_SIZES, timing.WARM_UPS = (64,), 1
 gpu_check.DTYPES = {"bf16": test.torch.bfloat16, "fp32": test.torch.float32}
 shape, case = test.SHAPE._replace(tokens=70), test.CASE._replace(dtype="bf16")
 sys.exit(gpu_check.examine(test.FakeDevice(), Path(sys.argv[1]), [shape], [case], repeats=2))
@@ -221,10 +221,10 @@ def test_runs_are_interleaved_and_cold() -> None:
         return lambda: device.log.append(name) or order.append(name)
 
     runs = {(name, False): run(name) for name in "ab"}
-    times = gpu_check._times(device, runs, repeats=3)
+    times = timing.interleave(device, runs, repeats=3)
     assert order == ["a", "b", "b", "a"] * 3  # by turns, so that neither always follows the other
     assert device.log == [x for name in order for x in ("flush", "mark", name, "mark")] + ["synchronize"]
-    assert {key: len(value["us_all"]) for key, value in times.items()} == {("a", False): 3, ("b", False): 3}
+    assert {key: len(value) for key, value in times.items()} == {("a", False): 3, ("b", False): 3}
 
 
 def test_unknown_gpus_have_no_model() -> None:

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sdtp_bench.shapes import Stage
     from sdtp_kernels.schedule import StagePlan
 
 
 def prune_tokens(
-    stage: Stage, plan: StagePlan, pooling: int = 1
+    stage: Stage, plan: StagePlan, pooling: int = 1, copy: Callable[..., torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """Linear, GELU, linear, topk, sort and gather, in the model's dtype.
 
@@ -26,6 +28,8 @@ def prune_tokens(
         All in one dtype, as the parts of a model are; see :func:`in_one_dtype`.
     plan : StagePlan
     pooling : int, default 1
+    copy : callable, optional
+        Of a tensor and indices ``[B, K]``: its rows. :func:`gather_rows` by default.
 
     Returns
     -------
@@ -42,11 +46,23 @@ def prune_tokens(
         best = best + torch.arange(0, blocks * size, size, device=best.device).unsqueeze(-1)
     tail = torch.arange(tokens - plan.recent, tokens, device=best.device).expand(batch, -1)
     indices = torch.cat([best.flatten(1).sort().values, tail], dim=1)
-    kept = []
-    for tensor in (hidden_states, *tensors):
-        index = indices if tensor.dim() == 2 else indices.unsqueeze(-1).expand(-1, -1, tensor.shape[2])
-        kept.append(tensor.gather(1, index))
+    copy = copy or gather_rows
+    kept = [copy(tensor, indices) for tensor in (hidden_states, *tensors)]
     return kept[0], kept[1:], indices
+
+
+def gather_rows(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """As people write it: ``gather`` by an index that is expanded to every element of a row."""
+    index = indices if tensor.dim() == 2 else indices.unsqueeze(-1).expand(-1, -1, tensor.shape[2])
+    return tensor.gather(1, index)
+
+
+def copy_rows(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """As one writes it after a profile: ``index_select``, which copies whole rows, one row of the batch at a time."""
+    copies = tensor.new_empty(*indices.shape, *tensor.shape[2:])
+    for row, of_row, copy in zip(tensor, indices, copies, strict=True):
+        torch.index_select(row, 0, of_row, out=copy)
+    return copies
 
 
 def ranked_blocks(scores: torch.Tensor, plan: StagePlan, pooling: int) -> torch.Tensor:

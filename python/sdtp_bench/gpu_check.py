@@ -11,40 +11,29 @@ import functools
 import itertools
 import json
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sdtp_bench import eager
 from sdtp_bench.model_check import check_models
+from sdtp_bench.providers import allowed_error, backends_on, copy_error, error_of, find_providers, make_check
+from sdtp_bench.rows import summary
 from sdtp_bench.shapes import DTYPES, GPUS, Case, Stage, make_stage, random_stage
-from sdtp_kernels import (
-    PruningSchedule,
-    explain_backends,
-    gather_tokens,
-    prune_tokens,
-    reference,
-    score_tokens,
-    select_tokens,
-)
+from sdtp_bench.timing import CudaDevice, interleave
+from sdtp_eval.provenance import describe_run
+from sdtp_kernels import PruningSchedule, gather_tokens, prune_tokens, score_tokens, select_tokens
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Sequence
 
+    from sdtp_bench.providers import Output
+    from sdtp_bench.timing import Device
     from sdtp_kernels.schedule import StagePlan
-
-    # hidden_states, tensors, indices
-    Output = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]
-
-Result = TypeVar("Result")
 
 ROWS, PICTURE = "gpu_check.jsonl", "gpu_check.png"
 REPEATS = 30
@@ -83,68 +72,6 @@ BENCH_CASES = tuple(
 )
 
 
-class Device(Protocol):
-    """The GPU, as far as checks and times need one."""
-
-    torch_device: torch.device
-    compiler: str
-    """Backend of ``torch.compile``."""
-    name: str
-
-    def flush(self) -> None:
-        """Drive everything out of the L2 cache."""
-
-    def mark(self) -> Any:
-        """A point in time between the work given to the device before and after it."""
-
-    def synchronize(self) -> None:
-        """Wait for all work."""
-
-    def microseconds(self, begin: Any, end: Any) -> float:
-        """Time between two marks that have passed."""
-
-    def capture(self, run: Callable[[], Result]) -> Callable[[], Result]:
-        """The work of `run` as one replayable graph."""
-
-
-class CudaDevice:
-    """A GPU of NVIDIA or AMD; see :class:`Device`."""
-
-    torch_device = torch.device("cuda")
-    compiler = "inductor"
-
-    def __init__(self) -> None:
-        properties = torch.cuda.get_device_properties(self.torch_device)
-        self.name = torch.cuda.get_device_name(self.torch_device)
-        # AMD's last cache is not in the properties: at least 512 MB is twice that of every GPU there is.
-        self._cold = torch.empty(max(4 * properties.L2_cache_size, 2**29), dtype=torch.int8, device=self.torch_device)
-
-    def flush(self) -> None:
-        self._cold.zero_()
-
-    def mark(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
-
-    def microseconds(self, begin: Any, end: Any) -> float:
-        return float(begin.elapsed_time(end)) * 1e3
-
-    def capture(self, run: Callable[[], Result]) -> Callable[[], Result]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = run()
-
-        def replay() -> Result:
-            graph.replay()
-            return output
-
-        return replay
-
-
 # ---------------------------------------------------------------------------------------------------- 1: right or wrong
 
 
@@ -165,7 +92,7 @@ def check_kernels(device: Device, shapes: Sequence[Shape] = CHECK_SHAPES) -> Ite
         One row a check: ``kind="check"``, ``backend``, ``op``, sizes and settings, ``error`` (empty where right).
     """
     for dtype_name, dtype in DTYPES.items():
-        backends = _backends(device, dtype)
+        backends = backends_on(device.torch_device, dtype)
         for shape in shapes:
             stage = random_stage(device.torch_device, dtype, *shape, head_dim=64)
             sizes = {**shape._asdict(), "dtype": dtype_name}
@@ -187,14 +114,8 @@ def check_kernels(device: Device, shapes: Sequence[Shape] = CHECK_SHAPES) -> Ite
             checks.append(("gather_tokens", {}, functools.partial(_check_gather, stage)))
             for op, settings, check in checks:
                 for backend in backends:
-                    error = _error_of(check, backend)
+                    error = error_of(check, backend)
                     yield {"kind": "check", "backend": backend, "op": op, **sizes, **settings, "error": error}
-
-
-def _backends(device: Device, dtype: torch.dtype) -> list[str]:
-    """Who can run there, but for the oracle."""
-    statuses = explain_backends(device.torch_device, dtype)
-    return [status.name for status in statuses if status.available and status.name != "reference"]
 
 
 def _settings(shape: Shape) -> Iterator[dict[str, Any]]:
@@ -224,7 +145,7 @@ def _check_score(stage: Stage, rms_eps: float | None, backend: str) -> str:
     expected = score_tokens(stage.hidden_states, *weights, rms_eps=rms_eps, backend="reference")
     # Backends may round the pre-activation to the dtype.
     error = (got - expected).abs().max().item()
-    allowed = _tolerance(expected, max(1e-4, torch.finfo(stage.hidden_states.dtype).eps / 2))
+    allowed = allowed_error(expected, max(1e-4, torch.finfo(stage.hidden_states.dtype).eps / 2))
     if not error <= allowed:  # also where it is NaN
         return f"scores differ by {error:.3g}, allowed are {allowed:.3g}"
     tail = stage.hidden_states[-1:, stage.hidden_states.shape[1] // 3 :]
@@ -250,7 +171,7 @@ def _check_gather(stage: Stage, backend: str) -> str:
     # More than fit the arguments of most launches.
     tensors = [stage.hidden_states, *stage.tensors, keys, *[positions] * 64, positions % 2 == 0]
     got, expected = (gather_tokens(tensors, indices, backend=name) for name in (backend, "reference"))
-    return _copy_error(got, expected)
+    return copy_error(got, expected)
 
 
 def _check_prune(stage: Stage, selection: dict[str, Any], backend: str) -> str:
@@ -261,28 +182,7 @@ def _check_prune(stage: Stage, selection: dict[str, Any], backend: str) -> str:
     if not torch.equal(got.indices, indices):
         return f"{(got.indices != indices).sum().item()} of {indices.numel()} indices differ"
     expected = gather_tokens([hidden_states, *tensors], indices, backend="reference")
-    return _copy_error([got.hidden_states, *got.tensors], expected)
-
-
-def _copy_error(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str:
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"tensor {i}: {list(a.shape)} {a.dtype}, expected {list(b.shape)} {b.dtype}"
-        if not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
-            return f"tensor {i}: not the rows that its indices name"
-    return ""
-
-
-def _tolerance(expected: torch.Tensor, relative: float) -> float:
-    return relative * max(1.0, expected.abs().max().item())
-
-
-def _error_of(check: Callable[..., str], *arguments: Any) -> str:
-    """What a check finds; what it raises counts as found."""
-    try:
-        return check(*arguments)
-    except Exception as error:  # the other checks go on
-        return f"{type(error).__name__}: {error}"
+    return copy_error([got.hidden_states, *got.tensors], expected)
 
 
 # ------------------------------------------------------------------------------------------------ 2: compute-sanitizer
@@ -322,30 +222,6 @@ def _small_run(device: Device) -> int:
 
 # ------------------------------------------------------------------------------------------------------------ 3: times
 
-WARM_UPS = 3
-
-
-def providers(device: Device, case: Case, stage: Stage, plan: StagePlan) -> dict[str, Callable[[], Output]]:
-    """Everyone who prunes: eager PyTorch, the same compiled, and every backend that can run there.
-
-    The reference is not among them: it computes in float64, to be right.
-    """
-    # A program compiled for each length is what is to be timed, and Dynamo stops compiling after a few.
-    torch._dynamo.reset()
-    compiled = torch.compile(eager.prune_tokens, backend=device.compiler, fullgraph=True, dynamic=False)
-    narrow = eager.in_one_dtype(stage)
-    selection = {**plan._asdict(), "pooling": case.pooling}
-    return {
-        "eager": functools.partial(eager.prune_tokens, narrow, plan, case.pooling),
-        "torch.compile": functools.partial(compiled, narrow, plan, case.pooling),
-        **{
-            name: functools.partial(
-                prune_tokens, stage.hidden_states, stage.tensors, *stage.weights, **selection, backend=name
-            )
-            for name in _backends(device, stage.hidden_states.dtype)
-        },
-    }
-
 
 def measure(device: Device, case: Case, repeats: int = REPEATS) -> list[dict[str, Any]]:
     """Time everyone on one case, by turns, each launched directly and as a captured graph.
@@ -367,18 +243,11 @@ def measure(device: Device, case: Case, repeats: int = REPEATS) -> list[dict[str
         on this GPU, computed and not measured, or None where :data:`~sdtp_bench.shapes.GPUS` does not hold it.
     """
     stage, plan = make_stage(case, device.torch_device), case.plan()
-    scores = reference.score_tokens(stage.hidden_states, *stage.weights)
-    # Who computes in the model's dtype rounds scores to it: tokens that near the threshold may change places.
-    tolerance = _tolerance(scores, max(torch.finfo(stage.hidden_states.dtype).eps, 1e-5))
-    ranked = eager.ranked_blocks(scores, plan, case.pooling)
-
-    def check(run: Callable[[], Output]) -> str:
-        return output_error(run(), stage, plan, ranked, tolerance)
-
+    check = make_check(case, stage, plan)
     runs: dict[tuple[str, bool], Callable[[], Output]] = {}
     errors: dict[tuple[str, bool], str] = {}
-    for name, run in providers(device, case, stage, plan).items():
-        errors[name, False] = _error_of(check, run)
+    for name, run in find_providers(device, case, stage, plan).items():
+        errors[name, False] = error_of(check, run)
         if errors[name, False]:
             continue
         runs[name, False] = run
@@ -387,77 +256,26 @@ def measure(device: Device, case: Case, repeats: int = REPEATS) -> list[dict[str
         except Exception as error:  # not everything can be captured; the rest is timed all the same
             errors[name, True] = f"{type(error).__name__}: {error}"
             continue
-        errors[name, True] = _error_of(check, replay)
+        errors[name, True] = error_of(check, replay)
         if not errors[name, True]:
             runs[name, True] = replay
-    times = _times(device, runs, repeats)
+    times = interleave(device, runs, repeats)
     about = {**case._asdict(), "num_keep": plan.num_keep, **_model(device, case, plan)}
     return [
-        {"kind": "time", "provider": name, "graph": graph, **about, "error": error, **times.get((name, graph), {})}
-        for (name, graph), error in errors.items()
+        {
+            "kind": "time",
+            "provider": name,
+            "graph": graph,
+            **about,
+            "error": errors[name, graph],
+            **(
+                {"us": summary(times[name, graph])["quantiles"], "us_all": times[name, graph]}
+                if (name, graph) in times
+                else {}
+            ),
+        }
+        for name, graph in errors
     ]
-
-
-def output_error(output: Output, stage: Stage, plan: StagePlan, ranked: torch.Tensor, tolerance: float) -> str:
-    """What is wrong with a result of ``prune_tokens``, or nothing.
-
-    Parameters
-    ----------
-    output : tuple
-        hidden_states, tensors, indices.
-    stage : Stage
-    plan : StagePlan
-    ranked : Tensor [B, blocks, tokens of a block]
-        :func:`sdtp_bench.eager.ranked_blocks` of exact scores.
-    tolerance : float
-        A dropped token may rank above a kept one by so much.
-
-    Returns
-    -------
-    str
-    """
-    hidden_states, tensors, indices = output
-    batch, tokens, _ = stage.hidden_states.shape
-    if indices.shape != (batch, plan.num_keep):
-        return f"indices are {list(indices.shape)}, expected [{batch}, {plan.num_keep}]"
-    if not ((indices >= 0) & (indices < tokens)).all() or not (indices.diff(dim=1) > 0).all():
-        return "indices are not ascending, or outside the prompt"
-    body = tokens - plan.recent
-    is_kept = torch.zeros(batch, tokens, dtype=torch.bool, device=indices.device).scatter_(1, indices, True)
-    in_block = is_kept[:, :body].view(ranked.shape)
-    if not is_kept[:, body:].all() or in_block.sum(-1).unique().numel() > 1:
-        return "not the last tokens, or not the same count in every block"
-    lowest_kept = ranked.where(in_block, torch.inf).amin(-1)
-    highest_dropped = ranked.where(~in_block, -torch.inf).amax(-1)
-    if not (highest_dropped <= lowest_kept + tolerance).all():
-        return "a token was dropped that ranks above one that was kept"
-    expected = reference.gather_tokens([stage.hidden_states, *stage.tensors], indices)
-    return _copy_error([hidden_states, *tensors], expected)
-
-
-def _times(
-    device: Device, runs: dict[tuple[str, bool], Callable[[], Output]], repeats: int
-) -> dict[tuple[str, bool], dict[str, Any]]:
-    """Microseconds of each run, interleaved and from a cold cache, so that a drift falls on all alike."""
-    keys = list(runs)
-    marks: dict[tuple[str, bool], list[tuple[Any, Any]]] = {key: [] for key in keys}
-    for repeat in range(WARM_UPS + repeats):
-        for i in range(len(keys)):
-            key = keys[(i + repeat) % len(keys)]
-            device.flush()
-            begin = device.mark()
-            runs[key]()
-            end = device.mark()
-            if repeat >= WARM_UPS:
-                marks[key].append((begin, end))
-    device.synchronize()
-    times = {}
-    for key, pairs in marks.items():
-        values = [device.microseconds(*pair) for pair in pairs]
-        deciles = statistics.quantiles(values, n=10, method="inclusive")
-        quantiles = {"p10": deciles[0], "p50": statistics.median(values), "p90": deciles[-1]}
-        times[key] = {"us": quantiles, "us_all": values}
-    return times
 
 
 def _model(device: Device, case: Case, plan: StagePlan) -> dict[str, float | None]:
@@ -513,7 +331,8 @@ def examine(
         0 where all is right, else 1.
     """
     out.mkdir(parents=True, exist_ok=True)
-    about = _about(device)
+    about = describe_run(device.torch_device)
+    about["machine"]["gpu"] = device.name
     print(f"{device.name}, torch {torch.__version__}, revision {about['revision']}")
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), (out / ROWS).open("w", encoding="utf-8") as file:
@@ -551,36 +370,6 @@ def _report(row: dict[str, Any]) -> None:
         )
     elif row["kind"] == "sanitizer":
         print(f"{SANITIZER}: {row['tool'] or 'not found, left out'}", flush=True)
-
-
-def _about(device: Device) -> dict[str, Any]:
-    """What stands with every row: the machine, the versions, the revision, the date."""
-    import triton
-
-    import sdtp_kernels
-
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        revision = None  # not a checkout
-    return {
-        "machine": {
-            "gpu": device.name,
-            "cuda": torch.version.cuda,
-            "hip": torch.version.hip,
-            "processor": platform.machine(),
-            "system": platform.system(),
-        },
-        "versions": {
-            "sdtp-kernels": sdtp_kernels.__version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
-        "revision": revision,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:

@@ -14,7 +14,7 @@ from sdtp_kernels import PruningSchedule, apply_sdtp
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sdtp_bench.gpu_check import Device
+    from sdtp_bench.timing import Device
 
 ATTENTIONS = ("sdpa", "flex_attention")  # and flash attention where it is installed
 TOKENS, PADDING = 600, 170
@@ -28,7 +28,7 @@ def check_models(device: Device) -> Iterator[dict[str, Any]]:
     Parameters
     ----------
     device : Device
-        Of :mod:`sdtp_bench.gpu_check`.
+        Of :mod:`sdtp_bench.timing`.
 
     Yields
     ------
