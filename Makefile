@@ -8,8 +8,11 @@ NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*/*.* csrc/*/*/
 CPP = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+MACHINE ?= $(shell uname -m)-$(shell nproc)core
+RESULTS = benchmarks/results/$(MACHINE)
+BENCH = $(BIN)/sdtp bench
 
-.PHONY: help demo train gpu-check test test-mutants lint format wheel clean
+.PHONY: help demo bench peers train gpu-check test test-mutants lint format wheel clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -38,8 +41,25 @@ $(VENV)/triton-3.8: | $(VENV)/torch.done
 $(VENV)/kvpress: | $(VENV)/torch.done
 	-$(BIN)/pip install --quiet --no-deps --target $@ 'kvpress==0.5.*' cachetools fire termcolor peft
 
+# A peer in C++, whole in its wheel.
+$(VENV)/peers: | $(VENV)/torch.done
+	-$(BIN)/pip install --quiet --no-deps --target $@ xllamacpp==2026.10.11549
+
 demo: $(VENV)/install.done ## a real long text, dense and pruned side by side; options in DEMO_ARGS='--keep 0.8'
 	$(BIN)/sdtp demo $(DEMO_ARGS)
+
+bench: $(VENV)/install.done ## the op, whole prompts and memory on this machine, as rows in benchmarks/results/$(MACHINE)
+	$(BENCH) op --out $(RESULTS)
+	$(BENCH) scaling --out $(RESULTS)
+	$(BENCH) prefill --out $(RESULTS)
+	$(BENCH) prefill --tokens 2048 --dtype bfloat16 --out $(RESULTS)
+	$(BENCH) prefill --tokens 2048 --budget block --keep 0.8 --out $(RESULTS)
+	$(BENCH) decode --out $(RESULTS)
+	$(BENCH) memory --keep 0.8 --dtype bfloat16 --limit-gib 0.25 --halvings 2 --out $(RESULTS)
+
+# Offline: a peer that would fetch weights says so instead.
+peers: $(VENV)/install.done $(VENV)/kvpress $(VENV)/peers ## kvpress, llama.cpp and others at the same budget, likewise
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/$(VENV)/kvpress:$(CURDIR)/$(VENV)/peers $(BENCH) peers --out $(RESULTS)
 
 gpu-check: $(VENV)/install.done ## on a machine with a GPU: prove the kernels there, then time them; exits 2 without one
 	$(BIN)/sdtp bench gpu-check --out benchmarks/results/gpu-check

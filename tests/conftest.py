@@ -1,3 +1,4 @@
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask a network
@@ -47,6 +48,41 @@ def make_qwen2(num_layers=6, hidden_size=64, attention="sdpa", **settings):
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=2 * parameter.shape[1] ** -0.5)
     return model
+
+
+BYTE_MODEL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def byte_checkpoint(tmp_path_factory):
+    """The folder of a random Qwen2 whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant]"
+    config = Qwen2Config(
+        vocab_size=len(alphabet), max_position_embeddings=2048, eos_token_id=None, bos_token_id=None, **BYTE_MODEL
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    # Real checkpoints of other tokenizers do the same; see sdtp_eval.checkpoints.
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "unused.Unused"]}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
 
 
 @pytest.fixture(scope="session")

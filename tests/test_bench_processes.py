@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_qwen2
 
-from sdtp_bench import memory, multi, prefill
+from sdtp_bench import memory, multi, processes
 from sdtp_bench.multi import Launch
 from sdtp_kernels import cli
 
@@ -105,7 +105,7 @@ def test_two_processes_against_one(checkpoint, tmp_path, monkeypatch):
     arguments = ["--model", checkpoint, "--out", str(tmp_path), "--tokens", "300", "--repeats", "2", "--rounds", "1"]
     assert cli.main(["bench", "multi", *arguments, "--device", "cpu"]) == 0
     found = rows(out)
-    assert [(row["processes"], row["method"]) for row in found] == [(n, m) for n in (1, 2) for m in prefill.METHODS]
+    assert [(row["processes"], row["method"]) for row in found] == [(n, m) for n in (1, 2) for m in processes.METHODS]
     assert all(len(row["seconds_all"]) == 2 for row in found)
     assert all(row["versions"]["torch"] == torch.__version__ for row in found)
 

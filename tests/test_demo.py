@@ -9,50 +9,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from conftest import BYTE_MODEL
+from transformers import Qwen2Config
 
 from sdtp_eval import demo, texts
 from sdtp_eval.checkpoints import DEFAULT_NAME, DEFAULT_PRUNERS, bundled_pruners
 from sdtp_eval.flops import prefill_flops, scoring_flops, tokens_per_layer
 from sdtp_kernels import PruningSchedule, TokenPruner, cli, load_pruners, save_pruners
+from sdtp_kernels.scorers import attention_score
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-LAYERS, HIDDEN, HEADS, KV_HEADS, INNER = 8, 32, 4, 2, 48
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant]"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 whose tokens are bytes."""
-    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    tokenizer.chat_template = TEMPLATE
-    config = Qwen2Config(
-        vocab_size=len(alphabet),
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=2048,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    # Real checkpoints of other tokenizers do the same; see sdtp_eval.checkpoints.
-    settings = json.loads((path / "tokenizer_config.json").read_text())
-    settings["auto_map"] = {"AutoTokenizer": [None, "unused.Unused"]}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    return path
+HIDDEN, HEADS, KV_HEADS = (BYTE_MODEL[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
 
 
 @pytest.fixture(autouse=True)
@@ -65,14 +34,14 @@ def one_thread():
 
 
 @pytest.fixture
-def sdtp(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+def sdtp(byte_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs ``sdtp demo`` on the tiny checkpoint and returns its status."""
     point = metadata.EntryPoint("demo", "sdtp_eval.demo:add_command", cli.GROUP)
     monkeypatch.setattr(cli, "plugin_commands", lambda: {"demo": point})
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def run(*options: object) -> int:
-        defaults = {"--model": checkpoint, "--tokens": 400, "--new-tokens": 4, "--repeats": 3}
+        defaults = {"--model": byte_checkpoint, "--tokens": 400, "--new-tokens": 4, "--repeats": 3}
         given = {str(option) for option in options}
         words = [str(word) for pair in defaults.items() if pair[0] not in given for word in pair]
         return cli.main(["demo", *words, *map(str, options)])
@@ -224,10 +193,10 @@ def test_no_figures_from_a_wrong_model(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_prompt_has_the_asked_length_and_ends_with_the_question(checkpoint: Path) -> None:
+def test_prompt_has_the_asked_length_and_ends_with_the_question(byte_checkpoint: Path) -> None:
     from sdtp_eval.checkpoints import load_checkpoint
 
-    _, tokenizer = load_checkpoint(checkpoint)
+    _, tokenizer = load_checkpoint(byte_checkpoint)
     prompt, notes = demo.build_prompt(tokenizer, texts.language_reference(), "Why?", 321)
     assert (len(prompt), notes) == (321, [])
     assert tokenizer.decode(prompt).startswith("[user] " + texts.language_reference()[:100])
@@ -276,6 +245,10 @@ def test_flops_by_hand() -> None:
     # As a term of a pruner: the last 8 queries.
     both = {layer: TokenPruner(8, 3, attention=True) for layer in (1, 2)}
     assert scoring_flops(config, schedule, 100, both) == (48 + 6) * 150 + attention // 4
+    # Blocks do not see the prompt's end: there a pruner scores by its MLP alone.
+    blocks = PruningSchedule(layers=(1, 2), keep_ratio=0.5, sink=0, budget="block", block_size=50, min_prompt=1)
+    assert scoring_flops(config, blocks, 100, both) == (48 + 6) * 150
+    assert scoring_flops(config, schedule, 100, attention_score) == attention
     assert scoring_flops(config, schedule, 100, "recent") == 0
     short = PruningSchedule(layers=(1, 2), keep_ratio=0.5, min_prompt=101)
     assert scoring_flops(config, short, 100, pruners) == 0

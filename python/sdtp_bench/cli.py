@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdtp_bench import gpu_check, memory, multi, op, roofline
+from sdtp_bench import end_to_end, gpu_check, memory, multi, op, peers, roofline
 
 
 def add_command(subparsers: Any) -> None:
@@ -13,6 +13,8 @@ def add_command(subparsers: Any) -> None:
     commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
     op.add_parsers(commands)
     roofline.add_parser(commands)
+    end_to_end.add_parsers(commands)
     gpu_check.add_parser(commands)
     memory.add_parser(commands)
     multi.add_parser(commands)
+    peers.add_parser(commands)

@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from sdtp_bench import prefill
+from sdtp_bench import processes
 
 if TYPE_CHECKING:
     import argparse
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 DOES_NOT_FIT = 77  # exit status of a trial; no other part of Python uses it
 # What a process dies of that may not have memory: an allocation that nobody could catch, or the kernel's own choice.
 DEADLY = frozenset({-signal.SIGABRT, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS})
-WARM_UP = 128  # tokens of a first prefill, which starts threads and loads what is loaded lazily
 
 
 def add_parser(commands: Any) -> None:
     """Add ``memory`` to the parsers of ``sdtp bench``."""
     parser = commands.add_parser("memory", help="the longest prompt that fits, dense and pruned")
-    prefill.add_arguments(parser)
+    processes.add_arguments(parser)
     parser.add_argument(
         "--limit-gib", type=float, metavar="GIB", help="memory beside the weights (CPU: 4; GPU: what the card has)"
     )
@@ -41,9 +40,9 @@ def run(args: argparse.Namespace) -> int:
     from sdtp_kernels.cli import CommandError
 
     try:
-        rows = search(prefill.complete(args))
-        prefill.write_rows(rows, args)
-    except (ValueError, OSError, ImportError, prefill.TrialError) as error:
+        rows = search(processes.complete(args))
+        processes.write_rows(rows, args)
+    except (ValueError, OSError, ImportError, processes.TrialError) as error:
         raise CommandError(str(error)) from error
     for row in rows:
         kv = "" if row["kv_bytes"] is None else f", KV cache {row['kv_bytes'] / 2**20:.1f} MiB"
@@ -78,7 +77,7 @@ def search(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.device == "cpu" and args.limit_gib is None:
         settings["limit_gib"] = 4.0
     rows = []
-    for method in prefill.METHODS:
+    for method in processes.METHODS:
         trials: list[tuple[int, bool]] = []
         kv_bytes: dict[int, int] = {0: 0}
 
@@ -141,19 +140,19 @@ def attempt(settings: dict[str, Any]) -> int | None:
     TrialError
         If the process fails for another reason.
     """
-    result = prefill.run_module(__name__, settings)
+    result = processes.run_module(__name__, settings)
     if result.returncode == DOES_NOT_FIT or result.returncode in DEADLY:
         return None
-    return int(prefill.answer_of(result)["kv_bytes"])
+    return int(processes.answer_of(result)["kv_bytes"])
 
 
 def trial(settings: dict[str, Any]) -> int:
     """What the process of one trial does; its exit status."""
     import torch
 
-    subject = prefill.Subject(settings)
+    subject = processes.Subject(settings)
     with subject.method(settings["method"]):
-        subject.prefill(WARM_UP)
+        subject.prefill(processes.WARM_UP)
         _limit(settings["device"], settings["limit_gib"])
         try:
             _, cache = subject.prefill(settings["tokens"])

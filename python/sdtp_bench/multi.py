@@ -13,7 +13,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdtp_bench import prefill
+from sdtp_bench import processes
 
 if TYPE_CHECKING:
     import argparse
@@ -34,7 +34,7 @@ class Launch(NamedTuple):
 def add_parser(commands: Any) -> None:
     """Add ``multi`` to the parsers of ``sdtp bench``."""
     parser = commands.add_parser("multi", help="prefill on several devices against the best single one")
-    prefill.add_arguments(parser)
+    processes.add_arguments(parser)
     parser.add_argument("--nproc", type=int, default=2, help="processes, on GPUs one for each (%(default)s)")
     parser.add_argument("--tokens", type=int, default=4096, help="length of the prompt (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed prefills of each kind in a launch (%(default)s)")
@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
     from sdtp_kernels.cli import CommandError
 
     try:
-        rows = measure(prefill.complete(args))
-        prefill.write_rows(rows, args)
-    except (ValueError, OSError, ImportError, prefill.TrialError) as error:
+        rows = measure(processes.complete(args))
+        processes.write_rows(rows, args)
+    except (ValueError, OSError, ImportError, processes.TrialError) as error:
         raise CommandError(str(error)) from error
     for row in rows:
         threads = "" if args.device == "cuda" else f" x {row['threads']} threads"
@@ -93,13 +93,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             answers[launch].append(_answer(launch, settings))
     single = [launch for launch in launches if launch.processes == 1]
     for launch in launches:
-        for method in prefill.METHODS:
+        for method in processes.METHODS:
             check(answers[single[0]][0][method], answers[launch][0][method], TOLERANCES[args.dtype], launch, method)
     return rows_of(
         {
             (launch, method): [s for answer in found for s in answer[method]["seconds"]]
             for launch, found in answers.items()
-            for method in prefill.METHODS
+            for method in processes.METHODS
         }
     )
 
@@ -117,7 +117,7 @@ def rows_of(seconds: dict[tuple[Launch, str], list[float]]) -> list[dict[str, An
     medians = {key: statistics.median(times) for key, times in seconds.items()}
     best = {
         method: min(median for (launch, m), median in medians.items() if m == method and launch.processes == 1)
-        for method in prefill.METHODS
+        for method in processes.METHODS
     }
     return [
         {
@@ -154,8 +154,8 @@ def _answer(launch: Launch, settings: dict[str, Any]) -> dict[str, Any]:
     if launch.processes > 1:
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(launch.processes))
     environment = {"OMP_NUM_THREADS": str(launch.threads), "MKL_NUM_THREADS": str(launch.threads)}
-    result = prefill.run_module(__name__, {**settings, **launch._asdict()}, launcher, environment)
-    answer: dict[str, Any] = prefill.answer_of(result)
+    result = processes.run_module(__name__, {**settings, **launch._asdict()}, launcher, environment)
+    answer: dict[str, Any] = processes.answer_of(result)
     return answer
 
 
@@ -166,7 +166,7 @@ def work(settings: dict[str, Any]) -> None:
     is_parallel = settings["processes"] > 1
     if settings["device"] == "cpu":
         torch.set_num_threads(settings["threads"])
-    subject = prefill.Subject(settings, **({"tp_plan": "auto"} if is_parallel else {}))
+    subject = processes.Subject(settings, **({"tp_plan": "auto"} if is_parallel else {}))
 
     def meet() -> None:
         if settings["device"] == "cuda":
@@ -174,9 +174,9 @@ def work(settings: dict[str, Any]) -> None:
         if is_parallel:
             torch.distributed.barrier()
 
-    answer: dict[str, Any] = {method: {"seconds": []} for method in prefill.METHODS}
+    answer: dict[str, Any] = {method: {"seconds": []} for method in processes.METHODS}
     for repeat in range(WARM_UPS + settings["repeats"]):
-        for method in prefill.METHODS:
+        for method in processes.METHODS:
             with subject.method(method):
                 meet()
                 begin = time.perf_counter()

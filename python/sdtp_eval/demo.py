@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import json
 import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from sdtp_eval.flops import prefill_flops, scoring_flops, tokens_per_layer
+from sdtp_eval.paired import Pair, cache_bytes, in_turns, timed
 from sdtp_eval.provenance import describe_run
+from sdtp_eval.quality import KEEP_ALL, greedy
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Mapping
 
-    import torch
     from transformers import PreTrainedTokenizerBase
 
-    from sdtp_kernels import PrefillReport, PruningSchedule, SdtpHandle, TokenPruner
+    from sdtp_kernels import PruningSchedule, TokenPruner
 
 QUESTION = "Which programming language does this text describe?"
 DTYPES = ("float32", "bfloat16", "float16")
 MIN_REPEATS = 3
-# Keeps every token of up to a million, yet is less than 1; see _run.
-KEEP_ALL = 1 - 1e-8
 
 
 def add_command(subparsers: Any) -> None:
@@ -79,10 +75,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class GateError(ValueError):
-    """The patched model does not compute what it must, so its speed is of no interest."""
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Prefill dense and pruned, alternating, and answer the question both ways.
 
@@ -129,16 +121,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if longest is not None and len(prompt) > longest:
         notes.append(f"the prompt is longer than the {longest} tokens that the model was made for")
     pruners, schedule = _method(args, model.config)
-    trial = _Trial(model, tokenizer, torch.tensor([prompt], device=device), pruners, schedule, args.backend)
-    trial.patched().remove()  # refuses now what it would refuse later
+    pair = Pair(model, torch.tensor([prompt], device=device), pruners, schedule, args.backend)
+    pair.patched().remove()  # refuses now what it would refuse later
+
+    def answer() -> str:
+        new = greedy(model, prompt, [], args.new_tokens)
+        return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
     with torch.inference_mode():
-        measured = _run(trial, args.repeats, args.new_tokens)
-    lengths = tokens_per_layer(schedule, len(prompt), model.config.num_hidden_layers)
-    flops = {
-        "dense": prefill_flops(model.config, [len(prompt)] * len(lengths)),
-        "pruned": prefill_flops(model.config, lengths) + scoring_flops(model.config, schedule, len(prompt), pruners),
-    }
+        measured = _run(pair, args.repeats, answer)
+    lengths, flops = pair.tokens_per_layer, pair.flops()
     medians = {kind: statistics.median(values) for kind, values in measured["prefill_s_all"].items()}
     speedup, ideal = medians["dense"] / medians["pruned"], flops["dense"] / flops["pruned"]
     return {
@@ -213,11 +205,6 @@ def build_prompt(
     return [*head, *body, *tail], notes
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all keys and values that a cache of transformers holds."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
 # ------------------------------------------------------------------------------------------------------ settings
 
 
@@ -247,59 +234,7 @@ def _method(args: argparse.Namespace, config: Any) -> tuple[Mapping[int, TokenPr
 # ----------------------------------------------------------------------------------------------------- measuring
 
 
-class _Trial(NamedTuple):
-    """One prompt, one model, one way to prune it."""
-
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    input_ids: torch.Tensor
-    pruners: Mapping[int, TokenPruner] | str
-    schedule: PruningSchedule
-    backend: str
-
-    def patched(self, **changes: Any) -> SdtpHandle:
-        """The model, pruning by the schedule with these changes."""
-        from sdtp_kernels import apply_sdtp
-
-        return apply_sdtp(self.model, self.pruners, dataclasses.replace(self.schedule, **changes), self.backend)
-
-    def prefill(self) -> Any:
-        return self.model(self.input_ids, use_cache=True, logits_to_keep=1)
-
-    def seconds(self) -> float:
-        """Time of one prefill."""
-        import torch
-
-        on_gpu = self.input_ids.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        self.prefill()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    def answer(self, new_tokens: int) -> str:
-        """Greedy continuation of at most `new_tokens` tokens."""
-        import torch
-        from transformers import GenerationConfig
-
-        own = self.model.generation_config
-        # Greedy, whatever sampling the checkpoint prefers: the two answers are to be compared.
-        settings = GenerationConfig(
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=own.eos_token_id,
-            pad_token_id=own.pad_token_id if own.pad_token_id is not None else self.tokenizer.eos_token_id,
-        )
-        output = self.model.generate(
-            self.input_ids, attention_mask=torch.ones_like(self.input_ids), generation_config=settings
-        )
-        new = output[0, self.input_ids.shape[1] :]
-        return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
-
-
-def _run(trial: _Trial, repeats: int, new_tokens: int) -> dict[str, Any]:
+def _run(pair: Pair, repeats: int, answer: Callable[[], str]) -> dict[str, Any]:
     """Check, measure, answer, with a progress bar on stderr."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -315,61 +250,30 @@ def _run(trial: _Trial, repeats: int, new_tokens: int) -> dict[str, Any]:
             progress.advance(task)
             return done
 
-        dense = step("dense, warming up", trial.prefill)
-        # At a keep ratio of exactly 1 the patch hands the prompt to the original forward, which proves little. A little
-        # less goes through scoring, selection, gather and the pruned loop, and keeps every token all the same.
+        dense = step("dense, warming up", pair.prefill)
         for keep_ratio in (1.0, KEEP_ALL):
-            with trial.patched(keep_ratio=keep_ratio):
-                _check_equal(step("check: all kept is dense", trial.prefill).logits, dense.logits, keep_ratio)
-        with trial.patched() as handle:
-            pruned = step("pruned, warming up", trial.prefill)
-            report = handle.report()
-        _check_kept(trial, report, pruned)
+            step("check: all kept is dense", pair.check_keeping_all, dense.logits, keep_ratio)
+        report, pruned = step("pruned, warming up", pair.check_kept)
         kv_bytes = {"dense": cache_bytes(dense.cache), "pruned": cache_bytes(pruned.cache)}
         del dense, pruned
 
         seconds: dict[str, list[float]] = {"dense": [], "pruned": []}
         gc.collect()  # a collection costs more than many a prefill: not while the clock runs
-        for repeat in range(repeats):
-            # Alternating order, so that a drift of the machine's speed falls on both alike.
-            for kind in ("dense", "pruned") if repeat % 2 == 0 else ("pruned", "dense"):
-                with trial.patched() if kind == "pruned" else contextlib.nullcontext():
-                    seconds[kind].append(step(f"{kind}, prefill {repeat + 1}", trial.seconds))
+        for i, kind in enumerate(in_turns(list(seconds), repeats)):
+            with pair.patched() if kind == "pruned" else contextlib.nullcontext():
+                _, spent = step(f"{kind}, prefill {i // 2 + 1}", timed, pair.prefill, pair.input_ids.device)
+                seconds[kind].append(spent)
 
-        answers = {"dense": step("dense, answering", trial.answer, new_tokens)}
-        with trial.patched():
-            answers["pruned"] = step("pruned, answering", trial.answer, new_tokens)
+        answers = {"dense": step("dense, answering", answer)}
+        with pair.patched():
+            answers["pruned"] = step("pruned, answering", answer)
     return {
         "prefill_s_all": seconds,
         "kv_bytes": kv_bytes,
         "answers": answers,
-        "backend": report.backend or trial.backend,
+        "backend": report.backend or pair.backend,
         "note": report.note,
     }
-
-
-def _check_equal(logits: torch.Tensor, dense: torch.Tensor, keep_ratio: float) -> None:
-    import torch
-
-    if not torch.equal(logits, dense):
-        raise GateError(
-            f"no figures: with keep ratio {keep_ratio} the patched model must equal the unpatched one bit for bit, but "
-            f"its logits differ by {(logits - dense).abs().max().item():.3g}. Please report it with the output of "
-            "'sdtp doctor --json'"
-        )
-
-
-def _check_kept(trial: _Trial, report: PrefillReport, output: Any) -> None:
-    import torch
-
-    layers = output.cache.layers
-    cached = [layer.keys.shape[-2] for layer in layers]
-    expected = tokens_per_layer(trial.schedule, trial.input_ids.shape[1], len(layers))
-    reported = [layer.tokens_out for layer in report.layers] or expected  # empty where nothing was pruned
-    if not cached == expected == reported:
-        raise GateError(f"no figures: the schedule keeps {expected} tokens per layer, the cache holds {cached}")
-    if not torch.isfinite(output.logits).all():
-        raise GateError("no figures: the pruned model's logits are not finite; try --dtype float32")
 
 
 # ----------------------------------------------------------------------------------------------------- reporting

@@ -6,10 +6,13 @@ softmax and the copies of pruning are not: they are what an implementation has t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Sequence
+
+    import torch
 
     from sdtp_kernels import PruningSchedule, TokenPruner
 
@@ -43,7 +46,12 @@ def tokens_per_layer(schedule: PruningSchedule, length: int, num_layers: int) ->
     return [schedule.num_keep(length, sum(start <= i for start in schedule.layers)) for i in range(num_layers)]
 
 
-def scoring_flops(config: Any, schedule: PruningSchedule, length: int, pruners: Mapping[int, TokenPruner] | str) -> int:
+def scoring_flops(
+    config: Any,
+    schedule: PruningSchedule,
+    length: int,
+    pruners: Mapping[int, TokenPruner] | str | Callable[..., torch.Tensor],
+) -> int:
     """Operations of all scorers in one prefill.
 
     Parameters
@@ -52,16 +60,16 @@ def scoring_flops(config: Any, schedule: PruningSchedule, length: int, pruners: 
     schedule : PruningSchedule
     length : int
         Tokens of the prompt.
-    pruners : mapping of int to TokenPruner, or str
+    pruners : mapping of int to TokenPruner, str or callable
         As :func:`sdtp_kernels.apply_sdtp` takes them. A pruner costs ``2 n H (D + 1)``; last-window attention, as a
-        scorer or as a term of a pruner, costs the window's query projection and logits, since the keys are in the
-        cache; the other names are counted as free.
+        scorer or - under the global budget - as a term of a pruner, costs the window's query projection and logits,
+        since the keys are in the cache; the other scorers are counted as free.
 
     Returns
     -------
     int
     """
-    from sdtp_kernels.scorers import ATTENTION_WINDOW, QUESTION_WINDOW
+    from sdtp_kernels.scorers import ATTENTION_WINDOW, QUESTION_WINDOW, attention_score
 
     if length < schedule.min_prompt:
         return 0
@@ -71,12 +79,14 @@ def scoring_flops(config: Any, schedule: PruningSchedule, length: int, pruners: 
         if not schedule.drops(stage):
             continue
         n = schedule.num_keep(length, stage - 1)
-        pruner = None if isinstance(pruners, str) else pruners[layer]
-        if pruner is not None:
+        window = 0
+        if isinstance(pruners, Mapping):
+            pruner = pruners[layer]
             total += 2 * n * pruner.intermediate_size * (hidden + 1)
-        window = ATTENTION_WINDOW if pruners == "attention" else 0
-        if pruner is not None and pruner.attention:
-            window = QUESTION_WINDOW
+            if pruner.attention and schedule.sees_prompt_end:
+                window = QUESTION_WINDOW
+        elif pruners in ("attention", attention_score):
+            window = ATTENTION_WINDOW
         total += 2 * min(window, n) * heads * head_dim * (hidden + n)
     return total
 

@@ -39,7 +39,7 @@ def find_press(word: str) -> Any:
     found = getattr(kvpress, f"{word.removeprefix(PREFIX)}Press", None)
     if not hasattr(found, "compression_ratio"):
         names = [name.removesuffix("Press") for name in dir(kvpress) if hasattr(getattr(kvpress, name), "score")]
-        raise ValueError(f"no method {word!r}; kvpress {_version()} has {', '.join(names)}")
+        raise ValueError(f"no method {word!r}; kvpress {version()} has {', '.join(names)}")
     return found
 
 
@@ -129,10 +129,11 @@ def _translated(model: Any) -> Iterator[None]:
         yield
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+def version() -> str:
+    """Of kvpress, as it is installed."""
+    from importlib import metadata
 
     try:
-        return version("kvpress")
-    except PackageNotFoundError:
+        return metadata.version("kvpress")
+    except metadata.PackageNotFoundError:
         return "(unknown version)"

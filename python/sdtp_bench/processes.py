@@ -1,4 +1,4 @@
-"""What ``bench memory`` and ``bench multi`` run in processes of their own: one prefill, dense or pruned."""
+"""What benchmarks run in processes of their own, and one prefill there, dense or pruned."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 METHODS = ("dense", "pruned")
 DTYPES = ("float32", "bfloat16", "float16")
+WARM_UP = 128  # tokens of a first prefill, which starts threads and loads what is loaded lazily
 
 
 class TrialError(RuntimeError):

@@ -1,0 +1,514 @@
+"""``sdtp bench prefill`` and ``decode``: whole prompts, dense and pruned, by turns in one run.
+
+Nothing is timed before the patched model has been shown to equal the dense one bit for bit where it keeps every token,
+and to keep the tokens that the schedule says. All ways to prune a prompt take turns with the dense model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sdtp_bench import processes
+from sdtp_bench.breakdown import BUCKETS, where_time_goes
+from sdtp_eval.paired import GateError, Pair, cache_bytes, cached_tokens, in_turns, timed
+from sdtp_eval.quality import KEEP_ALL
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator, Sequence
+
+    import torch
+
+DENSE, PRUNED = "dense", "pruned"
+BUDGETS = ("global", "block")
+FEW = 4  # tokens that must be the dense model's where all of the prompt is kept
+
+
+class Way(NamedTuple):
+    """How a prompt is pruned."""
+
+    keep: float
+    budget: str
+
+
+def add_parsers(commands: Any) -> None:
+    """Add ``prefill`` and ``decode`` to the parsers of ``sdtp bench``."""
+    prefill = commands.add_parser("prefill", help="time of a prefill, dense and pruned, and where it goes")
+    _add_options(prefill, tokens=[1024, 2048, 4096], repeats=3)
+    prefill.add_argument(
+        "--no-peak", action="store_true", help="leave out peak memory, which takes processes of its own"
+    )
+    prefill.set_defaults(run=lambda args: run(args, prefill_rows))
+    decode = commands.add_parser("decode", help="time of a prefill and the tokens that follow, dense and pruned")
+    _add_options(decode, tokens=[2048], repeats=2)
+    decode.add_argument("--new-tokens", type=int, default=128, help="tokens behind the prompt (%(default)s)")
+    decode.set_defaults(run=lambda args: run(args, decode_rows))
+
+
+def _add_options(parser: argparse.ArgumentParser, tokens: list[int], repeats: int) -> None:
+    lengths = " ".join(map(str, tokens))
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="a Qwen2 checkpoint (default: SmolLM2-135M-Instruct)")
+    parser.add_argument(
+        "--method", metavar="METHOD",
+        help="a pruner file or a scorer (default: the pruners that the default model comes with, else attention)",
+    )  # fmt: skip
+    parser.add_argument("--tokens", nargs="+", type=int, default=tokens, help=f"prompt lengths (default: {lengths})")
+    parser.add_argument(
+        "--keep", nargs="+", type=float, default=[0.9, 0.8, 0.7], help="share that each stage keeps (0.9 0.8 0.7)"
+    )
+    parser.add_argument("--budget", nargs="+", choices=BUDGETS, default=["global"], help="default: global")
+    parser.add_argument("--block-size", type=int, default=512, help="tokens of a block (%(default)s)")
+    parser.add_argument("--dtype", nargs="+", choices=processes.DTYPES, default=["float32"], help="default: float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--backend", default="auto", help="who runs the ops; see 'sdtp doctor' (%(default)s)")
+    parser.add_argument("--text", metavar="FILE", help="the text to read (default: Python's language reference)")
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed rounds (%(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="append the rows to a file of their own there, as JSON lines")
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+def run(args: argparse.Namespace, rows_of: Callable[[argparse.Namespace, Setting], list[dict[str, Any]]]) -> int:
+    """Measure every dtype and length, and print and write the rows of each as they come."""
+    from sdtp_bench.rows import append_rows
+    from sdtp_kernels import BackendUnavailableError
+    from sdtp_kernels.cli import CommandError
+
+    expected = (ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError, processes.TrialError)
+    try:
+        _check(args)
+        for setting in settings_of(args):
+            rows = rows_of(args, setting)
+            print_rows(rows)
+            if args.out:
+                append_rows(args.out, rows, args.device)
+    except expected as error:
+        raise CommandError(str(error)) from error
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    from sdtp_eval.checkpoints import DEFAULT_PRUNERS
+
+    for name in ("repeats", "new_tokens"):
+        if getattr(args, name, 1) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    if args.method is None:
+        args.method = "attention" if args.model else DEFAULT_PRUNERS
+    processes.complete(args)
+
+
+class Setting(NamedTuple):
+    """One prompt in one dtype, and the ways to prune it."""
+
+    method: str
+    dtype: str
+    tokenizer: Any
+    pairs: dict[Way, Pair]
+
+    @property
+    def any_pair(self) -> Pair:
+        """Of the dense model all are alike."""
+        return next(iter(self.pairs.values()))
+
+
+def settings_of(args: argparse.Namespace) -> Iterator[Setting]:
+    """Every dtype and length that the arguments ask for.
+
+    Raises
+    ------
+    ValueError, OSError
+        For options, files and models that cannot work.
+    """
+    import torch
+
+    from sdtp_eval import quality, texts
+    from sdtp_eval.checkpoints import load_checkpoint
+    from sdtp_eval.demo import QUESTION, build_prompt
+    from sdtp_kernels import PruningSchedule
+
+    text = texts.read_text(args.text) if args.text else texts.language_reference()
+    (method,) = quality.find_methods([args.method], oracles=False)
+    for dtype in args.dtype:
+        model, tokenizer = load_checkpoint(args.model, getattr(torch, dtype))
+        model = model.to(args.device)
+        layers = method.layers or PruningSchedule.every(model.config.num_hidden_layers).layers
+        for tokens in args.tokens:
+            prompt, notes = build_prompt(tokenizer, text, QUESTION, tokens)
+            if notes:
+                raise ValueError(f"--tokens {tokens}: {notes[0]}; give a longer one with --text")
+            input_ids = torch.tensor([prompt], device=args.device)
+            pairs = {}
+            for keep, budget in itertools.product(args.keep, args.budget):
+                schedule = PruningSchedule(layers, keep, budget=budget, block_size=args.block_size)
+                pairs[Way(keep, budget)] = Pair(model, input_ids, method.pruners, schedule, args.backend)
+            yield Setting(method.name, dtype, tokenizer, pairs)
+
+
+# ------------------------------------------------------------------------------------------------------------ prefill
+
+
+def prefill_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
+    """Prefill a prompt dense and in every way, and say where the time went.
+
+    Returns
+    -------
+    list of dict
+        A row for each way: settings, ``dense_s`` and ``pruned_s`` (medians), ``dense_s_all`` and ``pruned_s_all``,
+        ``speedup``, ``ideal`` (dense over pruned FLOPs), ``share_of_ideal``, ``mean_keep``, ``tokens_per_layer``,
+        ``kv_bytes``, ``stage_share``, ``where`` (seconds by bucket of one prefill under the profiler) and, unless left
+        out, ``peak_bytes`` above the weights. ``stage_share`` is the mean time of a stage over the mean time of a
+        decoder layer of the same pruned prefill; its median over the repetitions.
+
+    Raises
+    ------
+    GateError
+        If a check fails; no figures then.
+    TrialError
+        If a process that measures memory fails.
+    """
+    import torch
+
+    with torch.inference_mode():
+        dense, kv_bytes = gate(setting)
+        seconds: dict[Any, list[float]] = defaultdict(list)
+        stage_shares: dict[Way, list[float]] = defaultdict(list)
+        gc.collect()  # a collection costs more than many a prefill: not while the clock runs
+        for way in in_turns([None, *setting.pairs], args.repeats):
+            pair = dense if way is None else setting.pairs[way]
+            with contextlib.nullcontext() if way is None else pair.patched() as handle:
+                seconds[way].append(timed(pair.prefill, pair.input_ids.device)[1])
+            if handle is not None and way is not None:
+                stage_shares[way].append(stage_share(handle.report()))
+        where: dict[Way | None, dict[str, float]] = {None: where_time_goes(dense.prefill, dense.model)}
+        for way, pair in setting.pairs.items():
+            with pair.patched():
+                where[way] = where_time_goes(pair.prefill, pair.model)
+    peak = {} if args.no_peak else peaks(args, setting)
+    rows = []
+    for way in setting.pairs:
+        row = common(args, "prefill", setting, way, seconds[None], seconds[way])
+        row["kv_bytes"] = {DENSE: kv_bytes[None], PRUNED: kv_bytes[way]}
+        row["stage_share"] = statistics.median(stage_shares[way])
+        row["where"] = {DENSE: where[None], PRUNED: where[way]}
+        if peak:
+            row["peak_bytes"] = {DENSE: peak[None], PRUNED: peak[way]}
+        rows.append(row)
+    return rows
+
+
+def gate(setting: Setting) -> tuple[Pair, dict[Way | None, int]]:
+    """Check every way against the dense model; this warms both up as well.
+
+    Returns
+    -------
+    dense : Pair
+        Whose ``prefill()`` is that of the dense model, as it is not patched.
+    kv_bytes : dict
+        Of the cache of each way, and of the dense model's under ``None``.
+
+    Raises
+    ------
+    GateError
+        If a check fails.
+    """
+    dense = setting.any_pair
+    output = dense.prefill()
+    kv_bytes: dict[Way | None, int] = {None: cache_bytes(output.cache)}
+    for pair in {way.budget: pair for way, pair in setting.pairs.items()}.values():
+        pair.check_keeping_all(output.logits, KEEP_ALL)
+    for way, pair in setting.pairs.items():
+        kv_bytes[way] = cache_bytes(pair.check_kept()[1].cache)
+    return dense, kv_bytes
+
+
+def common(
+    args: argparse.Namespace, bench: str, setting: Setting, way: Way, dense_s: list[float], pruned_s: list[float]
+) -> dict[str, Any]:
+    """What rows of both commands say: what was measured, the time of the prefill, and the ideal beside it."""
+    pair = setting.pairs[way]
+    lengths, flops = pair.tokens_per_layer, pair.flops()
+    medians = statistics.median(dense_s), statistics.median(pruned_s)
+    speedup, ideal = medians[0] / medians[1], flops[DENSE] / flops[PRUNED]
+    return {
+        "bench": bench,
+        "checkpoint": Path(args.model).name,
+        "tokens": pair.tokens,
+        "keep": way.keep,
+        "budget": way.budget,
+        "block_size": pair.schedule.block_size if way.budget == "block" else None,
+        "dtype": setting.dtype,
+        "method": setting.method,
+        "dense_s": medians[0],
+        "pruned_s": medians[1],
+        "dense_s_all": dense_s,
+        "pruned_s_all": pruned_s,
+        "speedup": speedup,
+        "ideal": ideal,
+        "share_of_ideal": speedup / ideal,
+        "mean_keep": sum(lengths) / (len(lengths) * pair.tokens),
+        "tokens_per_layer": lengths,
+    }
+
+
+def stage_share(report: Any) -> float:
+    """Mean time of a stage over mean time of a decoder layer, both of this prefill; 0 where no stage ran."""
+    stages = [layer.prune_seconds for layer in report.layers if layer.prune_seconds is not None]
+    if not stages:
+        return 0.0
+    layers = (report.seconds - sum(stages)) / len(report.layers)
+    return float(statistics.fmean(stages) / layers)
+
+
+# ------------------------------------------------------------------------------------------------------------- decode
+
+
+def decode_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
+    """Prefill a prompt and generate a fixed number of tokens, dense and in every way.
+
+    Returns
+    -------
+    list of dict
+        As :func:`prefill_rows`, whose times are those until the first new token here, without profile and memory; also
+        ``new_tokens``, ``total_s`` and ``decode_s`` (medians, ``dense`` and ``pruned``; the latter is the time behind
+        the first token) and all of them as ``total_s_all``, ``decode_s_all``.
+
+    Raises
+    ------
+    GateError
+        If a check fails; no figures then.
+    """
+    import torch
+
+    with torch.inference_mode():
+        dense, kv_bytes = gate(setting)
+        check_first_tokens(setting)
+        first: dict[Any, list[float]] = defaultdict(list)
+        total: dict[Any, list[float]] = defaultdict(list)
+        gc.collect()
+        for way in in_turns([None, *setting.pairs], args.repeats):
+            pair = dense if way is None else setting.pairs[way]
+            with contextlib.nullcontext() if way is None else pair.patched():
+                generated = generate(pair, args.new_tokens)
+            expected = [pair.tokens] * len(generated.cached) if way is None else pair.tokens_per_layer
+            if generated.cached != [n + args.new_tokens - 1 for n in expected]:  # the last token is not cached
+                raise GateError(f"no figures: {args.new_tokens} tokens behind {expected} left {generated.cached}")
+            first[way].append(generated.first_s)
+            total[way].append(generated.total_s)
+    rows = []
+    for way in setting.pairs:
+        row = common(args, "decode", setting, way, first[None], first[way])
+        row["kv_bytes"] = {DENSE: kv_bytes[None], PRUNED: kv_bytes[way]}
+        row["new_tokens"] = args.new_tokens
+        both = ((DENSE, None), (PRUNED, way))
+        row["total_s_all"] = {kind: total[key] for kind, key in both}
+        row["decode_s_all"] = {
+            kind: [whole - part for whole, part in zip(total[key], first[key], strict=True)] for kind, key in both
+        }
+        for name in ("total_s", "decode_s"):
+            row[name] = {kind: statistics.median(values) for kind, values in row[f"{name}_all"].items()}
+        rows.append(row)
+    return rows
+
+
+class Generated(NamedTuple):
+    """What ``generate()`` did."""
+
+    new: list[int]
+    cached: list[int]
+    """Tokens in the cache of each layer."""
+    first_s: float
+    """Until the first new token."""
+    total_s: float
+
+
+def generate(pair: Pair, new_tokens: int) -> Generated:
+    """Greedy continuation of exactly so many tokens, whatever ends a text, by the model as it is at the moment."""
+    import torch
+    from transformers import DynamicCache, GenerationConfig
+
+    ids, device = pair.input_ids, pair.input_ids.device
+    settings = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    cache = DynamicCache(config=pair.model.config)
+    first = _FirstToken(device)
+
+    def work() -> Any:
+        return pair.model.generate(
+            ids, attention_mask=torch.ones_like(ids), cache=cache, generation_config=settings, streamer=first
+        )
+
+    first.start()
+    output, total_s = timed(work, device)
+    return Generated(output[0, ids.shape[1] :].tolist(), cached_tokens(cache), first.seconds, total_s)
+
+
+class _FirstToken:
+    """A streamer of transformers that looks at the clock once: when the first token behind the prompt comes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.calls, self.begin, self.seconds = 0, 0.0, 0.0
+
+    def start(self) -> None:
+        import time
+
+        self.begin = time.perf_counter()
+
+    def put(self, value: Any) -> None:
+        import time
+
+        self.calls += 1
+        if self.calls == 2:  # the first call shows the prompt; a token comes to the host, so the device has finished
+            self.seconds = time.perf_counter() - self.begin
+
+    def end(self) -> None: ...
+
+
+def check_first_tokens(setting: Setting) -> None:
+    """Refuse a patched model that keeps the whole prompt and yet generates other tokens than the dense one.
+
+    Raises
+    ------
+    GateError
+    """
+    dense = generate(setting.any_pair, FEW).new
+    for pair in {way.budget: pair for way, pair in setting.pairs.items()}.values():
+        with pair.patched(keep_ratio=KEEP_ALL):
+            new = generate(pair, FEW).new
+        if new != dense:
+            raise GateError(
+                f"no figures: with all of the prompt kept the patched model answers {new}, the dense {dense}"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------- peak memory
+
+
+def peaks(args: argparse.Namespace, setting: Setting) -> dict[Way | None, int]:
+    """Most memory beside the weights that a prefill takes, dense under ``None``, in a process of its own.
+
+    Raises
+    ------
+    TrialError
+        If the process fails.
+    """
+    names = ("model", "method", "block_size", "device", "backend", "text")
+    wanted = {name: getattr(args, name) for name in names} | {
+        "dtype": [setting.dtype],
+        "tokens": [setting.any_pair.tokens],
+        "keep": list(dict.fromkeys(way.keep for way in setting.pairs)),
+        "budget": list(dict.fromkeys(way.budget for way in setting.pairs)),
+    }
+    # A fixed threshold: what is freed goes back to the system at once, and is not there when the next one is measured.
+    result = processes.run_module(__name__, wanted, env={"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)})
+    answer = processes.answer_of(result)
+    return {None if entry["way"] is None else Way(*entry["way"]): entry["bytes"] for entry in answer}
+
+
+def work(settings: dict[str, Any]) -> None:
+    """What that process does: a prefill of each kind, and how far each went above what was there before."""
+    import argparse
+
+    import torch
+
+    (setting,) = settings_of(argparse.Namespace(**settings))
+    answer: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        for warm_up in (True, False):  # the first round starts threads and loads what is loaded lazily
+            for way in (None, *setting.pairs):
+                pair = setting.any_pair if way is None else setting.pairs[way]
+                short = pair._replace(input_ids=pair.input_ids[:, : processes.WARM_UP]) if warm_up else pair
+                with contextlib.nullcontext() if way is None else short.patched():
+                    taken = peak_bytes(short.prefill, pair.input_ids.device)
+                if not warm_up:
+                    answer.append({"way": way, "bytes": taken})
+    print(json.dumps(answer))
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that `work` takes at its most, beside those that were taken before.
+
+    On a CPU that is resident memory as Linux counts it, on a GPU what torch has allocated.
+    """
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what is resident now
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+# --------------------------------------------------------------------------------------------------------- reporting
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Tables of one prompt's rows."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    def table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+        shown = Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left")
+        for column in shown.columns[1:]:
+            column.justify = "right"
+        for line in lines:
+            shown.add_row(*line)
+        Console(highlight=False).print(shown)
+
+    first = rows[0]
+    ways = [f"{row['keep']:g}, {row['budget']}" for row in rows]
+    lines = [
+        [
+            way,
+            *(f"{row[name]:.3f}" for name in ("mean_keep", "dense_s", "pruned_s")),
+            *(f"{row[name]:.2f}" for name in ("speedup", "ideal")),
+            f"{row['share_of_ideal']:.0%}",
+            f"{row['kv_bytes'][PRUNED] / row['kv_bytes'][DENSE]:.0%}",
+        ]
+        for way, row in zip(ways, rows, strict=True)
+    ]
+    columns = ["keep", "B", "dense, s", "pruned, s", "speed-up", "ideal", "share", "KV"]
+    table(f"prefill of {first['tokens']} tokens, {first['dtype']}, {first['method']}", columns, lines)
+    if first["bench"] == "decode":
+        columns = ["keep", "total dense, s", "pruned, s", "speed-up", "behind the first token, dense, s", "pruned, s"]
+        lines = [
+            [
+                way,
+                *(f"{row['total_s'][kind]:.2f}" for kind in (DENSE, PRUNED)),
+                f"{row['total_s'][DENSE] / row['total_s'][PRUNED]:.2f}",
+                *(f"{row['decode_s'][kind]:.2f}" for kind in (DENSE, PRUNED)),
+            ]
+            for way, row in zip(ways, rows, strict=True)
+        ]
+        table(f"and {first['new_tokens']} new tokens", columns, lines)
+        return
+    lines = []
+    for way, kind, row in ((DENSE, DENSE, first), *((way, PRUNED, row) for way, row in zip(ways, rows, strict=True))):
+        where, peak = row["where"][kind], row.get("peak_bytes")
+        stage = f"{row['stage_share']:.1%}" if kind == PRUNED else ""
+        memory = f"{peak[kind] / 2**20:.0f}" if peak else "-"
+        lines.append([way, *(f"{where[name]:.3f}" for name in BUCKETS), stage, memory])
+    table("seconds under the profiler, a stage over a layer, peak memory", ["keep", *BUCKETS, "stage", "MiB"], lines)
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))
