@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdtp_bench import gpu_check, memory, multi, roofline
+from sdtp_bench import gpu_check, memory, multi, report, roofline
 
 
 def add_command(subparsers: Any) -> None:
@@ -15,3 +15,4 @@ def add_command(subparsers: Any) -> None:
     gpu_check.add_parser(commands)
     memory.add_parser(commands)
     multi.add_parser(commands)
+    report.add_parser(commands)
