@@ -43,6 +43,12 @@ def own_version() -> str:
     return sdtp_kernels.__version__
 
 
+def installed_versions() -> dict[str, str | None]:
+    """Of this package, Python and :data:`DISTRIBUTIONS`; None for what is not there."""
+    own = {"sdtp-kernels": own_version(), "python": platform.python_version()}
+    return {**own, **{name: _version(name) for name in DISTRIBUTIONS}}
+
+
 def diagnose() -> dict[str, Any]:
     """Look at everything, raise nothing.
 
@@ -56,8 +62,7 @@ def diagnose() -> dict[str, Any]:
         ``commands``: name to ``"ok"`` or why it does not load.
     """
     problems: list[str] = []
-    versions: dict[str, str | None] = {"sdtp-kernels": own_version(), "python": platform.python_version()}
-    versions.update({name: _version(name) for name in DISTRIBUTIONS})
+    versions = installed_versions()
     report: dict[str, Any] = {
         "ok": False,
         "problems": problems,

@@ -44,9 +44,9 @@ def test_each_halving_halves_the_gap():
 
 def test_pruned_prompts_fit_where_dense_ones_do_not(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    out = tmp_path / "rows.jsonl"
+    out = tmp_path / "memory.jsonl"
     before = {name for name in os.listdir() if name.startswith("core")}
-    arguments = ["--model", checkpoint, "--out", str(out), "--limit-gib", str(LIMIT_GIB), "--start", "2048"]
+    arguments = ["--model", checkpoint, "--out", str(tmp_path), "--limit-gib", str(LIMIT_GIB), "--start", "2048"]
     arguments += ["--first", "1", "--step", "1", "--keep", "0.5", "--halvings", "0", "--longest", "8192"]
     assert cli.main(["bench", "memory", *arguments, "--device", "cpu"]) == 0
     dense, pruned = rows(out)
@@ -101,8 +101,8 @@ def test_no_figures_for_other_results():
 
 def test_two_processes_against_one(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(multi, "launches_of", lambda *_: [Launch(1, 1), Launch(2, 1)])
-    out = tmp_path / "rows.jsonl"
-    arguments = ["--model", checkpoint, "--out", str(out), "--tokens", "300", "--repeats", "2", "--rounds", "1"]
+    out = tmp_path / "multi.jsonl"
+    arguments = ["--model", checkpoint, "--out", str(tmp_path), "--tokens", "300", "--repeats", "2", "--rounds", "1"]
     assert cli.main(["bench", "multi", *arguments, "--device", "cpu"]) == 0
     found = rows(out)
     assert [(row["processes"], row["method"]) for row in found] == [(n, m) for n in (1, 2) for m in prefill.METHODS]

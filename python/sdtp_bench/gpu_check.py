@@ -11,12 +11,10 @@ import functools
 import itertools
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -25,6 +23,7 @@ import torch
 from sdtp_bench import eager
 from sdtp_bench.model_check import check_models
 from sdtp_bench.shapes import DTYPES, GPUS, Case, Stage, make_stage, random_stage
+from sdtp_eval.provenance import describe_run
 from sdtp_kernels import (
     PruningSchedule,
     explain_backends,
@@ -512,7 +511,8 @@ def examine(
         0 where all is right, else 1.
     """
     out.mkdir(parents=True, exist_ok=True)
-    about = _about(device)
+    about = describe_run(device.torch_device)
+    about["machine"]["gpu"] = device.name
     print(f"{device.name}, torch {torch.__version__}, revision {about['revision']}")
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), (out / ROWS).open("w", encoding="utf-8") as file:
@@ -550,36 +550,6 @@ def _report(row: dict[str, Any]) -> None:
         )
     elif row["kind"] == "sanitizer":
         print(f"{SANITIZER}: {row['tool'] or 'not found, left out'}", flush=True)
-
-
-def _about(device: Device) -> dict[str, Any]:
-    """What stands with every row: the machine, the versions, the revision, the date."""
-    import triton
-
-    import sdtp_kernels
-
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        revision = None  # not a checkout
-    return {
-        "machine": {
-            "gpu": device.name,
-            "cuda": torch.version.cuda,
-            "hip": torch.version.hip,
-            "processor": platform.machine(),
-            "system": platform.system(),
-        },
-        "versions": {
-            "sdtp-kernels": sdtp_kernels.__version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
-        "revision": revision,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:

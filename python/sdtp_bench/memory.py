@@ -60,8 +60,8 @@ def search(args: argparse.Namespace) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        ``kind="memory"``, ``method``, ``tokens`` (the longest prompt that fits; 0 where none does), ``kv_bytes`` of its
-        cache, ``trials`` (tokens and whether they fit, in order).
+        ``bench="memory"``, ``method``, ``tokens`` (the longest prompt that fits; 0 where none does), ``kv_bytes`` of
+        its cache, ``trials`` (tokens and whether they fit, in order).
 
     Raises
     ------
@@ -92,7 +92,7 @@ def search(args: argparse.Namespace) -> list[dict[str, Any]]:
 
         tokens = longest_that_fits(fits, args.start, args.longest, args.halvings)
         rows.append(
-            {"kind": "memory", "method": method, "tokens": tokens, "kv_bytes": kv_bytes.get(tokens), "trials": trials}
+            {"bench": "memory", "method": method, "tokens": tokens, "kv_bytes": kv_bytes.get(tokens), "trials": trials}
         )
     return rows
 

@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        ``kind="multi"``, ``processes``, ``threads``, ``method``, ``seconds`` (median), ``seconds_all``, ``speedup``
+        ``bench="multi"``, ``processes``, ``threads``, ``method``, ``seconds`` (median), ``seconds_all``, ``speedup``
         (best single process of the same method over this), ``efficiency`` (``speedup / processes``).
 
     Raises
@@ -121,7 +121,7 @@ def rows_of(seconds: dict[tuple[Launch, str], list[float]]) -> list[dict[str, An
     }
     return [
         {
-            "kind": "multi",
+            "bench": "multi",
             **launch._asdict(),
             "method": method,
             "seconds": median,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sdtp_bench.rows import append_rows
 
 if TYPE_CHECKING:
     import argparse
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, default=3, help="layers from a stage to the next (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--out", metavar="FILE", help="write the rows there as well, as JSON lines")
+    parser.add_argument("--out", metavar="DIR", help="append the rows to a file there, as JSON lines")
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
@@ -131,35 +130,8 @@ def answer_of(result: subprocess.CompletedProcess[str]) -> Any:
     return json.loads(lines[-1])
 
 
-def about(args: argparse.Namespace) -> dict[str, Any]:
-    """What stands with every row: settings, machine, versions, date."""
-    import torch
-    import transformers
-
-    import sdtp_kernels
-
-    return {
-        "settings": {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float))},
-        "machine": {
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
-            "system": platform.system(),
-        },
-        "versions": {
-            "sdtp-kernels": sdtp_kernels.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def write_rows(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
-    """Append the rows to ``args.out``, where that is given."""
+    """Append the rows, with their settings, to the files in ``args.out``, where that is given."""
     if args.out:
-        facts = about(args)
-        with Path(args.out).open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({**row, **facts}) + "\n")
+        settings = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float))}
+        append_rows(args.out, [{**row, "settings": settings} for row in rows], args.device)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtp_eval import quality, tasks
-from sdtp_eval.demo import describe_machine, describe_versions
+from sdtp_eval.provenance import describe_run
 
 if TYPE_CHECKING:
     import argparse
@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     -------
     list of dict
         ``method``, ``tokens``, ``layer_s`` and ``scoring_s`` (medians over layers, stages and runs, seconds), all times
-        as ``layer_s_all`` and ``scoring_s_all``, and what stands with every row: model, machine, versions, date.
+        as ``layer_s_all`` and ``scoring_s_all``, the model, and what :func:`describe_run` tells.
 
     Raises
     ------
@@ -115,9 +115,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "scoring_s_all": watch.of_scoring,
                     "model": Path(args.model).name if args.model else "default",
                     "dtype": args.dtype,
-                    "machine": describe_machine(model.device),
-                    "versions": describe_versions(),
-                    "date": time.strftime("%Y-%m-%d"),
+                    **describe_run(model.device),
                 }
             )
     return rows

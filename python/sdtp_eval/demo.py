@@ -7,16 +7,15 @@ import dataclasses
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_eval.flops import prefill_flops, scoring_flops, tokens_per_layer
+from sdtp_eval.provenance import describe_run
 
 if TYPE_CHECKING:
     import argparse
@@ -101,7 +100,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         What ``--json`` writes: ``tokens``, ``kept_per_stage``, ``mean_keep``, ``prefill_s`` (medians, seconds),
         ``prefill_s_all`` (every repetition, in order), ``speedup``, ``ideal`` (dense over pruned FLOPs),
         ``share_of_ideal``, ``flops``, ``kv_bytes``, ``answers``, ``scorer``, ``backend``, ``note`` (why nothing was
-        pruned, or empty), ``notes``, ``settings``, ``machine``, ``versions``, ``date``. Where both kinds exist the
+        pruned, or empty), ``notes``, ``settings``, and what :func:`describe_run` tells. Where both kinds exist the
         value is ``{"dense": ..., "pruned": ...}``.
 
     Raises
@@ -160,9 +159,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "device": str(device),
             "layers": schedule.layers,
         },
-        "machine": describe_machine(device),
-        "versions": describe_versions(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **describe_run(device),
     }
 
 
@@ -380,41 +377,6 @@ def _check_kept(trial: _Trial, report: PrefillReport, output: Any) -> None:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in ("run", "command", "json")}
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What ran: processor, cores, threads, GPU, system."""
-    import torch
-
-    processor = platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not a Linux on x86: the architecture has to do
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "system": platform.platform(),
-    }
-
-
-def describe_versions() -> dict[str, str]:
-    """Of everything that a figure depends on."""
-    import torch
-    import transformers
-
-    import sdtp_kernels
-
-    return {
-        "sdtp-kernels": sdtp_kernels.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _console(*, stderr: bool = False) -> Any:

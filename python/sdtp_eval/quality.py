@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_eval import compare, tasks
 from sdtp_eval.compare import DENSE, SAMPLES
+from sdtp_eval.provenance import describe_run
 from sdtp_eval.tasks import INSIDE, PROTOCOLS, Sample
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from sdtp_kernels.scorers import StageInput
 
 DTYPES = ("float32", "bfloat16", "float16")
+RUNS = "runs.jsonl"
 LAYERS = "4:3"  # the paper's pattern: from layer 4, every third
 DEFAULT_METHODS = ("random", "recent", "norm", "attention")
 # Keeps every token of up to a million, yet is less than 1: scorers run, and nothing is dropped.
@@ -563,8 +565,22 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     done = {tuple(result[name] for name in compare.KEY) for result in compare.read_samples([file])}
     jobs = [(tokens, sample, [job for job in _jobs(args, tokens, sample, plans[tokens]) if job.key not in done])
             for tokens, sample in samples]  # fmt: skip
-    _work(args, model, tokenizer, [job for job in jobs if job[2]], file)
+    if work := [job for job in jobs if job[2]]:
+        _record_run(args, model)
+        _work(args, model, tokenizer, work, file)
     return compare.read_samples([file])
+
+
+def _record_run(args: argparse.Namespace, model: Any) -> None:
+    """A line in ``runs.jsonl``: the samples do not say what made them, and the report has to."""
+    from sdtp_eval.checkpoints import DEFAULT_NAME
+
+    run = {
+        "bench": "runs", "tasks": args.tasks, "tokens": args.tokens, "dtype": args.dtype,
+        "checkpoint": Path(args.model).name if args.model else DEFAULT_NAME, **describe_run(model.device),
+    }  # fmt: skip
+    with (Path(args.out) / RUNS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run) + "\n")
 
 
 class Job(NamedTuple):

@@ -12,6 +12,7 @@ import hashlib
 import re
 import shutil
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -169,9 +170,10 @@ def markdown(found: list[Table]) -> str:
     for table in found:
         marks = ["---:" if is_numeric else "---" for is_numeric in table.numeric]
         lines = ["| " + " | ".join(cells) + " |" for cells in (table.columns, marks, *table.rows)]
-        made_by = [f"`{command}`" for command in table.source.commands] or ["command not recorded"]
+        made_by = ", ".join(f"`{command}`" for command in table.source.commands) or "a command not recorded"
         files = ", ".join(f"`benchmarks/results/{file}`" for file in table.source.files)
-        source = f"{table.title}. {table.source.facts()}; {', '.join(made_by)}; rows: {files}."
+        source = f"{table.title}. {table.source.facts()}. Made by {made_by}; rows: {files}."
+        source = textwrap.fill(source, 120, break_long_words=False, break_on_hyphens=False)
         blocks.append("\n".join([*lines, "", source]).replace(tables.SPACE, " "))
     return "\n\n".join(blocks)
 

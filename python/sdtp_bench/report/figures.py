@@ -344,7 +344,7 @@ def peers(rows: Results) -> list[Picture]:
     pictures = []
     measured = [row for row in rows["peers"] if row.get("ttft_s") and row.get("nll_increase") is not None]
     groups = results.grouped(measured, lambda row: (results.machine(row), row["checkpoint"], row["tokens"]))
-    for i, ((machine, checkpoint, tokens), members) in enumerate(groups.items(), 1):
+    for i, ((_, checkpoint, tokens), members) in enumerate(groups.items(), 1):
 
         def draw(figure: Any, members: Any = members) -> None:
             axis = figure.subplots()
@@ -362,7 +362,7 @@ def peers(rows: Results) -> list[Picture]:
             axis.set(xlabel="time to the first token, s", ylabel=_AXES["nll"], xlim=(0, None))
             figure.legend(loc="outside lower center", ncols=3, fontsize=8)
 
-        title = f"Peers: loss against the time to the first token, {checkpoint}, {tokens} tokens; {machine}"
+        title = f"Peers: loss against the time to the first token, {checkpoint}, {tokens} tokens"
         size = (SIZE[0], SIZE[1] + 0.6)
         pictures.append(Picture(f"peers-{i}", title, Source.of(members), draw, "Best: down and to the left.", size))
     return pictures

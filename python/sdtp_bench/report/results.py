@@ -47,7 +47,6 @@ _SETTINGS = {
     "prefill": ("checkpoint", "tokens", "keep", "budget", "block_size", "dtype", "method"),
     "peers": ("peer", "checkpoint", "tokens", "keep", "mean_keep", "dtype"),
     "memory": ("checkpoint", "tokens", "keep", "budget", "block_size", "dtype", "method", "settings"),
-    "runs": ("task", "tokens"),
 }
 _SETTINGS["scaling"] = _SETTINGS["op"]
 _SETTINGS["decode"] = (*_SETTINGS["prefill"], "new_tokens")
@@ -167,6 +166,11 @@ def machine(row: Row) -> str:
     return f"{facts.get('processor', '')}{counted}"
 
 
+def _short(revision: str | None) -> str:
+    commit, plus, mark = (revision or "").partition("+")
+    return commit[:10] + plus + mark
+
+
 def _versions(row: Row) -> str:
     """Of what a figure depends on most; the rows have the rest."""
     facts = row | row.get("versions", {})
@@ -186,10 +190,6 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 def demo_as_prefill(row: Row) -> Row:
     """A result of ``sdtp demo --json`` under the names that a row of ``sdtp bench prefill`` has."""
     settings, seconds = row["settings"], row["prefill_s_all"]
-    command = (
-        f"sdtp demo --scorer {row['scorer']} --tokens {settings['tokens']} --keep {settings['keep']} "
-        f"--repeats {settings['repeats']} --json FILE"
-    )
     return {
         **{name: row[name] for name in ("speedup", "ideal", "share_of_ideal", "mean_keep", "kv_bytes", "machine")},
         **{name: row[name] for name in ("versions", "date", "file", "tokens")},
@@ -198,7 +198,8 @@ def demo_as_prefill(row: Row) -> Row:
         "method": row["scorer"],
         "dense_s": row["prefill_s"]["dense"], "pruned_s": row["prefill_s"]["pruned"],
         "dense_s_all": seconds["dense"], "pruned_s_all": seconds["pruned"],
-        "command": command,
+        # What stands for letters is in the row's own columns.
+        "command": f"sdtp demo --scorer {row['scorer']} --tokens N --keep R --repeats RUNS --json FILE",
     }  # fmt: skip
 
 
@@ -232,7 +233,7 @@ class Source(NamedTuple):
             distinct(machine(row) for row in rows),
             distinct(_versions(row) for row in rows),
             tuple(sorted(distinct(str(row.get("date", ""))[:10] for row in rows))),
-            distinct(row.get("revision") for row in rows),
+            distinct(_short(row.get("revision")) for row in rows),
             tuple(sorted(set(files) or distinct(row.get("file") for row in rows))),
         )
 
@@ -243,10 +244,17 @@ class Source(NamedTuple):
         return "; ".join((*(self.machines or ("machine not recorded",)), *self.versions, dates, *revision))
 
 
-def quality_source(rows: Results, shown: Iterable[Row]) -> Source:
-    """Of per-sample rows, which do not say how they were made: the record of their runs does, by task and length."""
-    shown = list(shown)
-    asked = {(row["task"], row["tokens"]) for row in shown}
-    return Source.of(
-        [run for run in rows["runs"] if (run["task"], run["tokens"]) in asked], {row["file"] for row in shown}
-    )
+def runs_of(rows: Results, samples: Iterable[Row]) -> list[Row]:
+    """The records of the runs that made these per-sample rows, which do not say so themselves: by task and length."""
+    asked = {(row["task"], row["tokens"]) for row in samples}
+    return [run for run in rows["runs"] if any(t in run["tasks"] and n in run["tokens"] for t, n in asked)]
+
+
+def quality_source(rows: Results, samples: Sequence[Row]) -> Source:
+    """Of per-sample rows."""
+    return Source.of(runs_of(rows, samples), {row["file"] for row in samples})
+
+
+def quality_model(rows: Results, samples: Sequence[Row]) -> str:
+    """Checkpoint and dtype of per-sample rows, as far as they were recorded."""
+    return "; ".join(dict.fromkeys(f"{run['checkpoint']}, {run['dtype']}" for run in runs_of(rows, samples)))

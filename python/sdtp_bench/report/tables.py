@@ -93,8 +93,7 @@ def subject_of(row: Row) -> tuple[str, ...]:
 
 
 def _title(about: tuple[str, ...]) -> str:
-    machine, checkpoint, dtype, method = about
-    return f"{checkpoint}, {dtype}, {method}; {machine}"
+    return ", ".join(about[1:])  # the machine stands under the table
 
 
 def prefills(rows: Results) -> dict[tuple[str, ...], list[Row]]:
@@ -295,7 +294,7 @@ def quality(rows: Results) -> list[Table]:
             *(f"minus {rival}" for rival in rivals),
         )  # fmt: skip
         place = "" if task in compare.METRICS else f", question {protocol} the prompt"
-        title = f"{TASKS.get(task, task)}. {tokens} tokens{place}"
+        title = f"{TASKS.get(task, task)}. {_on(rows, judged.samples)}{tokens} tokens{place}"
         note = (
             "B: mean kept tokens per layer, over the prompt's. A schedule: keep per stage @ first layer : layers to "
             "the next stage. Intervals by bootstrap over samples, differences paired at equal B."
@@ -326,9 +325,14 @@ def quality_readme(rows: Results) -> list[Table]:
         )  # fmt: skip
         if cells:
             source = results.quality_source(rows, [*judged.samples, *keys.samples])
-            title = f"What the shipped pruners cost, {tokens} tokens"
+            title = f"What the shipped pruners cost: {_on(rows, judged.samples)}{tokens} tokens"
             tables.append(Table(f"quality-{len(tables) + 1}", title, columns, tuple(cells), source))
     return tables
+
+
+def _on(rows: Results, samples: Sequence[Row]) -> str:
+    model = results.quality_model(rows, samples)
+    return model and f"{model}, "
 
 
 def scoring(rows: Results) -> list[Table]:
@@ -384,7 +388,7 @@ def op(rows: Results) -> list[Table]:
     """Every provider at every length, and the baselines over the backend's time."""
     tables: list[Table] = []
     for i, (key, members) in enumerate(op_groups(rows).items(), 1):
-        machine, model, hidden_size, dtype, batch, keep, kind = key
+        _, model, hidden_size, dtype, batch, keep, kind = key
         providers = list(dict.fromkeys(row["provider"] for row in members))
         ours = [name for name in OURS if name in providers and name != "reference"]
         baselines = [name for name in providers if name not in ours]
@@ -408,7 +412,7 @@ def op(rows: Results) -> list[Table]:
             "tokens", *providers, *(f"{name} over {own}" for own in ours for name in baselines),
             *(f"{own} beyond the first product" for own in ours),
         )  # fmt: skip
-        title = f"The op: {model}, width {hidden_size}, {dtype}, batch {batch}, keep {keep:g}, {kind}; {machine}"
+        title = f"The op: {model}, width {hidden_size}, {dtype}, batch {batch}, keep {keep:g}, {kind}"
         note = " ".join(("No figure where a result was wrong or a provider cannot run:", *errors)) if errors else ""
         tables.append(Table(f"op-{i}", title, columns, tuple(cells), Source.of(members), note))
     return tables
@@ -459,7 +463,7 @@ def peers(rows: Results) -> list[Table]:
     groups = results.grouped(
         rows["peers"], lambda row: (results.machine(row), row["checkpoint"], row["tokens"], row["keep"] or 0)
     )
-    for i, ((machine, checkpoint, tokens, keep), members) in enumerate(groups.items(), 1):
+    for i, ((_, checkpoint, tokens, keep), members) in enumerate(groups.items(), 1):
         dense = next((r["ttft_s"] for r in members if r["peer"].startswith("dense") and r.get("ttft_s")), None)
         cells = []
         for row in sorted(members, key=lambda row: ("error" in row, row.get("ttft_s") or math.inf)):
@@ -473,7 +477,7 @@ def peers(rows: Results) -> list[Table]:
             "peer", "version", "dtype", "B", "first token", "speed-up", "KV cache", "loss, nats a token", "pass keys",
             "why it cannot run",
         )  # fmt: skip
-        title = f"Peers: {checkpoint}, {tokens} tokens, keep {keep:g} or the same B; {machine}"
+        title = f"Peers: {checkpoint}, {tokens} tokens, keep {keep:g} or the same B"
         tables.append(Table(f"peers-{i}", title, columns, tuple(cells), Source.of(members)))
     return tables
 
