@@ -12,7 +12,7 @@ MACHINE ?= $(shell uname -m)-$(shell nproc)core
 RESULTS = benchmarks/results/$(MACHINE)
 BENCH = $(BIN)/sdtp bench
 
-.PHONY: help demo bench peers train gpu-check test test-mutants lint format wheel clean
+.PHONY: help demo bench peers report train gpu-check test test-mutants lint format wheel clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -63,6 +63,9 @@ peers: $(VENV)/install.done $(VENV)/kvpress $(VENV)/peers ## kvpress, llama.cpp 
 
 gpu-check: $(VENV)/install.done ## on a machine with a GPU: prove the kernels there, then time them; exits 2 without one
 	$(BIN)/sdtp bench gpu-check --out benchmarks/results/gpu-check
+
+report: $(VENV)/install.done ## docs/report and the README's tables, made anew from the rows in benchmarks/results
+	$(BIN)/sdtp bench report
 
 train: $(VENV)/install.done ## the pruners of SmolLM2-135M anew, from texts that every Python has: best form and paper's form
 	$(BIN)/sdtp saliency --samples 256 --context 512 1024 --out build/train/saliency

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdtp_bench import end_to_end, gpu_check, memory, multi, op, peers, roofline
+from sdtp_bench import end_to_end, gpu_check, memory, multi, op, peers, report, roofline
 
 
 def add_command(subparsers: Any) -> None:
@@ -18,3 +18,4 @@ def add_command(subparsers: Any) -> None:
     memory.add_parser(commands)
     multi.add_parser(commands)
     peers.add_parser(commands)
+    report.add_parser(commands)

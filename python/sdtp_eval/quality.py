@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_eval import compare, tasks
 from sdtp_eval.compare import DENSE, SAMPLES
+from sdtp_eval.provenance import describe_run
 from sdtp_eval.tasks import INSIDE, PROTOCOLS, Sample
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from sdtp_kernels.scorers import StageInput
 
 DTYPES = ("float32", "bfloat16", "float16")
+RUNS = "runs.jsonl"
 LAYERS = "4:3"  # the paper's pattern: from layer 4, every third
 DEFAULT_METHODS = ("random", "recent", "norm", "attention")
 # Keeps every token of up to a million, yet is less than 1: scorers run, and nothing is dropped.
@@ -581,7 +583,10 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     workers.wait()
     done = {_key(result) for result in compare.read_samples([file])}
     work = [(tokens, sample, [job for job in jobs if job.key not in done]) for tokens, sample, jobs in work]
-    mine = [entry for entry in work if entry[2]][workers.index :: workers.number]
+    work = [entry for entry in work if entry[2]]
+    if work and workers.index == 0:
+        _record_run(args, model)
+    mine = work[workers.index :: workers.number]
     _work(args, model, tokenizer, mine, file if workers.index == 0 else part_of(file, workers), workers)
     workers.wait()
     if workers.index > 0:
@@ -619,6 +624,18 @@ def join_parts(file: Path, order: Sequence[tuple[Any, ...]]) -> None:
 
 def _key(result: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(result[name] for name in compare.KEY)
+
+
+def _record_run(args: argparse.Namespace, model: Any) -> None:
+    """A line in ``runs.jsonl``: the samples do not say what made them, and the report has to."""
+    from sdtp_eval.checkpoints import DEFAULT_NAME
+
+    run = {
+        "bench": "runs", "tasks": args.tasks, "tokens": args.tokens, "dtype": args.dtype,
+        "checkpoint": Path(args.model).name if args.model else DEFAULT_NAME, **describe_run(model.device),
+    }  # fmt: skip
+    with (Path(args.out) / RUNS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run) + "\n")
 
 
 class Job(NamedTuple):

@@ -1,0 +1,260 @@
+"""The rows that the report is made of: what kind each is, where it came from, and who measured it when."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sdtp_eval import compare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Sequence
+    from pathlib import Path
+
+Row = dict[str, Any]
+RIVALS = ("attention", "recent", "random")  # what every method of the quality tables is compared with
+
+# What makes rows of a kind: named where there are none yet, and for rows that do not name their own.
+COMMANDS = {
+    "op": "sdtp bench op --out benchmarks/results/MACHINE",
+    "scaling": "sdtp bench scaling --out benchmarks/results/MACHINE",
+    "prefill": "sdtp bench prefill --out benchmarks/results/MACHINE",
+    "decode": "sdtp bench decode --out benchmarks/results/MACHINE",
+    "memory": "sdtp bench memory --out benchmarks/results/MACHINE",
+    "multi": "sdtp bench multi --out benchmarks/results/MACHINE",
+    "peers": "make peers",
+    "quality": "sdtp eval run --out DIR",
+    "cost": "sdtp eval cost --json benchmarks/results/quality/cost.jsonl",
+    "evict": "python benchmarks/evict_earlier_kv.py --documents 10 --out benchmarks/results/evict.jsonl",
+    "triton": "python tests/triton_aot.py",
+    "nvcc": "python tests/cuda_aot.py",
+}
+# Rows that are older than the field `bench`, or come from commands that do not write it, are known by their fields.
+_FIELDS = {
+    "quality": set(compare.KEY),
+    "demo": {"prefill_s", "share_of_ideal", "answers"},
+    "cost": {"scoring_s", "layer_s"},
+    "evict": {"evict_earlier_kv", "nll_dense"},
+    "triton": {"triton", "kernel", "registers"},
+    "nvcc": {"nvcc", "kernel", "registers"},
+}
+# The same settings measured twice on a machine: the later row counts.
+_SETTINGS = {
+    "op": ("provider", "model", "hidden_size", "tokens", "batch", "keep", "dtype", "budget", "threads"),
+    "prefill": ("checkpoint", "tokens", "keep", "budget", "block_size", "dtype", "method"),
+    "peers": ("peer", "checkpoint", "tokens", "keep", "mean_keep", "dtype"),
+    "memory": ("checkpoint", "tokens", "keep", "budget", "block_size", "dtype", "method", "settings"),
+}
+_SETTINGS["scaling"] = _SETTINGS["op"]
+_SETTINGS["decode"] = (*_SETTINGS["prefill"], "new_tokens")
+
+
+class Judged(NamedTuple):
+    """The per-sample rows of one task, protocol and length, and what they amount to."""
+
+    samples: list[Row]
+    summaries: list[Row]
+    """Of :func:`sdtp_eval.compare.summarize`, one a method and schedule, with two fields more: ``metric``, what the
+    task is judged by first; ``time``, the median of prefill times over the dense model's on the same samples, which ran
+    in turn, or ``None`` where none was timed."""
+
+
+class Results(dict[str, list[Row]]):
+    """Rows by kind; no rows of a kind that is not there."""
+
+    def __missing__(self, kind: str) -> list[Row]:
+        return []
+
+    @functools.cached_property
+    def quality(self) -> dict[tuple[str, str, int], Judged]:
+        """Rows of ``sdtp eval run`` by task, protocol and length; of pass keys, those that the dense model finds."""
+        unique = {tuple(row[name] for name in compare.KEY): row for row in self["quality"]}
+        groups = grouped(unique.values(), lambda row: (row["task"], row["protocol"], row["tokens"]))
+        found = {}
+        order = ("nll", "passkey", "multikey")  # what is judged first stands first
+        for key in sorted(groups, key=lambda key: (order.index(key[0]) if key[0] in order else len(order), key)):
+            members = groups[key]
+            samples = compare.solved_by_dense(members) if key[0] == "passkey" else members
+            if samples:
+                found[key] = Judged(samples, _summaries(samples))
+        return found
+
+
+def _summaries(samples: Sequence[Row]) -> list[Row]:
+    groups = compare.group(samples)
+    dense = next((group for group in groups if group.method == compare.DENSE), None)
+    rows = compare.summarize(groups, RIVALS)
+    for row, group in zip(rows, groups, strict=True):
+        row["metric"] = group.metrics[0] if group.metrics else ""
+        row["time"] = None if dense is None else _relative_time(group, dense)
+    return [row for row in rows if row["metric"]]
+
+
+def _relative_time(group: compare.Group, dense: compare.Group) -> float | None:
+    ratios = [
+        sample["seconds"] / dense.samples[name]["seconds"]
+        for name, sample in group.samples.items()
+        if sample.get("seconds") and dense.samples.get(name, {}).get("seconds")
+    ]
+    return statistics.median(ratios) if ratios else None
+
+
+def read(root: Path) -> Results:
+    """All rows below a directory, by kind.
+
+    Parameters
+    ----------
+    root : Path
+        Such as ``benchmarks/results``; every ``*.jsonl`` in it is read, whatever its name.
+
+    Returns
+    -------
+    Results
+        By the row's field ``bench``, or where it has none by its other fields: ``"prefill"``, ``"quality"`` and so on;
+        ``"unknown"`` for what no part of the report shows. Each row has its ``file``, relative to `root`.
+
+    Raises
+    ------
+    ValueError
+        For a line that is not a JSON object.
+    """
+    found: dict[str, list[Row]] = defaultdict(list)
+    for path in sorted(root.rglob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise TypeError(type(row).__name__)
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: expected a JSON object ({error})") from None
+            kind = _kind(row)
+            row["file"] = path.relative_to(root).as_posix()
+            if kind in COMMANDS:
+                row.setdefault("command", COMMANDS[kind])
+            found[kind].append(row)
+    return Results({kind: _latest(rows, _SETTINGS.get(kind)) for kind, rows in found.items()})
+
+
+def _kind(row: Row) -> str:
+    if isinstance(row.get("bench"), str):
+        return str(row["bench"])
+    return next((kind for kind, fields in _FIELDS.items() if fields <= row.keys()), "unknown")
+
+
+def _latest(rows: Iterable[Row], settings: Sequence[str] | None) -> list[Row]:
+    if settings is None:
+        return list(rows)
+    found: dict[Hashable, Row] = {}
+    for row in rows:
+        key = (machine(row), *(str(row.get(name)) for name in settings))
+        found[key] = row
+    return list(found.values())
+
+
+def machine(row: Row) -> str:
+    """Processor or GPU, and threads, for people to read; ``""`` where the row does not say."""
+    facts = row.get("machine")
+    if not isinstance(facts, dict):
+        return str(facts or "")
+    if facts.get("gpu"):
+        return str(facts["gpu"])
+    threads = row.get("threads") or facts.get("threads")
+    counted = f", {threads} thread{'' if threads == 1 else 's'}" if threads else ""
+    return f"{facts.get('processor', '')}{counted}"
+
+
+def _short(revision: str | None) -> str:
+    commit, plus, mark = (revision or "").partition("+")
+    return commit[:10] + plus + mark
+
+
+def _versions(row: Row) -> str:
+    """Of what a figure depends on most; the rows have the rest."""
+    facts = row | row.get("versions", {})
+    return ", ".join(
+        f"{name} {facts[name]}" for name in ("torch", "triton", "nvcc") if isinstance(facts.get(name), str)
+    )
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    """Rows by a key, in the order of the keys."""
+    groups: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return dict(sorted(groups.items()))
+
+
+def demo_as_prefill(row: Row) -> Row:
+    """A result of ``sdtp demo --json`` under the names that a row of ``sdtp bench prefill`` has."""
+    settings, seconds = row["settings"], row["prefill_s_all"]
+    return {
+        **{name: row[name] for name in ("speedup", "ideal", "share_of_ideal", "mean_keep", "kv_bytes", "machine")},
+        **{name: row[name] for name in ("versions", "date", "file", "tokens")},
+        **{name: settings[name] for name in ("keep", "budget", "block_size", "dtype")},
+        "checkpoint": settings["model"],
+        "method": row["scorer"],
+        "dense_s": row["prefill_s"]["dense"], "pruned_s": row["prefill_s"]["pruned"],
+        "dense_s_all": seconds["dense"], "pruned_s_all": seconds["pruned"],
+        # What stands for letters is in the row's own columns.
+        "command": f"sdtp demo --scorer {row['scorer']} --tokens N --keep R --repeats RUNS --json FILE",
+    }  # fmt: skip
+
+
+class Source(NamedTuple):
+    """What stands under every table and picture: how its rows were made."""
+
+    commands: tuple[str, ...]
+    machines: tuple[str, ...]
+    versions: tuple[str, ...]
+    dates: tuple[str, ...]
+    revisions: tuple[str, ...]
+    files: tuple[str, ...]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], files: Iterable[str] = ()) -> Source:
+        """Of the rows themselves.
+
+        Parameters
+        ----------
+        rows : iterable of Row
+        files : iterable of str
+            Where the figures stand, if not in the rows' own files.
+        """
+        rows = list(rows)
+
+        def distinct(values: Iterable[Any]) -> tuple[str, ...]:
+            return tuple(dict.fromkeys(str(value) for value in values if value))
+
+        return cls(
+            distinct(row.get("command") for row in rows),
+            distinct(machine(row) for row in rows),
+            distinct(_versions(row) for row in rows),
+            tuple(sorted(distinct(str(row.get("date", ""))[:10] for row in rows))),
+            distinct(_short(row.get("revision")) for row in rows),
+            tuple(sorted(set(files) or distinct(row.get("file") for row in rows))),
+        )
+
+    def facts(self) -> str:
+        """Machine, versions, date and revision in one line; what the rows do not say is named as missing."""
+        dates = " to ".join(dict.fromkeys((self.dates[0], self.dates[-1]))) if self.dates else "date not recorded"
+        revision = [f"revision {', '.join(self.revisions)}"] if self.revisions else []
+        return "; ".join((*(self.machines or ("machine not recorded",)), *self.versions, dates, *revision))
+
+
+def runs_of(rows: Results, samples: Iterable[Row]) -> list[Row]:
+    """The records of the runs that made these per-sample rows, which do not say so themselves: by task and length."""
+    asked = {(row["task"], row["tokens"]) for row in samples}
+    return [run for run in rows["runs"] if any(t in run["tasks"] and n in run["tokens"] for t, n in asked)]
+
+
+def quality_source(rows: Results, samples: Sequence[Row]) -> Source:
+    """Of per-sample rows."""
+    return Source.of(runs_of(rows, samples), {row["file"] for row in samples})
+
+
+def quality_model(rows: Results, samples: Sequence[Row]) -> str:
+    """Checkpoint and dtype of per-sample rows, as far as they were recorded."""
+    return "; ".join(dict.fromkeys(f"{run['checkpoint']}, {run['dtype']}" for run in runs_of(rows, samples)))
