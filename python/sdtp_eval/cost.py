@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _scorer(method: Method, layer: int, model: Any, backend: str) -> Callable[[StageInput], torch.Tensor]:
     """The scoring of a stage alone: what the fused op does before it selects, or the scorer itself."""
     from sdtp_kernels import TokenPruner, score_tokens
-    from sdtp_kernels.models.stages import Fused
+    from sdtp_kernels.models.scoring import Fused
 
     pruner = method.pruners if callable(method.pruners) else method.pruners[layer]
     if not isinstance(pruner, TokenPruner):
