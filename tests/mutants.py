@@ -478,14 +478,14 @@ MUTANTS = [
     ),
     Mutant(
         "pooling forgotten by the patch",
-        MODELS + "stages.py",
+        MODELS + "scoring.py",
         "return self.pruner.pooling",
         "return 1",
         "test_qwen2.py::test_prefill_equals_masked_dense",
     ),
     Mutant(
         "the opinion of earlier stages forgotten",
-        MODELS + "stages.py",
+        MODELS + "scoring.py",
         "torch.lerp(before.to(scores.device), scores, 1 / (number + 1))",
         "scores",
         "test_qwen2.py::test_prefill_equals_masked_dense",
@@ -765,7 +765,7 @@ MUTANTS = [
     ),
     Mutant(
         "a block pruned with a term that sees the prompt's end",
-        MODELS + "stages.py",
+        MODELS + "scoring.py",
         "if not self.sees_prompt_end or not (",
         "if not (",
         "test_qwen2.py::test_pruner_with_distance_and_attention",

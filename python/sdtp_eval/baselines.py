@@ -196,7 +196,7 @@ class LookUp(NamedTuple):
 
 def pruner_score(pruner: Any, stage: StageInput) -> torch.Tensor:
     """The score of a :class:`~sdtp_kernels.TokenPruner` as a scorer: what the fused op computes, in plain PyTorch."""
-    from sdtp_kernels.models.stages import Fused
+    from sdtp_kernels.models.scoring import Fused
 
     scores = pruner(stage.hidden_states)
     bias = Fused(pruner, pruner.weights(), None).score_bias(stage)

@@ -128,7 +128,7 @@ def _scorers(
 ) -> dict[int, Callable[[StageInput], torch.Tensor]]:
     """The scoring of each stage alone: what the fused op does before it selects, or the scorer itself."""
     from sdtp_kernels import TokenPruner
-    from sdtp_kernels.models.stages import Fused, Opinion
+    from sdtp_kernels.models.scoring import Fused, Opinion
 
     opinion: Opinion | None = None
 

@@ -33,6 +33,7 @@ from .checks import (
 )
 from .devices import device_of, replace_forward, tensor_parallel_group
 from .report import SdtpHandle
+from .scoring import resolve_pruners
 from .settings import SETTINGS, Current, make_settings
 from .stages import (
     Piece,
@@ -42,7 +43,6 @@ from .stages import (
     append_waiting,
     continue_segment,
     later_piece_is_padded,
-    resolve_pruners,
     token_index,
 )
 

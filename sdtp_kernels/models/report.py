@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import backends
 from .settings import Current, make_settings
 
 if TYPE_CHECKING:
@@ -196,3 +197,17 @@ class PrefillRecorder:
             return float(end - begin)
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
+
+
+def new_recorder(decoder: Any, backend: str, inputs_embeds: torch.Tensor) -> PrefillRecorder:
+    """Of a prefill that begins now."""
+    device, dtype = inputs_embeds.device, inputs_embeds.dtype
+    if backend == "auto":
+        chosen = next(status.name for status in backends.explain_backends(device, dtype) if status.chosen)
+        backend = f"auto ({chosen})"
+    attention = decoder.layers[0].self_attn
+    # Of this process: with tensor parallelism each caches its own heads.
+    weights = (getattr(w, "_local_tensor", w) for w in (attention.k_proj.weight, attention.v_proj.weight))
+    kv_width = sum(weight.shape[0] for weight in weights)
+    kv_bytes_per_token = inputs_embeds.shape[0] * kv_width * dtype.itemsize
+    return PrefillRecorder(inputs_embeds.shape[1], backend, device, kv_bytes_per_token)

@@ -6,26 +6,21 @@ A prompt enters every layer through :class:`Prompt`, which prunes where a stage 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers.masking_utils import create_causal_mask
 
-from .. import backends, ops
-from ..pruner import PrunerStack, PrunerWeights, TokenPruner, check_finite
-from ..scorers import SCORERS, StageInput, question_attention
+from .. import ops
+from ..scorers import StageInput
 from .attention import Visibility, see_cached, see_prompt
 from .cache import PrunedState, Waiting, cached_keys, evict, install, is_growing, pruned_layer, waiting_layer
 from .devices import from_first
-from .report import PrefillRecorder, SdtpHandle
+from .report import SdtpHandle, new_recorder
+from .scoring import Fused, Opinion, Scorer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch.distributed import ProcessGroup
     from transformers.cache_utils import Cache
 
@@ -48,66 +43,6 @@ class Pruning(NamedTuple):
     evict_earlier_kv: bool
     group: ProcessGroup | None
     """The processes of tensor parallelism; ``None`` for one alone."""
-
-
-class Opinion(NamedTuple):
-    """What the stages so far thought of the tokens, where pruners average it."""
-
-    mean_score: torch.Tensor
-    """``[B, n]``, of the MLP alone."""
-    number: int
-    """Stages that it is the mean of."""
-
-
-class Plain(NamedTuple):
-    """A scorer that is a function of its stage."""
-
-    function: Callable[[StageInput], torch.Tensor]
-    name: str
-    is_block_local: bool
-    pooling: int = 1
-
-    def score(self, stage: StageInput, opinion: Opinion | None, backend: str) -> tuple[torch.Tensor, None]:
-        """Scores ``[B, n]``; nothing that a later stage would want to know."""
-        return self.function(stage).float(), None
-
-
-class Fused(NamedTuple):
-    """A TokenPruner, ready for the fused op."""
-
-    pruner: TokenPruner
-    weights: PrunerWeights
-    rms_eps: float | None
-    sees_prompt_end: bool = True
-    name: str = "TokenPruner"
-    is_block_local: bool = True  # by itself, and with what sees_prompt_end says
-
-    @property
-    def pooling(self) -> int:
-        return self.pruner.pooling
-
-    def score(self, stage: StageInput, opinion: Opinion | None, backend: str) -> tuple[torch.Tensor, Opinion | None]:
-        """Scores ``[B, n]``, and where the pruner averages, the opinion that the next stage goes on with."""
-        scores = ops.score_tokens(stage.hidden_states, *self.weights, rms_eps=self.rms_eps, backend=backend)
-        if self.pruner.averaging:
-            if opinion is not None:
-                before, number = opinion
-                scores = torch.lerp(before.to(scores.device), scores, 1 / (number + 1))
-            opinion = Opinion(scores, 1 if opinion is None else opinion.number + 1)
-        bias = self.score_bias(stage)
-        return scores if bias is None else scores + bias, opinion if self.pruner.averaging else None
-
-    def score_bias(self, stage: StageInput) -> torch.Tensor | None:
-        """What the pruner adds to the scores beside the hidden states, if anything."""
-        if not self.sees_prompt_end or not (self.pruner.distance or self.pruner.attention):
-            return None
-        last = stage.token_index.shape[1] - stage.keep_last - 1
-        distance = stage.token_index[:, last : last + 1] - stage.token_index
-        attention = question_attention(stage) if self.pruner.attention else None
-        return self.pruner.score_bias(distance, attention, (stage.token_index >= 0) & (distance >= 0))
-
-
-Scorer = Plain | Fused
 
 
 class _Selection(TypedDict):
@@ -183,7 +118,7 @@ class Prompt:
         self.recorder = None
         is_captured = inputs_embeds.is_cuda and torch.cuda.is_current_stream_capturing()
         if not (torch.compiler.is_compiling() or is_captured):  # a graph has no clock
-            self.recorder = _new_recorder(decoder, pruning.backend, inputs_embeds)
+            self.recorder = new_recorder(decoder, pruning.backend, inputs_embeds)
 
     def enter(self, layer_idx: int, hidden_states: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, Segment]:
         """What goes into layer `layer_idx`: pruned where a stage stands before it, after what has waited there."""
@@ -489,78 +424,3 @@ def continue_segment(
     # Layer 0 answers with the length of the conversation. Where something was evicted from it, so it was from layer 1.
     visibility = see_cached(decoder.config, hidden_states, mask, cache, max(layer_idx, 1))
     return segment._replace(stage=layer.stage, visibility=visibility)
-
-
-def _new_recorder(decoder: Any, backend: str, inputs_embeds: torch.Tensor) -> PrefillRecorder:
-    device, dtype = inputs_embeds.device, inputs_embeds.dtype
-    if backend == "auto":
-        chosen = next(status.name for status in backends.explain_backends(device, dtype) if status.chosen)
-        backend = f"auto ({chosen})"
-    attention = decoder.layers[0].self_attn
-    # Of this process: with tensor parallelism each caches its own heads.
-    weights = (getattr(w, "_local_tensor", w) for w in (attention.k_proj.weight, attention.v_proj.weight))
-    kv_width = sum(weight.shape[0] for weight in weights)
-    kv_bytes_per_token = inputs_embeds.shape[0] * kv_width * dtype.itemsize
-    return PrefillRecorder(inputs_embeds.shape[1], backend, device, kv_bytes_per_token)
-
-
-def resolve_pruners(
-    pruners: Mapping[int, Any] | str | Callable[[StageInput], torch.Tensor],
-    schedule: PruningSchedule,
-    config: Any,
-    devices: Mapping[int, torch.device],
-    dtype: torch.dtype,
-) -> dict[int, Scorer]:
-    if isinstance(pruners, str):
-        if pruners not in SCORERS:
-            raise ValueError(f"no scorer {pruners!r}; known: {', '.join(SCORERS)}. For a file use load_pruners(path)")
-        pruners = SCORERS[pruners]
-    if not isinstance(pruners, Mapping):
-        if not callable(pruners) or isinstance(pruners, nn.Module):
-            raise ValueError(
-                f"pruners: expected {{layer: module}}, a scorer's name or function, got {type(pruners).__name__}"
-            )
-        return dict.fromkeys(schedule.layers, _plain(pruners))
-    if isinstance(pruners, PrunerStack):
-        _check_header(pruners, config)
-    missing = [layer for layer in schedule.layers if layer not in pruners]
-    if missing:
-        raise ValueError(f"no pruner for layers {missing} of the schedule; there are pruners for {sorted(pruners)}")
-    used = {layer: pruners[layer] for layer in schedule.layers}
-    check_finite({layer: pruner for layer, pruner in used.items() if isinstance(pruner, nn.Module)})
-    return {
-        layer: _resolve_pruner(layer, pruner, schedule, config, devices[layer], dtype) for layer, pruner in used.items()
-    }
-
-
-def _resolve_pruner(
-    layer: int, pruner: Any, schedule: PruningSchedule, config: Any, device: torch.device, dtype: torch.dtype
-) -> Scorer:
-    if isinstance(pruner, TokenPruner):
-        if pruner.hidden_size != config.hidden_size:
-            raise ValueError(
-                f"pruner of layer {layer} has hidden_size={pruner.hidden_size}, the model {config.hidden_size}"
-            )
-        # A copy: the model keeps the weights it was given, whatever becomes of the module.
-        pruner = copy.deepcopy(pruner).to(device).requires_grad_(False)
-        rms_eps = pruner.rms_eps if pruner.rms_norm else None
-        return Fused(pruner, pruner.weights(dtype), rms_eps, schedule.sees_prompt_end)
-    if isinstance(pruner, nn.Module):
-        return Plain(lambda stage: pruner(stage.hidden_states), type(pruner).__name__, is_block_local=True)
-    if callable(pruner):
-        return _plain(pruner)
-    raise ValueError(f"pruner of layer {layer}: expected a module or a scorer function, got {type(pruner).__name__}")
-
-
-def _plain(function: Callable[[StageInput], torch.Tensor]) -> Plain:
-    return Plain(function, getattr(function, "__name__", repr(function)), getattr(function, "is_block_local", False))
-
-
-def _check_header(pruners: PrunerStack, config: Any) -> None:
-    names = ("model_type", "hidden_size", "num_hidden_layers")
-    pairs = {name: (getattr(pruners.header, name), getattr(config, name)) for name in names}
-    differences = [f"{name}: file {a}, model {b}" for name, (a, b) in pairs.items() if a is not None and a != b]
-    if differences:
-        raise ValueError(
-            f"these pruners were made for another model ({'; '.join(differences)}); load the file of this model"
-        )

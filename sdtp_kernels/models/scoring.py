@@ -1,0 +1,141 @@
+"""Scorers as a stage uses them: a pruner ready for the fused op, or any function of the stage."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..pruner import PrunerStack, PrunerWeights, TokenPruner, check_finite
+from ..scorers import SCORERS, StageInput, question_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..schedule import PruningSchedule
+
+
+class Opinion(NamedTuple):
+    """What the stages so far thought of the tokens, where pruners average it."""
+
+    mean_score: torch.Tensor
+    """``[B, n]``, of the MLP alone."""
+    number: int
+    """Stages that it is the mean of."""
+
+
+class Plain(NamedTuple):
+    """A scorer that is a function of its stage."""
+
+    function: Callable[[StageInput], torch.Tensor]
+    name: str
+    is_block_local: bool
+    pooling: int = 1
+
+    def score(self, stage: StageInput, opinion: Opinion | None, backend: str) -> tuple[torch.Tensor, None]:
+        """Scores ``[B, n]``; nothing that a later stage would want to know."""
+        return self.function(stage).float(), None
+
+
+class Fused(NamedTuple):
+    """A TokenPruner, ready for the fused op."""
+
+    pruner: TokenPruner
+    weights: PrunerWeights
+    rms_eps: float | None
+    sees_prompt_end: bool = True
+    name: str = "TokenPruner"
+    is_block_local: bool = True  # by itself, and with what sees_prompt_end says
+
+    @property
+    def pooling(self) -> int:
+        return self.pruner.pooling
+
+    def score(self, stage: StageInput, opinion: Opinion | None, backend: str) -> tuple[torch.Tensor, Opinion | None]:
+        """Scores ``[B, n]``, and where the pruner averages, the opinion that the next stage goes on with."""
+        scores = ops.score_tokens(stage.hidden_states, *self.weights, rms_eps=self.rms_eps, backend=backend)
+        if self.pruner.averaging:
+            if opinion is not None:
+                before, number = opinion
+                scores = torch.lerp(before.to(scores.device), scores, 1 / (number + 1))
+            opinion = Opinion(scores, 1 if opinion is None else opinion.number + 1)
+        bias = self.score_bias(stage)
+        return scores if bias is None else scores + bias, opinion if self.pruner.averaging else None
+
+    def score_bias(self, stage: StageInput) -> torch.Tensor | None:
+        """What the pruner adds to the scores beside the hidden states, if anything."""
+        if not self.sees_prompt_end or not (self.pruner.distance or self.pruner.attention):
+            return None
+        last = stage.token_index.shape[1] - stage.keep_last - 1
+        distance = stage.token_index[:, last : last + 1] - stage.token_index
+        attention = question_attention(stage) if self.pruner.attention else None
+        return self.pruner.score_bias(distance, attention, (stage.token_index >= 0) & (distance >= 0))
+
+
+Scorer = Plain | Fused
+
+
+def resolve_pruners(
+    pruners: Mapping[int, Any] | str | Callable[[StageInput], torch.Tensor],
+    schedule: PruningSchedule,
+    config: Any,
+    devices: Mapping[int, torch.device],
+    dtype: torch.dtype,
+) -> dict[int, Scorer]:
+    if isinstance(pruners, str):
+        if pruners not in SCORERS:
+            raise ValueError(f"no scorer {pruners!r}; known: {', '.join(SCORERS)}. For a file use load_pruners(path)")
+        pruners = SCORERS[pruners]
+    if not isinstance(pruners, Mapping):
+        if not callable(pruners) or isinstance(pruners, nn.Module):
+            raise ValueError(
+                f"pruners: expected {{layer: module}}, a scorer's name or function, got {type(pruners).__name__}"
+            )
+        return dict.fromkeys(schedule.layers, _plain(pruners))
+    if isinstance(pruners, PrunerStack):
+        _check_header(pruners, config)
+    missing = [layer for layer in schedule.layers if layer not in pruners]
+    if missing:
+        raise ValueError(f"no pruner for layers {missing} of the schedule; there are pruners for {sorted(pruners)}")
+    used = {layer: pruners[layer] for layer in schedule.layers}
+    check_finite({layer: pruner for layer, pruner in used.items() if isinstance(pruner, nn.Module)})
+    return {
+        layer: _resolve_pruner(layer, pruner, schedule, config, devices[layer], dtype) for layer, pruner in used.items()
+    }
+
+
+def _resolve_pruner(
+    layer: int, pruner: Any, schedule: PruningSchedule, config: Any, device: torch.device, dtype: torch.dtype
+) -> Scorer:
+    if isinstance(pruner, TokenPruner):
+        if pruner.hidden_size != config.hidden_size:
+            raise ValueError(
+                f"pruner of layer {layer} has hidden_size={pruner.hidden_size}, the model {config.hidden_size}"
+            )
+        # A copy: the model keeps the weights it was given, whatever becomes of the module.
+        pruner = copy.deepcopy(pruner).to(device).requires_grad_(False)
+        rms_eps = pruner.rms_eps if pruner.rms_norm else None
+        return Fused(pruner, pruner.weights(dtype), rms_eps, schedule.sees_prompt_end)
+    if isinstance(pruner, nn.Module):
+        return Plain(lambda stage: pruner(stage.hidden_states), type(pruner).__name__, is_block_local=True)
+    if callable(pruner):
+        return _plain(pruner)
+    raise ValueError(f"pruner of layer {layer}: expected a module or a scorer function, got {type(pruner).__name__}")
+
+
+def _plain(function: Callable[[StageInput], torch.Tensor]) -> Plain:
+    return Plain(function, getattr(function, "__name__", repr(function)), getattr(function, "is_block_local", False))
+
+
+def _check_header(pruners: PrunerStack, config: Any) -> None:
+    names = ("model_type", "hidden_size", "num_hidden_layers")
+    pairs = {name: (getattr(pruners.header, name), getattr(config, name)) for name in names}
+    differences = [f"{name}: file {a}, model {b}" for name, (a, b) in pairs.items() if a is not None and a != b]
+    if differences:
+        raise ValueError(
+            f"these pruners were made for another model ({'; '.join(differences)}); load the file of this model"
+        )
