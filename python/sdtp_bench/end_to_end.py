@@ -12,6 +12,7 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 DENSE, PRUNED = "dense", "pruned"
 BUDGETS = ("global", "block")
+CLEAR = Path("/proc/self/clear_refs")  # of Linux; elsewhere the memory of a CPU's prefill is left out
 FEW = 4  # tokens that must be the dense model's where all of the prompt is kept
 
 
@@ -192,7 +194,7 @@ def prefill_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, A
         for way, pair in setting.pairs.items():
             with pair.patched():
                 where[way] = where_time_goes(pair.prefill, pair.model)
-    peak = {} if args.no_peak else peaks(args, setting)
+    peak = peaks(args, setting) if not args.no_peak and (args.device == "cuda" or CLEAR.exists()) else {}
     rows = []
     for way in setting.pairs:
         row = common(args, "prefill", setting, way, seconds[None], seconds[way])
@@ -335,7 +337,7 @@ def generate(pair: Pair, new_tokens: int) -> Generated:
     ids, device = pair.input_ids, pair.input_ids.device
     settings = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
     cache = DynamicCache(config=pair.model.config)
-    first = _FirstToken(device)
+    first = _FirstToken()
 
     def work() -> Any:
         return pair.model.generate(
@@ -350,18 +352,13 @@ def generate(pair: Pair, new_tokens: int) -> Generated:
 class _FirstToken:
     """A streamer of transformers that looks at the clock once: when the first token behind the prompt comes."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.calls, self.begin, self.seconds = 0, 0.0, 0.0
 
     def start(self) -> None:
-        import time
-
         self.begin = time.perf_counter()
 
     def put(self, value: Any) -> None:
-        import time
-
         self.calls += 1
         if self.calls == 2:  # the first call shows the prompt; a token comes to the host, so the device has finished
             self.seconds = time.perf_counter() - self.begin
@@ -440,7 +437,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return int(torch.cuda.max_memory_allocated(device) - before)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what is resident now
+    CLEAR.write_text("5", encoding="ascii")  # the peak is what is resident now
     before = _resident("VmRSS")
     work()
     return _resident("VmHWM") - before
