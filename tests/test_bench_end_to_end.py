@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import time
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_no_figures_from_a_wrong_model(bench, monkeypatch, capsys, command, faul
 
 
 def test_the_first_new_tokens_are_compared_too(pair, monkeypatch):
-    setting = end_to_end.Setting("recent", "float32", None, {end_to_end.Way(0.5, "global"): pair})
+    setting = end_to_end.Setting("recent", "float32", {end_to_end.Way(0.5, "global"): pair})
     end_to_end.check_first_tokens(setting)
     monkeypatch.setattr(end_to_end, "KEEP_ALL", 0.5)
     with pytest.raises(paired.GateError, match="with the whole prompt kept"):
@@ -136,12 +137,17 @@ def test_buckets(names, expected):
 
 @torch.no_grad()
 def test_the_buckets_add_up(pair):
-    dense = breakdown.where_time_goes(pair.prefill, pair.model)
+    def slow(stage):
+        time.sleep(0.1)
+        return stage.token_index.float()
+
+    pair = pair._replace(pruners=slow)
     with pair.patched():
-        pruned, seconds = paired.timed(lambda: breakdown.where_time_goes(pair.prefill, pair.model), torch.device("cpu"))
-    assert set(dense) == set(pruned) == set(breakdown.BUCKETS)
-    assert pruned["pruning"] > dense["pruning"] > 0
-    assert 0 < sum(pruned.values()) < seconds
+        where, seconds = paired.timed(lambda: breakdown.where_time_goes(pair.prefill, pair.model), torch.device("cpu"))
+    assert list(where) == list(breakdown.BUCKETS)
+    assert where["pruning"] > 0.2  # two stages
+    assert all(spent > 0 for spent in where.values())
+    assert sum(where.values()) < seconds
     assert all(not layer._forward_hooks and not layer._forward_pre_hooks for layer in pair.model.model.layers)
 
 
@@ -151,8 +157,8 @@ def test_peak_memory_is_that_of_the_work_alone():
     def take(size):
         return end_to_end.peak_bytes(lambda: torch.ones(size * mib, dtype=torch.uint8), device) / mib
 
-    assert 256 <= take(256) < 320
-    assert 64 <= take(64) < 128
+    assert 250 < take(256) < 300  # the kernel counts pages in batches
+    assert 60 < take(64) < 100
 
 
 @pytest.mark.parametrize(
@@ -160,7 +166,6 @@ def test_peak_memory_is_that_of_the_work_alone():
     [
         (("--repeats", 0), "--repeats 0: expected at least 1"),
         (("--tokens", 20), "ask for more"),
-        (("--tokens", 10**7), "give a longer one with --text"),
         (("--keep", 1.5), "keep_ratio=1.5"),
         (("--method", "magic"), "no method 'magic'"),
     ],
@@ -168,3 +173,9 @@ def test_peak_memory_is_that_of_the_work_alone():
 def test_mistakes_get_one_message(bench, capsys, options, message):
     assert bench("prefill", *options) == (2, [])
     assert message in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_short(bench, tmp_path, capsys):
+    (tmp_path / "text").write_text("It ends here.")
+    assert bench("prefill", "--text", tmp_path / "text") == (2, [])
+    assert "give a longer one with --text" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 DENSE, PRUNED = "dense", "pruned"
 BUDGETS = ("global", "block")
+CLEAR = Path("/proc/self/clear_refs")  # of Linux; elsewhere the memory of a CPU's prefill is left out
 FEW = 4  # tokens that must be the dense model's where all of the prompt is kept
 
 
@@ -112,12 +114,11 @@ class Setting(NamedTuple):
 
     method: str
     dtype: str
-    tokenizer: Any
     pairs: dict[Way, Pair]
 
     @property
-    def any_pair(self) -> Pair:
-        """Of the dense model all are alike."""
+    def dense(self) -> Pair:
+        """One of them, whose :meth:`Pair.prefill` is that of the dense model: outside of :meth:`Pair.patched`."""
         return next(iter(self.pairs.values()))
 
 
@@ -151,7 +152,7 @@ def settings_of(args: argparse.Namespace) -> Iterator[Setting]:
             for keep, budget in itertools.product(args.keep, args.budget):
                 schedule = PruningSchedule(layers, keep, budget=budget, block_size=args.block_size)
                 pairs[Way(keep, budget)] = Pair(model, input_ids, method.pruners, schedule, args.backend)
-            yield Setting(method.name, dtype, tokenizer, pairs)
+            yield Setting(method.name, dtype, pairs)
 
 
 # ------------------------------------------------------------------------------------------------------------ prefill
@@ -179,21 +180,21 @@ def prefill_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, A
     import torch
 
     with torch.inference_mode():
-        dense, kv_bytes = gate(setting)
+        kv_bytes = gate(setting)
         seconds: dict[Any, list[float]] = defaultdict(list)
         stage_shares: dict[Way, list[float]] = defaultdict(list)
         gc.collect()  # a collection costs more than many a prefill: not while the clock runs
         for way in in_turns([None, *setting.pairs], args.repeats):
-            pair = dense if way is None else setting.pairs[way]
+            pair = setting.dense if way is None else setting.pairs[way]
             with contextlib.nullcontext() if way is None else pair.patched() as handle:
                 seconds[way].append(timed(pair.prefill, pair.input_ids.device)[1])
             if handle is not None and way is not None:
                 stage_shares[way].append(stage_share(handle.report()))
-        where: dict[Way | None, dict[str, float]] = {None: where_time_goes(dense.prefill, dense.model)}
+        where: dict[Way | None, dict[str, float]] = {None: where_time_goes(setting.dense.prefill, setting.dense.model)}
         for way, pair in setting.pairs.items():
             with pair.patched():
                 where[way] = where_time_goes(pair.prefill, pair.model)
-    peak = {} if args.no_peak else peaks(args, setting)
+    peak = peaks(args, setting) if not args.no_peak and (args.device == "cuda" or CLEAR.exists()) else {}
     rows = []
     for way in setting.pairs:
         row = common(args, "prefill", setting, way, seconds[None], seconds[way])
@@ -206,29 +207,26 @@ def prefill_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, A
     return rows
 
 
-def gate(setting: Setting) -> tuple[Pair, dict[Way | None, int]]:
+def gate(setting: Setting) -> dict[Way | None, int]:
     """Check every way against the dense model; this warms both up as well.
 
     Returns
     -------
-    dense : Pair
-        Whose ``prefill()`` is that of the dense model, as it is not patched.
-    kv_bytes : dict
-        Of the cache of each way, and of the dense model's under ``None``.
+    dict
+        Bytes of the cache of each way, and of the dense model's under ``None``.
 
     Raises
     ------
     GateError
         If a check fails.
     """
-    dense = setting.any_pair
-    output = dense.prefill()
+    output = setting.dense.prefill()
     kv_bytes: dict[Way | None, int] = {None: cache_bytes(output.cache)}
     for pair in {way.budget: pair for way, pair in setting.pairs.items()}.values():
         pair.check_keeping_all(output.logits, KEEP_ALL)
     for way, pair in setting.pairs.items():
         kv_bytes[way] = cache_bytes(pair.check_kept()[1].cache)
-    return dense, kv_bytes
+    return kv_bytes
 
 
 def common(
@@ -290,13 +288,13 @@ def decode_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, An
     import torch
 
     with torch.inference_mode():
-        dense, kv_bytes = gate(setting)
+        kv_bytes = gate(setting)
         check_first_tokens(setting)
         first: dict[Any, list[float]] = defaultdict(list)
         total: dict[Any, list[float]] = defaultdict(list)
         gc.collect()
         for way in in_turns([None, *setting.pairs], args.repeats):
-            pair = dense if way is None else setting.pairs[way]
+            pair = setting.dense if way is None else setting.pairs[way]
             with contextlib.nullcontext() if way is None else pair.patched():
                 generated = generate(pair, args.new_tokens)
             expected = [pair.tokens] * len(generated.cached) if way is None else pair.tokens_per_layer
@@ -339,7 +337,7 @@ def generate(pair: Pair, new_tokens: int) -> Generated:
     ids, device = pair.input_ids, pair.input_ids.device
     settings = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
     cache = DynamicCache(config=pair.model.config)
-    first = _FirstToken(device)
+    first = _FirstToken()
 
     def work() -> Any:
         return pair.model.generate(
@@ -354,18 +352,13 @@ def generate(pair: Pair, new_tokens: int) -> Generated:
 class _FirstToken:
     """A streamer of transformers that looks at the clock once: when the first token behind the prompt comes."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.calls, self.begin, self.seconds = 0, 0.0, 0.0
 
     def start(self) -> None:
-        import time
-
         self.begin = time.perf_counter()
 
     def put(self, value: Any) -> None:
-        import time
-
         self.calls += 1
         if self.calls == 2:  # the first call shows the prompt; a token comes to the host, so the device has finished
             self.seconds = time.perf_counter() - self.begin
@@ -380,14 +373,12 @@ def check_first_tokens(setting: Setting) -> None:
     ------
     GateError
     """
-    dense = generate(setting.any_pair, FEW).new
+    dense = generate(setting.dense, FEW).new
     for pair in {way.budget: pair for way, pair in setting.pairs.items()}.values():
         with pair.patched(keep_ratio=KEEP_ALL):
             new = generate(pair, FEW).new
         if new != dense:
-            raise GateError(
-                f"no figures: with all of the prompt kept the patched model answers {new}, the dense {dense}"
-            )
+            raise GateError(f"no figures: with the whole prompt kept the patched model answers {new}, not {dense}")
 
 
 # ------------------------------------------------------------------------------------------------------- peak memory
@@ -404,7 +395,7 @@ def peaks(args: argparse.Namespace, setting: Setting) -> dict[Way | None, int]:
     names = ("model", "method", "block_size", "device", "backend", "text")
     wanted = {name: getattr(args, name) for name in names} | {
         "dtype": [setting.dtype],
-        "tokens": [setting.any_pair.tokens],
+        "tokens": [setting.dense.tokens],
         "keep": list(dict.fromkeys(way.keep for way in setting.pairs)),
         "budget": list(dict.fromkeys(way.budget for way in setting.pairs)),
     }
@@ -425,7 +416,7 @@ def work(settings: dict[str, Any]) -> None:
     with torch.inference_mode():
         for warm_up in (True, False):  # the first round starts threads and loads what is loaded lazily
             for way in (None, *setting.pairs):
-                pair = setting.any_pair if way is None else setting.pairs[way]
+                pair = setting.dense if way is None else setting.pairs[way]
                 short = pair._replace(input_ids=pair.input_ids[:, : processes.WARM_UP]) if warm_up else pair
                 with contextlib.nullcontext() if way is None else short.patched():
                     taken = peak_bytes(short.prefill, pair.input_ids.device)
@@ -446,7 +437,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return int(torch.cuda.max_memory_allocated(device) - before)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what is resident now
+    CLEAR.write_text("5", encoding="ascii")  # the peak is what is resident now
     before = _resident("VmRSS")
     work()
     return _resident("VmHWM") - before

@@ -402,7 +402,7 @@ def scores(contest: Contest, peer: Peer) -> dict[str, Any]:
     """Loss on texts and pass keys found, means with their intervals; ``None`` where the peer cannot tell."""
     from sdtp_eval.compare import bootstrap
 
-    row: dict[str, Any] = {}
+    row: dict[str, Any] = {"samples": contest.args.samples}
     for task, metric, name in (("nll", "nll_increase", "nll_increase"), ("passkey", "exact", "passkey")):
         results = [peer.score(sample) for sample in contest.samples if sample.task == task]
         values = [result[metric] for result in results if metric in result]
