@@ -277,7 +277,7 @@ def test_the_old_name_of_the_cache(tiny_model, pruners):
     """As the original decoder: deprecated, and never ignored."""
     cache = DynamicCache(config=tiny_model.config)
     with apply_sdtp(tiny_model, pruners, SCHEDULES["global"]), pytest.warns(FutureWarning, match="Use `cache` instead"):
-        output = tiny_model.model(prompt(), cache=cache)
+        output = tiny_model.model(prompt(), past_key_values=cache)
     assert output.cache is cache
     assert cache.get_seq_length() == TOKENS
 
