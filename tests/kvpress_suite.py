@@ -62,9 +62,13 @@ def test_keeping_all_changes_nothing(model, patched, press):
         assert torch.equal(generate(model, {"input_ids": prompt()}), expected)
 
 
+@pytest.mark.parametrize("model", [torch.float32], ids=["fp32"], indirect=True)
 @torch.no_grad()
 def test_equals_a_cache_shortened_by_hand(model, patched):
-    """Keys with small norms are kept, the others cut out of a pruned cache without kvpress."""
+    """Keys with small norms are kept, the others cut out of a pruned cache without kvpress.
+
+    Not in bfloat16, where norms are equal so often that which of equals the press takes would be tested.
+    """
     ids = torch.randperm(255)[None, :TOKENS] + 1  # no token twice: in layer 0 their keys have the same norm
     cache = DynamicCache(config=model.config)
     token = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
@@ -81,7 +85,7 @@ def test_equals_a_cache_shortened_by_hand(model, patched):
     with pressed(model, KnormPress(RATIO)):
         got = generate(model, {"input_ids": ids}, max_new_tokens=7, return_dict_in_generate=True, output_logits=True)
     # The press leaves keys in another order, and sums are rounded in that order.
-    torch.testing.assert_close(torch.stack(got.logits[1:]), torch.stack(expected).float(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.stack(got.logits[1:]), torch.stack(expected), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
