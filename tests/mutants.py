@@ -1128,7 +1128,7 @@ MUTANTS = [
         BENCH + "peers.py",
         "> SAME_BUDGET:",
         "> 1:",
-        "test_bench_peers.py::test_all_at_the_same_budget",
+        "test_bench_peers.py::test_another_budget_gets_no_figures",
     ),
     Mutant(
         "a peer with another first token",

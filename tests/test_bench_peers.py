@@ -153,6 +153,14 @@ def stub(name, **changes):
     return peers.Peer(name, **(fields | changes))
 
 
+@pytest.mark.parametrize(("name", "kept"), [("another", 0.52), ("another", 0.48), ("another", 1.0), ("dense", 0.5)])
+def test_another_budget_gets_no_figures(name, kept):
+    contest = types.SimpleNamespace(budget=0.5)
+    assert peers.checked(contest, stub("another")).mean_keep == 0.5
+    with pytest.raises(peers.GateError, match=f"it keeps B = {kept:.3f}"):
+        peers.checked(contest, stub(name, check=lambda: peers.Figures(8, kept)))
+
+
 def fail(*_):
     raise ZeroDivisionError("division by zero\nand so on")
 
