@@ -315,6 +315,9 @@ def test_run_resume_and_compare(sdtp, tmp_path: Path, capsys: pytest.CaptureFixt
     for row in rows:
         if row["method"] != "dense":
             assert row["mean_keep"] == pytest.approx(schedule.mean_keep(row["prompt_tokens"], 8))
+    (run_record,) = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+    assert (run_record["tasks"], run_record["tokens"], run_record["dtype"]) == (["nll", "passkey"], [400], "float32")
+    assert {"machine", "versions", "date", "command"} <= run_record.keys()
     name = next(row["method"] for row in rows if row["method"].startswith("best@"))
     summary = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     ours = next(row for row in summary if row["method"] == name and row["task"] == "nll")

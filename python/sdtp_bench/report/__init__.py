@@ -150,15 +150,15 @@ def render(rows: Results, parts: list[Section], digest: str) -> str:
     """The page as HTML."""
     import jinja2
 
-    from sdtp_bench.report.results import Source
+    from sdtp_bench.report.results import UNKNOWN, Source
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    shown = [row for kind, members in rows.items() if kind != "unknown" for row in members]
+    shown = [row for kind, members in rows.items() if kind != UNKNOWN for row in members]
     return environment.get_template("page.html").render(
-        sections=parts, source=Source.of(shown), unknown=Source.of(rows["unknown"]).files, digest=digest
+        sections=parts, source=Source.of(shown), unknown=Source.of(rows[UNKNOWN]).files, digest=digest
     )
 
 

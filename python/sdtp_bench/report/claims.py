@@ -104,11 +104,19 @@ def gpu_seconds(gpu: Gpu, keep: float, tokens: int) -> float:
 
 
 @functools.cache
-def _stage(tokens: int) -> Stage:
+def _longest_stage() -> Stage:
     sizes = QWEN2_7B.hidden_size, PRUNER.intermediate_size, QWEN2_7B.head_dim
-    return random_stage("meta", torch.bfloat16, 1, tokens, *sizes)
+    return random_stage("meta", torch.bfloat16, 1, max(MODEL_LENGTHS), *sizes)
 
 
+def _stage(tokens: int) -> Stage:
+    longest = _longest_stage()
+    return longest._replace(
+        hidden_states=longest.hidden_states[:, :tokens], tensors=[tensor[:, :tokens] for tensor in longest.tensors]
+    )
+
+
+@functools.cache
 def gpu_speedup(gpu: Gpu, keep: float, tokens: int) -> float:
     """What the roofline leaves of the ideal."""
     return gpu_seconds(gpu, 1.0, tokens) / gpu_seconds(gpu, keep, tokens)
@@ -150,7 +158,7 @@ def _table(name: str, title: str, lines: Sequence[_Line], source: Source, note: 
         for line in lines
     )
     columns = ("figure", "kind", "of what", "value", *(f"{n // 1024}K" for n in lengths), "where it stands")
-    source = source._replace(commands=("sdtp bench report", *source.commands))
+    source = source._replace(commands=("sdtp bench report", *source.commands)) if source.files else tables.MODEL_SOURCE
     return Table(f"claims-{name}", title, columns, cells, source, note)
 
 

@@ -211,6 +211,7 @@ def kept(rows: Results) -> list[Picture]:
             style = "-" if budget == "global" else "--"
             axis.step(range(len(shares)), shares, where="mid", color=_colour(keep), linestyle=style,
                       label=f"{_name(budget, keep)}: B {row['mean_keep']:.2f}")  # fmt: skip
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel="decoder layer", ylabel="tokens that it computes, %", ylim=(0, 103))
         axis.legend(fontsize=8)
 
@@ -279,10 +280,10 @@ def memory(rows: Results) -> list[Picture]:
             _lengths_axis(axis, {row["tokens"] for there in lines.values() for row in there})
             _plain_log_axis(axis)
             axis.set_ylabel("MiB")
-            axis.legend(fontsize=8)
+            figure.legend(loc="outside lower center", ncols=2, fontsize=8)
 
         title = f"Memory of a prefill: {about[1]} {about[2]}"
-        pictures.append(Picture(f"memory-{i}", title, Source.of(members), draw))
+        pictures.append(Picture(f"memory-{i}", title, Source.of(members), draw, size=(SIZE[0], SIZE[1] + 0.5)))
     return pictures
 
 
@@ -302,13 +303,12 @@ def pareto(rows: Results) -> list[Picture]:
         def draw(figure: Any, shown: Any = shown, task: str = task) -> None:
             axis = figure.subplots()
             lines = results.grouped(shown, lambda r: (r["method"] != compare.DENSE, r["method"], _shape(r["schedule"])))
-            shapes = {shape for _, _, shape in lines}
             for i, ((_, method, shape), there) in enumerate(lines.items()):
                 there.sort(key=lambda row: row["time"])
                 values = [row[row["metric"]] for row in there]
                 kind = tables.kind_of(method)
                 learned = kind == "learned"
-                label = tables.display(method) + (f" {shape}" if len(shapes) > 2 and shape else "")
+                label = tables.display(method) + (f", {shape}" if shape else "")
                 colour = BLUE if learned else METHOD_COLOURS.get(method, COLOURS[i % len(COLOURS)])
                 axis.errorbar(
                     [100 * row["time"] for row in there], [value["mean"] for value in values],
@@ -351,9 +351,8 @@ def peers(rows: Results) -> list[Picture]:
             names = list(dict.fromkeys(row["peer"] for row in members))
             for row in members:
                 place = names.index(row["peer"])
-                loss = row["nll_increase"]
-                mean = loss["mean"] if isinstance(loss, dict) else loss
-                bars = [[mean - loss["low"]], [loss["high"] - mean]] if isinstance(loss, dict) else None
+                mean, limits = row["nll_increase"], row.get("nll_increase_interval")
+                bars = None if limits is None else [[mean - limits[0]], [limits[1] - mean]]
                 is_first = row is next(other for other in members if other["peer"] == row["peer"])
                 axis.errorbar(
                     [row["ttft_s"]], [mean], bars, color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % 7],

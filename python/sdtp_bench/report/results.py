@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 RIVALS = ("attention", "recent", "random")  # what every method of the quality tables is compared with
 
+UNKNOWN = "unknown"
 # What makes rows of a kind: named where there are none yet, and for rows that do not name their own.
 COMMANDS = {
     "op": "sdtp bench op --out benchmarks/results/MACHINE",
@@ -43,9 +44,21 @@ _FIELDS = {
 }
 # The same settings measured twice on a machine: the later row counts.
 _SETTINGS = {
-    "op": ("provider", "model", "hidden_size", "tokens", "batch", "keep", "dtype", "budget", "threads"),
+    "op": (
+        "provider",
+        "model",
+        "hidden_size",
+        "tokens",
+        "batch",
+        "keep",
+        "dtype",
+        "budget",
+        "block_size",
+        "pooling",
+        "threads",
+    ),
     "prefill": ("checkpoint", "tokens", "keep", "budget", "block_size", "dtype", "method"),
-    "peers": ("peer", "checkpoint", "tokens", "keep", "mean_keep", "dtype"),
+    "peers": ("peer", "checkpoint", "tokens", "keep", "dtype"),
     "memory": ("checkpoint", "tokens", "keep", "budget", "block_size", "dtype", "method", "settings"),
 }
 _SETTINGS["scaling"] = _SETTINGS["op"]
@@ -114,7 +127,7 @@ def read(root: Path) -> Results:
     -------
     Results
         By the row's field ``bench``, or where it has none by its other fields: ``"prefill"``, ``"quality"`` and so on;
-        ``"unknown"`` for what no part of the report shows. Each row has its ``file``, relative to `root`.
+        :data:`UNKNOWN` for what no part of the report shows. Each row has its ``file``, relative to `root`.
 
     Raises
     ------
@@ -139,9 +152,9 @@ def read(root: Path) -> Results:
 
 
 def _kind(row: Row) -> str:
-    if isinstance(row.get("bench"), str):
-        return str(row["bench"])
-    return next((kind for kind, fields in _FIELDS.items() if fields <= row.keys()), "unknown")
+    if "bench" in row:
+        return str(row["bench"]) if row["bench"] in (*COMMANDS, "runs") else UNKNOWN
+    return next((kind for kind, fields in _FIELDS.items() if fields <= row.keys()), UNKNOWN)
 
 
 def _latest(rows: Iterable[Row], settings: Sequence[str] | None) -> list[Row]:

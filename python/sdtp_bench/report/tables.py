@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,11 +14,12 @@ from sdtp_bench.shapes import GPUS, Case, lookup
 from sdtp_eval import compare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from sdtp_bench.report.results import Results, Row
 
 NONE = "\N{EN DASH}"  # a cell without a figure
+MINUS = "\N{MINUS SIGN}"
 SPACE = "\N{NO-BREAK SPACE}"  # between a figure and its unit
 OURS = ("cpu", "triton", "cuda", "reference")  # providers that are backends of the op; all others are baselines
 SHOWN_GPUS = ("h100", "a100", "4090", "mi300x")
@@ -40,20 +42,20 @@ class Table(NamedTuple):
     def numeric(self) -> tuple[bool, ...]:
         """For each column, whether it holds figures, which stand on the right."""
         columns = zip(*self.rows, strict=True)
-        return tuple(all(cell[:1] in f"+-0123456789{NONE}\N{MINUS SIGN}" for cell in column) for column in columns)
+        return tuple(all(cell[:1] in f"+-0123456789{NONE}{MINUS}" for cell in column) for column in columns)
 
 
 # ------------------------------------------------------------------------------------------------------- the numbers
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    return NONE if value is None or math.isnan(value) else f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return NONE if value is None or math.isnan(value) else f"{value:,.{digits}f}".replace("-", MINUS)
 
 
 def seconds(value: float | None) -> str:
     """Three significant digits, in the unit that fits."""
-    if value is None:
-        return NONE
+    if not value:
+        return NONE if value is None else "0"
     unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e3)) if value * s >= 1), ("\N{MICRO SIGN}s", 1e6))
     scaled = value * scale
     return f"{scaled:,.{max(0, 2 - math.floor(math.log10(max(scaled, 0.01))))}f}{SPACE}{unit}"
@@ -67,9 +69,9 @@ def mebibytes(value: float | None) -> str:
     return NONE if value is None else f"{number(value / 2**20, 1)}{SPACE}MiB"
 
 
-def interval(value: dict[str, float] | float | None, digits: int = 3) -> str:
+def interval(value: Mapping[str, float] | float | None, digits: int = 3) -> str:
     """A mean with its interval, where it has one."""
-    if not isinstance(value, dict):
+    if value is None or isinstance(value, (int, float)):
         return number(value, digits)
     limits = [number(value[name], digits) for name in ("low", "high") if not math.isnan(value[name])]
     return number(value["mean"], digits) + (f" [{f',{SPACE}'.join(limits)}]" if limits else "")
@@ -126,9 +128,7 @@ def _prefill_table(name: str, about: tuple[str, ...], rows: Sequence[Row]) -> Ta
     if len({budget(row) for row in rows}) > 1:
         optional["budget"] = budget
     if any("stage_share" in row for row in rows):
-        optional["a stage, of a layer"] = lambda row: (
-            f"{number(row['stage_share'], 1)}{SPACE}%" if row.get("stage_share") is not None else NONE
-        )
+        optional["a stage, of a layer"] = lambda row: percent(row.get("stage_share"), 1)
     cells = [
         (
             str(row["tokens"]), f"{row['keep']:g}", str(len(row["dense_s_all"])), number(row["dense_s"]),
@@ -145,7 +145,7 @@ def _prefill_table(name: str, about: tuple[str, ...], rows: Sequence[Row]) -> Ta
 
 
 def decode(rows: Results) -> list[Table]:
-    """Prefill and new tokens together, and decoding alone."""
+    """Prefill and new tokens together, and decoding alone, which is all tokens but the first."""
     tables: list[Table] = []
     for i, (about, members) in enumerate(results.grouped(_measured(rows["decode"]), subject_of).items(), 1):
         cells = tuple(
@@ -153,7 +153,7 @@ def decode(rows: Results) -> list[Table]:
                 str(row["tokens"]), f"{row['keep']:g}", budget(row), str(row["new_tokens"]),
                 number(row["total_s"]["dense"]), number(row["total_s"]["pruned"]),
                 number(row["total_s"]["dense"] / row["total_s"]["pruned"]),
-                *(number(1e3 * row["decode_s"][kind] / row["new_tokens"], 1) for kind in ("dense", "pruned")),
+                *(number(1e3 * row["decode_s"][kind] / (row["new_tokens"] - 1), 1) for kind in ("dense", "pruned")),
             )
             for row in by_length(members)
         )  # fmt: skip
@@ -192,20 +192,16 @@ def where(rows: Results) -> list[Table]:
         for row in members:
             spent, ideal = row["where"]["pruned"], in_proportion(row)
             whole = sum(spent.values())
-            for part in PARTS:
-                taken = spent.get(part, 0.0)
-                cells.append((
-                    str(row["tokens"]), f"{row['keep']:g}", budget(row), part,
-                    seconds(row["where"]["dense"].get(part, 0.0)), seconds(taken), percent(taken / whole),
-                    seconds(ideal[part]), percent((taken - ideal[part]) / whole, 1),
-                ))  # fmt: skip
-        columns = (
-            "tokens", "keep per stage", "budget", "part", "dense", "pruned", "of the pruned prefill", "in proportion",
-            "beyond it, of the pruned prefill",
-        )  # fmt: skip
+            cells.append((
+                str(row["tokens"]), f"{row['keep']:g}", budget(row),
+                *(percent(spent.get(part, 0.0) / whole) for part in PARTS),
+                *(percent((spent.get(part, 0.0) - ideal[part]) / whole, 1) for part in PARTS),
+            ))  # fmt: skip
+        columns = ("tokens", "keep per stage", "budget", *PARTS, *(f"{part}, beyond" for part in PARTS))
         note = (
-            "In proportion: the dense time of the part, times the mean kept share of a layer; for attention, times its "
-            "mean square. What is beyond it keeps the speed-up below the ideal; what is below zero lifts it."
+            "In % of the pruned prefill. Beyond: what a part takes more than in proportion, which is its dense time, "
+            "times the mean kept share of a layer; for attention, times its mean square; for pruning, nothing. It "
+            "keeps the speed-up below the ideal; what is below zero lifts it."
         )
         title = f"Where the time goes: {_title(about)}"
         tables.append(Table(f"where-{i}", title, columns, tuple(cells), Source.of(members), note))
@@ -378,7 +374,7 @@ def op_groups(rows: Results) -> dict[tuple[Any, ...], list[Row]]:
     def key(row: Row) -> tuple[Any, ...]:
         return (
             results.machine(row), row["model"], row["hidden_size"], row["dtype"], row["batch"], row["keep"],
-            row["budget"],
+            budget(row),
         )  # fmt: skip
 
     return results.grouped(rows["op"], key)
@@ -457,6 +453,12 @@ def compiled(rows: Results) -> list[Table]:
 # --------------------------------------------------------------------------------------------------------------- peers
 
 
+def scored(row: Row, name: str) -> dict[str, float] | float | None:
+    """A mean with its interval, which such rows have in a field of its own."""
+    value, limits = row.get(name), row.get(f"{name}_interval")
+    return value if limits is None else {"mean": row[name], "low": limits[0], "high": limits[1]}
+
+
 def peers(rows: Results) -> list[Table]:
     """Everyone at the same budget; who cannot run, and why."""
     tables: list[Table] = []
@@ -471,7 +473,7 @@ def peers(rows: Results) -> list[Table]:
             cells.append((
                 row["peer"], str(row.get("version") or NONE), row.get("dtype") or NONE, number(row.get("mean_keep"), 3),
                 seconds(ttft), number(dense / ttft if dense and ttft else None), mebibytes(row.get("kv_bytes")),
-                interval(row.get("nll_increase")), interval(row.get("passkey"), 2), row.get("error") or "",
+                interval(scored(row, "nll_increase")), interval(scored(row, "passkey"), 2), row.get("error") or "",
             ))  # fmt: skip
         columns = (
             "peer", "version", "dtype", "B", "first token", "speed-up", "KV cache", "loss, nats a token", "pass keys",
@@ -488,7 +490,8 @@ MODEL_LENGTHS = (1024, 4096, 16384, 32768, 131072)
 MODEL_SOURCE = Source(("sdtp bench report",), ("no machine: a model",), (), ("computed from shapes",), (), ())
 
 
-def stage_models(tokens: Iterable[int] = MODEL_LENGTHS, keep: float = 0.9) -> list[dict[str, Any]]:
+@functools.cache
+def stage_models(tokens: tuple[int, ...] = MODEL_LENGTHS, keep: float = 0.9) -> list[dict[str, Any]]:
     """:func:`sdtp_bench.roofline.compute` of Qwen2-7B's first stage in bfloat16, for every GPU and length."""
     return [roofline.compute(gpu, Case("qwen2-7b", n, keep=keep)) for gpu in SHOWN_GPUS for n in tokens]
 
