@@ -34,22 +34,28 @@ SDTP_INLINE float sum_lanes(const float* lanes) {
 }
 
 template <typename From, typename To>
-SDTP_INLINE void load_tile_impl(const From* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size,
-                                float rms_eps, To* tile, float* inv_rms) {
+SDTP_INLINE void copy_tile_impl(const From* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size, To* tile) {
     for (int64_t token = 0; token < num_tokens; ++token) {
         const From* row = rows + token * stride;
         To* to = tile + token * hidden_size;
         for (int64_t d = 0; d < hidden_size; ++d) store(row[d], to[d]);
-        if (inv_rms == nullptr) continue;
+    }
+}
+
+template <typename Element>
+SDTP_INLINE void inverse_rms_impl(const Element* tile, int64_t num_tokens, int64_t hidden_size, float rms_eps,
+                                  float* inv_rms) {
+    for (int64_t token = 0; token < num_tokens; ++token) {
+        const Element* row = tile + token * hidden_size;
         float squares[kLanes] = {};
         int64_t d = 0;
         for (; d + kLanes <= hidden_size; d += kLanes) {
             for (int lane = 0; lane < kLanes; ++lane) {
-                const float value = to_float(to[d + lane]);
+                const float value = to_float(row[d + lane]);
                 squares[lane] += value * value;
             }
         }
-        for (int lane = 0; d < hidden_size; ++d, ++lane) squares[lane] += to_float(to[d]) * to_float(to[d]);
+        for (int lane = 0; d < hidden_size; ++d, ++lane) squares[lane] += to_float(row[d]) * to_float(row[d]);
         inv_rms[token] = 1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(hidden_size) + rms_eps);
     }
 }
@@ -84,19 +90,29 @@ SDTP_INLINE void finish_tile_impl(const Product* products, const float* inv_rms,
 
 // One non-template function for each element type: target_clones does not apply to templates.
 
-SDTP_VECTOR_CLONES void load_tile(const float* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size,
-                                  float rms_eps, float* tile, float* inv_rms) {
-    load_tile_impl(rows, stride, num_tokens, hidden_size, rms_eps, tile, inv_rms);
+SDTP_VECTOR_CLONES void copy_tile(const float* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size,
+                                  float* tile) {
+    copy_tile_impl(rows, stride, num_tokens, hidden_size, tile);
 }
 
-SDTP_VECTOR_CLONES void load_tile(const BFloat16* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size,
-                                  float rms_eps, BFloat16* tile, float* inv_rms) {
-    load_tile_impl(rows, stride, num_tokens, hidden_size, rms_eps, tile, inv_rms);
+SDTP_VECTOR_CLONES void copy_tile(const BFloat16* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size,
+                                  BFloat16* tile) {
+    copy_tile_impl(rows, stride, num_tokens, hidden_size, tile);
 }
 
-SDTP_VECTOR_CLONES void load_tile(const Half* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size,
-                                  float rms_eps, float* tile, float* inv_rms) {
-    load_tile_impl(rows, stride, num_tokens, hidden_size, rms_eps, tile, inv_rms);
+SDTP_VECTOR_CLONES void copy_tile(const Half* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size,
+                                  float* tile) {
+    copy_tile_impl(rows, stride, num_tokens, hidden_size, tile);
+}
+
+SDTP_VECTOR_CLONES void inverse_rms(const float* tile, int64_t num_tokens, int64_t hidden_size, float rms_eps,
+                                    float* inv_rms) {
+    inverse_rms_impl(tile, num_tokens, hidden_size, rms_eps, inv_rms);
+}
+
+SDTP_VECTOR_CLONES void inverse_rms(const BFloat16* tile, int64_t num_tokens, int64_t hidden_size, float rms_eps,
+                                    float* inv_rms) {
+    inverse_rms_impl(tile, num_tokens, hidden_size, rms_eps, inv_rms);
 }
 
 SDTP_VECTOR_CLONES void finish_tile(const float* products, const float* inv_rms, int64_t num_tokens, const Head& head,

@@ -8,13 +8,14 @@
 namespace sdtp::cpu {
 
 // Copies `num_tokens` rows of `hidden_size` contiguous elements, `stride` elements apart, to the dense `tile`. Float16
-// is widened: no CPU matmul library is fast in it. Where `inv_rms` is given, it gets 1 / rms of each row.
-void load_tile(const float* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size, float rms_eps, float* tile,
-               float* inv_rms);
-void load_tile(const BFloat16* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size, float rms_eps,
-               BFloat16* tile, float* inv_rms);
-void load_tile(const Half* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size, float rms_eps, float* tile,
-               float* inv_rms);
+// is widened: no CPU matmul library is fast in it.
+void copy_tile(const float* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size, float* tile);
+void copy_tile(const BFloat16* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size, BFloat16* tile);
+void copy_tile(const Half* rows, int64_t stride, int64_t num_tokens, int64_t hidden_size, float* tile);
+
+// inv_rms = 1 / sqrt(mean(x^2) + rms_eps) of each of `num_tokens` rows of the dense `tile`.
+void inverse_rms(const float* tile, int64_t num_tokens, int64_t hidden_size, float rms_eps, float* inv_rms);
+void inverse_rms(const BFloat16* tile, int64_t num_tokens, int64_t hidden_size, float rms_eps, float* inv_rms);
 
 // The pruner behind its first matmul, float32.
 struct Head {

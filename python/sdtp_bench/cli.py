@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdtp_bench import end_to_end, gpu_check, memory, multi, op, peers, report, roofline
+from sdtp_bench import compare, end_to_end, gpu_check, memory, multi, op, peers, report, roofline
 
 
 def add_command(subparsers: Any) -> None:
@@ -12,6 +12,7 @@ def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="speed and memory: the pruning step, and whole prefills")
     commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
     op.add_parsers(commands)
+    compare.add_parser(commands)
     roofline.add_parser(commands)
     end_to_end.add_parsers(commands)
     gpu_check.add_parser(commands)
