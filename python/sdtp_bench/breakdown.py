@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def where_time_goes(work: Callable[[], Any], model: Any) -> dict[str, float]:
     import torch
     from torch.profiler import ProfilerActivity, record_function
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every profile writes lines to stderr
     on_gpu = next(model.parameters()).is_cuda
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     ranges: list[Any] = []

@@ -426,7 +426,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, title=f"{rows[0]['tokens']} tokens, {rows[0]['dtype']}", title_justify="left")
     for column in ("peer", "B", "first token, s", "KV, MiB", "loss", "pass key"):
-        table.add_column(column, justify="left" if column == "peer" else "right")
+        table.add_column(column, justify="left" if column == "peer" else "right", no_wrap=column == "peer")
     for row in rows:
         if "error" in row:
             table.add_row(row["peer"], "-", "-", "-", "-", "-")
