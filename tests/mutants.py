@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
-    "sdtp_kernels", "python", "csrc", "tests", "CMakeLists.txt", "pyproject.toml", "setup.py", "requirements-nvcc.txt",
+    "sdtp_kernels", "python", "csrc", "tests", "benchmarks", "CMakeLists.txt", "pyproject.toml", "setup.py",
+    "requirements-nvcc.txt",
 )  # fmt: skip
 WORKERS = os.cpu_count() or 1
 # A test that fails, or one that a wild address ends: anything else is a broken run and proves nothing.
@@ -592,6 +593,27 @@ MUTANTS = [
         "test_ops.py::test_score",
     ),
     Mutant(
+        "an incomplete tile multiplied where it stands",
+        CPU + "score.cpp",
+        "if (unused == 0 && ",
+        "if (",
+        "test_ops.py::test_score",
+    ),
+    Mutant(
+        "rows with gaps multiplied where they stand",
+        CPU + "score.cpp",
+        "call.token_stride == hidden_size && ",
+        "",
+        "test_ops.py::test_score_layouts_and_nan",
+    ),
+    Mutant(
+        "rows with gaps copied as neighbours",
+        "csrc/include/sdtp/gather.h",
+        "if (is_dense && indices[k] >= 0)",
+        "if (indices[k] >= 0)",
+        "test_ops.py::test_gather",
+    ),
+    Mutant(
         "wrong stride",
         "csrc/bindings/token_rows.h",
         "source.stride(dim) * element",
@@ -994,6 +1016,41 @@ MUTANTS = [
         "Path(word).name if Path(word).is_absolute() else word",
         "word",
         "test_bench_rows.py::test_commands_name_no_directory_of_the_machine",
+    ),
+    Mutant(
+        "a provider timed unchecked",
+        BENCH + "op.py",
+        "errors[name, count] = check(provider)",
+        'errors[name, count] = ""',
+        "test_bench_op.py::test_a_wrong_kernel_gets_no_figure",
+    ),
+    Mutant(
+        "any ranking taken for right",
+        BENCH + "providers.py",
+        "if not (highest_dropped <= lowest_kept + tolerance).all():",
+        "if False:",
+        "test_bench_op.py::test_a_wrong_kernel_gets_no_figure",
+    ),
+    Mutant(
+        "the result counted as extra memory",
+        BENCH + "timing.py",
+        "peak - before - kept_bytes",
+        "peak - before",
+        "test_bench_op.py::test_extra_memory_is_what_goes_beyond_the_result",
+    ),
+    Mutant(
+        "noise called faster",
+        BENCH + "compare.py",
+        '"faster" if low > 1',
+        '"faster" if high > 1',
+        "test_bench_op.py::test_verdicts",
+    ),
+    Mutant(
+        "a wrong kernel under pytest-benchmark",
+        "benchmarks/test_bench_ops.py",
+        'assert not error, f"no figure: {error}"',
+        "pass",
+        "test_bench_op.py::test_the_pytest_benchmark_refuses_a_wrong_kernel",
     ),
     Mutant(
         "speed against a slower baseline",

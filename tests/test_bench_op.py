@@ -169,8 +169,11 @@ def test_extra_memory_is_what_goes_beyond_the_result():
 
 
 def test_the_op_takes_no_more_than_the_scratch_of_a_tile():
-    """Two threads with a tile of products each, 229 KiB; eager PyTorch holds all of them, 7 MiB, twice."""
-    case = Case("qwen2-0.5b", 8192, dtype="fp32")
+    """Two threads with a tile of products each, 229 KiB; eager PyTorch holds all of them, 7 MiB, before and after GELU.
+
+    Few tokens are kept: what is freed before the result is made counts only where it is larger than that.
+    """
+    case = Case("qwen2-0.5b", 8192, dtype="fp32", keep=0.15)
     found = measure(case, ["eager", "cpu"], threads=(2,))
     if found["cpu", 2]["extra_bytes"] is None:
         pytest.skip("the system keeps no resettable peak")

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import torch
-from test_demo import checkpoint, one_thread  # noqa: F401 - fixtures
+from test_demo import one_thread  # noqa: F401 - fixture
 from test_eval_quality import sdtp  # noqa: F401 - fixture
 
 from sdtp_eval import baselines, cost, quality

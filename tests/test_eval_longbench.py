@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from test_demo import checkpoint, one_thread  # noqa: F401 - fixtures
+from test_demo import one_thread  # noqa: F401 - fixture
 from test_eval_quality import read, sdtp  # noqa: F401 - a fixture
 
 from sdtp_eval import longbench
@@ -42,8 +42,8 @@ def test_measures(name: str, answer: str, expected: tuple[str, ...], score: floa
 
 
 @pytest.mark.parametrize("name", longbench.DATASETS)
-def test_prompts_hold_context_and_question_and_cut_the_middle(checkpoint: Path, name: str) -> None:  # noqa: F811
-    tokenizer = load_checkpoint(checkpoint)[1]
+def test_prompts_hold_context_and_question_and_cut_the_middle(byte_checkpoint: Path, name: str) -> None:
+    tokenizer = load_checkpoint(byte_checkpoint)[1]
     dataset = longbench.DATASETS[name]
     row = sample("first " + "middle " * 400 + "last", "Which {one}?")
     context, question = longbench.build_prompt(tokenizer, dataset, row, 10_000)

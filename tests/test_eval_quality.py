@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_qwen2
 from oracle import MaskedDense
-from test_demo import checkpoint, one_thread  # noqa: F401 - fixtures
+from test_demo import one_thread  # noqa: F401 - fixture
 from transformers import DynamicCache
 
 from sdtp_eval import baselines, compare, parallel, quality
@@ -38,13 +38,13 @@ def sample() -> Sample:
 
 
 @pytest.fixture
-def sdtp(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def sdtp(byte_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs ``sdtp eval`` on the tiny checkpoint and returns its status."""
     point = metadata.EntryPoint("eval", "sdtp_eval.quality:add_command", cli.GROUP)
     monkeypatch.setattr(cli, "plugin_commands", lambda: {"eval": point})
 
     def run(command: str, *options: object) -> int:
-        model = ["--model", str(checkpoint)] if command != "compare" else []
+        model = ["--model", str(byte_checkpoint)] if command != "compare" else []
         return cli.main(["eval", command, *map(str, options), *model])
 
     return run
@@ -349,7 +349,7 @@ def test_run_resume_and_compare(sdtp, tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_two_processes_evaluate_what_one_does(sdtp, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_processes_evaluate_what_one_does(sdtp, byte_checkpoint: Path, tmp_path: Path) -> None:
     """Samples, results and their order; two processes take up what one has begun, and what two have left torn."""
     options = ["--tasks", "nll", "passkey", "--tokens", 200, 300, "--samples", 2, "--continuation", 8, "--keep", 0.8,
                "--methods", "random"]  # fmt: skip
@@ -366,7 +366,7 @@ def test_two_processes_evaluate_what_one_does(sdtp, checkpoint: Path, tmp_path: 
     (out / "samples.jsonl").write_text("".join(begun[4:6]))
     (out / "samples.1.part").write_text(begun[2].replace('"kl": 0.0', '"kl": 7.0') + begun[9][:40])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "sdtp_kernels", "eval", "run", "--out", out, *options, "--model", checkpoint]
+    command = [*launcher, "-m", "sdtp_kernels", "eval", "run", "--out", out, *options, "--model", byte_checkpoint]
     result = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("passkey, 200 tokens, question inside") == 1, "one process reports"

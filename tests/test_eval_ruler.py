@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from test_demo import checkpoint, one_thread  # noqa: F401 - fixtures
+from test_demo import one_thread  # noqa: F401 - fixture
 from test_eval_quality import read, sdtp  # noqa: F401 - a fixture
 
 from sdtp_kernels import PruningSchedule, apply_sdtp
@@ -27,8 +27,8 @@ CONTEXT = "The quick brown fox jumps over the lazy dog. " * 4
 
 
 @pytest.fixture(scope="module")
-def tiny(checkpoint: Path):  # noqa: F811
-    return load_checkpoint(checkpoint)
+def tiny(byte_checkpoint: Path):
+    return load_checkpoint(byte_checkpoint)
 
 
 def request(kind: str, *arguments: object) -> Instance:

@@ -7,7 +7,6 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-from test_demo import checkpoint  # noqa: F401 - the fixture
 
 from sdtp_eval import tasks, texts
 from sdtp_eval.checkpoints import load_checkpoint
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(checkpoint: Path):  # noqa: F811
-    return load_checkpoint(checkpoint)[1]
+def tokenizer(byte_checkpoint: Path):
+    return load_checkpoint(byte_checkpoint)[1]
 
 
 @pytest.fixture(scope="module")

@@ -92,11 +92,13 @@ def test_a_score_does_not_depend_on_the_company(backend, dtype):
 
 @backends
 def test_score_layouts_and_nan(backend):
-    hidden_states, weights = pruner_inputs(90, 64, 16, batch=2)
+    hidden_states, weights = pruner_inputs(600, 64, 16, batch=2)
     expected = score_tokens(hidden_states, *weights, backend=backend)
-    strided = torch.full((2, 180, 130), torch.nan)[:, ::2, :128:2].copy_(hidden_states)
+    strided = torch.full((2, 1200, 130), torch.nan)[:, ::2, :128:2].copy_(hidden_states)
     transposed = hidden_states.transpose(1, 2).contiguous().transpose(1, 2)
-    for layout in (strided, transposed):
+    with_gaps = torch.full((2, 600, 80), torch.nan)[:, :, :64].copy_(hidden_states)
+    unaligned = torch.empty(hidden_states.numel() + 1)[1:].view_as(hidden_states).copy_(hidden_states)
+    for layout in (strided, transposed, with_gaps, unaligned):
         assert torch.equal(score_tokens(layout, *weights, backend=backend), expected)
     hidden_states[1, 40, 3] = torch.nan
     scores = score_tokens(hidden_states, *weights, backend=backend)

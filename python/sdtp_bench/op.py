@@ -225,12 +225,12 @@ def print_rows(rows: Sequence[dict[str, Any]], console: Any) -> None:
         f"{first['budget']} budget"
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("provider", "threads", "ms", "p10 to p90", "/ first matmul", "/ cpu", "extra MiB"):
-        table.add_column(name, justify="left" if name == "provider" else "right")
+    for name in ("provider", "threads", "ms", "p10 to p90", "/ matmul", "/ cpu", "extra MiB"):
+        table.add_column(name, justify="left" if name == "provider" else "right", no_wrap=True)
     fused = {row["threads"]: row["seconds"] for row in rows if row["provider"] == "cpu" and "seconds" in row}
     for row in rows:
         if "error" in row:
-            table.add_row(row["provider"], str(row["threads"]), Text(f"WRONG, no figure: {row['error']}"))
+            table.add_row(row["provider"], str(row["threads"]), "WRONG")
             continue
         quantiles = row["quantiles"]
         own = fused.get(row["threads"])
@@ -244,3 +244,6 @@ def print_rows(rows: Sequence[dict[str, Any]], console: Any) -> None:
             "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.1f}",
         )
     console.print(table)
+    for row in rows:
+        if "error" in row:
+            console.print(Text(f"{row['provider']}: WRONG, no figure: {row['error']}"), soft_wrap=True)
