@@ -254,7 +254,7 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_default_checkpoint_reads_as_its_gguf_file() -> None:
     """SmolLM2 as installed: tokens of a long real text, and an answer that makes sense."""
     try:
-        src = checkpoints._default_gguf()
+        src = checkpoints.default_gguf()
     except CheckpointError as error:
         pytest.skip(str(error))
     model, tokenizer = load_checkpoint(default_checkpoint())
