@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DOES_NOT_FIT = 77  # exit status of a trial; no other part of Python uses it
 # What a process dies of that may not have memory: an allocation that nobody could catch, or the kernel's own choice.
 DEADLY = frozenset({-signal.SIGABRT, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS})
+WARM_UP = 128  # tokens of a first prefill, which starts threads and loads what is loaded lazily
 
 
 def add_parser(commands: Any) -> None:
@@ -152,7 +153,7 @@ def trial(settings: dict[str, Any]) -> int:
 
     subject = processes.Subject(settings)
     with subject.method(settings["method"]):
-        subject.prefill(processes.WARM_UP)
+        subject.prefill(WARM_UP)
         _limit(settings["device"], settings["limit_gib"])
         try:
             _, cache = subject.prefill(settings["tokens"])

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 METHODS = ("dense", "pruned")
 DTYPES = ("float32", "bfloat16", "float16")
-WARM_UP = 128  # tokens of a first prefill, which starts threads and loads what is loaded lazily
 
 
 class TrialError(RuntimeError):
