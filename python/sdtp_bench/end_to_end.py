@@ -439,7 +439,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
     CLEAR.write_text("5", encoding="ascii")  # the peak is what is resident now
     before = _resident("VmRSS")
     work()
-    return _resident("VmHWM") - before
+    return max(0, _resident("VmHWM") - before)  # Linux counts in batches: a little can look like less than nothing
 
 
 def _resident(name: str) -> int:
