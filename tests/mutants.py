@@ -1214,6 +1214,8 @@ MUTANTS = [
         "GGMLQuantizationType.F32 if len(tensor.shape) == 1 else",
         "",
         "test_bench_peers.py::test_a_file_in_16_bits_is_the_same_model",
+    ),
+    Mutant(
         "stale tables go unnoticed",
         BENCH + "report/__init__.py",
         'path.read_text(encoding="utf-8") != text',

@@ -246,8 +246,8 @@ def test_flops_by_hand() -> None:
     both = {layer: TokenPruner(8, 3, attention=True) for layer in (1, 2)}
     assert scoring_flops(config, schedule, 100, both) == (48 + 6) * 150 + attention // 4
     # Blocks do not see the prompt's end: there a pruner scores by its MLP alone.
-    blocks = PruningSchedule(layers=(1, 2), keep_ratio=0.5, sink=0, budget="block", block_size=50, min_prompt=1)
-    assert scoring_flops(config, blocks, 100, both) == (48 + 6) * 150
+    blocks = PruningSchedule(layers=(1, 2), keep_ratio=0.5, sink=0, budget="block", block_size=40, min_prompt=1)
+    assert scoring_flops(config, blocks, 100, both) == (48 + 6) * (100 + 2 * 20 + 20)
     assert scoring_flops(config, schedule, 100, attention_score) == attention
     assert scoring_flops(config, schedule, 100, "recent") == 0
     short = PruningSchedule(layers=(1, 2), keep_ratio=0.5, min_prompt=101)

@@ -291,7 +291,7 @@ def test_schedules_and_their_labels() -> None:
 @pytest.mark.parametrize("budget", ["global", "block"])
 @pytest.mark.parametrize("layers", ["4:3", "10:3", "13"])
 def test_a_ratio_is_found_for_every_budget(budget: str, layers: str) -> None:
-    args = arguments("--mean-keep", "0.673", "--layers", layers, "--budget", budget)
+    args = arguments("--mean-keep", "0.673", "--layers", layers, "--budget", budget, "--block-size", "256")
     ((label, schedule),) = quality.make_schedules(args, quality.Method("any"), 30, 1024).items()
     assert schedule.mean_keep(1024, 30) == pytest.approx(0.673, abs=0.002)
     assert label.startswith("B 0.673 @")
@@ -356,7 +356,12 @@ def test_two_processes_evaluate_what_one_does(sdtp, byte_checkpoint: Path, tmp_p
     assert sdtp("run", "--out", tmp_path / "one", *options) == 0
 
     def lines(out):
-        assert sorted(path.name for path in out.iterdir()) == ["rows.jsonl", "samples.jsonl", "settings.json"]
+        assert sorted(path.name for path in out.iterdir()) == [
+            "rows.jsonl",
+            "runs.jsonl",
+            "samples.jsonl",
+            "settings.json",
+        ]
         return [{**row, "seconds": 0} for row in read(out)]
 
     expected, out = lines(tmp_path / "one"), tmp_path / "two"
