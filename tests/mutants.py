@@ -581,8 +581,8 @@ MUTANTS = [
     Mutant(
         "tail of the pruner's width unread",
         CPU + "score_tile.cpp",
-        "for (int lane = 0; h < head.pruner_size; ++h, ++lane)",
-        "for (int lane = 0; false && h < head.pruner_size; ++h, ++lane)",
+        "for (int lane = 0; h + lane < head.pruner_size; ++lane)",
+        "for (int lane = 0; false && h + lane < head.pruner_size; ++lane)",
         "test_ops.py::test_score",
     ),
     Mutant(
