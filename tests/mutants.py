@@ -1076,8 +1076,8 @@ MUTANTS = [
     Mutant(
         "every process evaluates every sample",
         "python/sdtp_eval/quality.py",
-        "if entry[2]][workers.index :: workers.number]",
-        "if entry[2]]",
+        "mine = work[workers.index :: workers.number]",
+        "mine = work",
         "test_eval_quality.py::test_every_process_has_a_share",
     ),
     Mutant(
