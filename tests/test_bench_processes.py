@@ -69,6 +69,7 @@ def test_another_failure_is_no_answer(checkpoint, capsys):
     [
         ("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried", True),
         ("std::bad_alloc", True),
+        ("could not create a primitive", True),
         ("mat1 and mat2 shapes cannot be multiplied", False),
     ],
 )
