@@ -117,8 +117,8 @@ def attention_score(stage: StageInput, window: int = ATTENTION_WINDOW) -> torch.
 
 def _max_pool(values: torch.Tensor, width: int) -> torch.Tensor:
     """Maximum of each value, none negative, and its `width` - 1 neighbours along the last dimension."""
-    # Not F.max_pool1d, which would tie a compiled graph to one length; nor by unfolding, which takes 4 to 7 times as long:
-    # the maximum of two maxima reaches twice as far.
+    # Not F.max_pool1d, which would tie a compiled graph to one length; nor by unfolding, which takes 4 to 7 times as
+    # long: the maximum of two maxima reaches twice as far.
     pooled = F.pad(values, (width // 2,) * 2)
     reach = 1
     while reach < width:
