@@ -1141,9 +1141,9 @@ MUTANTS = [
     Mutant(
         "the same one always first",
         "python/sdtp_eval/paired.py",
-        "if i % 2 == 0 else reversed(names)",
-        "",
-        "test_bench_end_to_end.py::test_turns_go_back_and_forth",
+        "first = i % len(names)",
+        "first = 0",
+        "test_bench_end_to_end.py::test_everybody_has_every_place_once",
     ),
     Mutant(
         "decoding that goes unchecked",

@@ -108,8 +108,8 @@ def test_the_first_new_tokens_are_compared_too(pair, monkeypatch):
         end_to_end.check_first_tokens(setting)
 
 
-def test_turns_go_back_and_forth():
-    assert list(paired.in_turns("abc", 3)) == list("abccbaabc")
+def test_everybody_has_every_place_once():
+    assert list(paired.in_turns("abc", 4)) == list("abcbcacababc")
 
 
 def test_a_stage_over_a_layer():

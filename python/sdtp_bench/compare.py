@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtp_bench.rows import append_rows, summary
+from sdtp_eval.paired import in_turns
 
 if TYPE_CHECKING:
     import argparse
@@ -126,12 +127,11 @@ def measure(sides: dict[str, Path], cases: Sequence[Case], seconds: float) -> It
                 worker.ask(case._asdict())
             times: dict[str, list[float]] = {side: [] for side in SIDES}
             begin = time.perf_counter()
-            while len(times["base"]) < MIN_ROUNDS or (
-                time.perf_counter() - begin < seconds and len(times["base"]) < MAX_ROUNDS
-            ):
-                order = SIDES if len(times["base"]) % 2 == 0 else SIDES[::-1]
-                for side in order:
-                    times[side].append(workers[side].ask({}))
+            for i, side in enumerate(in_turns(SIDES, MAX_ROUNDS)):
+                is_enough = i >= MIN_ROUNDS * len(SIDES) and time.perf_counter() - begin > seconds
+                if is_enough and i % len(SIDES) == 0:
+                    break
+                times[side].append(workers[side].ask({}))
             ratio, interval = compare_medians(times["base"], times["here"])
             yield {
                 "bench": "compare",

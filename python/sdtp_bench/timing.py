@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
+from sdtp_eval.paired import in_turns
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
 
@@ -113,7 +115,7 @@ def interleave(
     ----------
     device : Device
     runs : mapping
-        What to time, by any key. The order of a round rotates, so that nobody always follows the same.
+        What to time, by any key; see :func:`~sdtp_eval.paired.in_turns`.
     repeats : int
         Rounds that count.
     warm_ups : int, optional
@@ -125,19 +127,14 @@ def interleave(
         For each key its times, in the order of the rounds.
     """
     warm_ups = WARM_UPS if warm_ups is None else warm_ups
-    keys = list(runs)
-    marks: dict[Key, list[tuple[Any, Any]]] = {key: [] for key in keys}
-    for repeat in range(warm_ups + repeats):
-        for i in range(len(keys)):
-            key = keys[(i + repeat) % len(keys)]
-            device.flush()
-            begin = device.mark()
-            runs[key]()
-            end = device.mark()
-            if repeat >= warm_ups:
-                marks[key].append((begin, end))
+    marks: dict[Key, list[tuple[Any, Any]]] = {key: [] for key in runs}
+    for key in in_turns(list(runs), warm_ups + repeats):
+        device.flush()
+        begin = device.mark()
+        runs[key]()
+        marks[key].append((begin, device.mark()))
     device.synchronize()
-    return {key: [device.microseconds(*pair) for pair in pairs] for key, pairs in marks.items()}
+    return {key: [device.microseconds(*pair) for pair in pairs[warm_ups:]] for key, pairs in marks.items()}
 
 
 def extra_bytes(run: Callable[[], object], kept_bytes: int) -> int | None:
