@@ -1230,6 +1230,20 @@ MUTANTS = [
         "test_bench_report.py::test_stale_tables_are_found",
     ),
     Mutant(
+        "means of different samples side by side",
+        BENCH + "report/results.py",
+        'if readers[row["id"]] == everyone]',
+        "]",
+        "test_bench_report.py::test_runs_are_not_mixed",
+    ),
+    Mutant(
+        "the samples of all runs thrown together",
+        BENCH + "report/results.py",
+        "Question(*(row[name] for name in Question._fields))",
+        'Question(row["task"], row["protocol"], row["tokens"], "quality.jsonl")',
+        "test_bench_report.py::test_runs_are_not_mixed",
+    ),
+    Mutant(
         "a picture with the date in it",
         BENCH + "report/figures.py",
         'metadata={"Date": None, "Creator": None}',

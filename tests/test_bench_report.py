@@ -165,8 +165,8 @@ def test_the_page_is_complete_in_its_folder(tmp_path: Path) -> None:
     pictures = {link for link in page.links if not link.startswith("#")}
     assert pictures == {file.name for file in out.glob("*.svg")}  # nothing from a network, nothing left over
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
-    drawn = {"latency-1", "speedup-1", "heat-1-global", "kept", "where-1", "memory-1", "pareto-nll-inside-512",
-             "pareto-passkey-inside-512", "peers-1", "op-1", "scaling", "roofline", "claims"}  # fmt: skip
+    drawn = {"latency-1", "speedup-1", "heat-1-global", "kept", "where-1", "memory-1", "pareto-nll-inside-512-quality",
+             "pareto-passkey-inside-512-quality", "peers-1", "op-1", "scaling", "roofline", "claims"}  # fmt: skip
     assert pictures == {f"{name}.svg" for name in drawn}
     text = " ".join(page.words.split())
     assert "needs a <GPU>" in text  # escaped: the parser gave it back
@@ -349,6 +349,39 @@ def test_quality_is_paired_and_named_by_kind(rows: results.Results) -> None:
     assert column(loss, "minus attention")[2].startswith(f"{tables.MINUS}0.011 [")
     assert column(keys, "mean [95 %]")[2] == "1.000 [1.000, 1.000]"
     assert set(column(keys, "samples")) == {"7"}
+
+
+def test_runs_are_not_mixed(tmp_path: Path) -> None:
+    files = all_rows()
+    runs = files.pop("quality/runs.jsonl")
+    samples = files.pop("quality/samples.jsonl")
+    theirs = [
+        row | {"id": f"their {row['id']}", "nll_increase": 9.0} for row in samples
+        if row["task"] == "nll" and row["method"] not in ("attention", "dense")
+    ]  # fmt: skip
+    last = theirs.pop()
+    files |= {"quality/ours/samples.jsonl": samples, "quality/ours/runs.jsonl": runs}
+    files |= {"quality/theirs/samples.jsonl": theirs}
+    files |= {"quality/theirs/runs.jsonl": [{**runs[0], "command": "sdtp eval run --theirs"}]}
+    read = results.read(write(tmp_path / "results", files))
+    ours, other, keys = tables.quality(read)
+    assert [table.name for table in (ours, other, keys)] == [
+        "quality-nll-inside-512-ours", "quality-nll-inside-512-theirs", "quality-passkey-inside-512-ours",
+    ]  # fmt: skip
+    assert set(column(ours, "samples")) == {"8"}
+    assert column(ours, "mean [95 %]")[2:] == ["0.054 [0.052, 0.057]", "0.065 [0.062, 0.068]"]
+    # One method has not read the last sample: nobody's mean has it.
+    assert last["id"] in {row["id"] for row in theirs}
+    assert set(column(other, "samples")) == {"7"}
+    assert set(column(other, "mean [95 %]")) == {"9.000 [9.000, 9.000]"}
+    # Without attention, recent and random the learned pruners are what the others are compared with.
+    assert "minus attention" in ours.columns
+    assert column(other, "minus mine")[1] == "0.000 [0.000, 0.000]"
+    assert (ours.source.commands, other.source.commands) == (("sdtp eval run --toy",), ("sdtp eval run --theirs",))
+    # The README and the claims take the run with the most samples.
+    (excerpt,) = tables.quality_readme(read)
+    assert column(excerpt, "loss of the next tokens, nats a token") == ["0.054 [0.052, 0.057]"]
+    assert excerpt.source.commands == ("sdtp eval run --toy",)
 
 
 def test_the_demo_stands_in_for_rows_of_prefills() -> None:

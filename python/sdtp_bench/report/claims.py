@@ -300,11 +300,10 @@ def pruned_share(rows: Results) -> Table:
             lines.append(_Line(figure, COMPUTED, of, "sdtp_kernels.schedule", percent(1 - left)))
     names = {"nll": "loss, nats a token", "passkey": "pass keys, of those that dense finds"}
     shown: list[Row] = []
-    for (task, protocol, length), judged in rows.quality.items():
-        learned = [row for row in judged.summaries if tables.kind_of(row["method"]) == "learned"]
-        if task in names and learned:
+    for (task, protocol, length), judged in rows.learned.items():
+        if task in names:
             shown += judged.samples
-            for row in learned:
+            for row in judged.learned:
                 of = f"{tables.display(row['method'])}, {row['schedule']}, {length} tokens, question {protocol}"
                 value = tables.interval(row[row["metric"]])
                 lines.append(_Line(names[task], MEASURED, of, _files(judged.samples), value))

@@ -293,9 +293,10 @@ _AXES = {"nll": "loss, nats a token over dense", "passkey": "pass keys found", "
 
 
 def pareto(rows: Results) -> list[Picture]:
-    """Quality against the time to the first token: a picture a task, protocol and length."""
+    """Quality against the time to the first token: a picture a run, task, protocol and length."""
     pictures = []
-    for (task, protocol, tokens), judged in rows.quality.items():
+    for question, judged in rows.quality.items():
+        task, protocol, tokens, _ = question
         shown = [row for row in judged.summaries if row["time"] is not None]
         if len(shown) < 2:
             continue
@@ -306,7 +307,7 @@ def pareto(rows: Results) -> list[Picture]:
             for i, ((_, method, shape), there) in enumerate(lines.items()):
                 there.sort(key=lambda row: row["time"])
                 values = [row[row["metric"]] for row in there]
-                kind = tables.kind_of(method)
+                kind = results.kind_of(method)
                 learned = kind == "learned"
                 label = tables.display(method) + (f", {shape}" if shape else "")
                 colour = BLUE if learned else METHOD_COLOURS.get(method, COLOURS[i % len(COLOURS)])
@@ -323,8 +324,10 @@ def pareto(rows: Results) -> list[Picture]:
             axis.set(xlabel="time to the first token, % of the dense model's", ylabel=_AXES.get(task, task))
             axis.legend()
 
-        name = f"pareto-{task}-{protocol}-{tokens}"
-        title = f"{_AXES.get(task, task).partition(',')[0].capitalize()} against time, {tokens} tokens"
+        name = f"pareto-{question.name}"
+        place = "" if task in compare.METRICS else f", question {protocol} the prompt"
+        what = _AXES.get(task, task).partition(",")[0].capitalize()
+        title = f"{what} against time, {tokens} tokens, {shown[0]['n']} samples{place}"
         best = "down" if task in compare.METRICS else "up"
         note = (
             "95 % intervals by bootstrap over samples; times are medians of ratios of prefills that ran in turn. Best: "

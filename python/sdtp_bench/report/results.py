@@ -6,6 +6,7 @@ import functools
 import json
 import statistics
 from collections import defaultdict
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_eval import compare
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Row = dict[str, Any]
-RIVALS = ("attention", "recent", "random")  # what every method of the quality tables is compared with
+# What every method of the quality tables is compared with; in a run without any of them, with the learned pruners.
+RIVALS = ("attention", "recent", "random")
 
 UNKNOWN = "unknown"
 # What makes rows of a kind: named where there are none yet, and for rows that do not name their own.
@@ -65,14 +67,46 @@ _SETTINGS["scaling"] = _SETTINGS["op"]
 _SETTINGS["decode"] = (*_SETTINGS["prefill"], "new_tokens")
 
 
+class Question(NamedTuple):
+    """What samples answer that can be compared: those of one run, for one task, protocol and length."""
+
+    task: str
+    protocol: str
+    tokens: int
+    file: str
+    """Of the run, relative to the directory of all rows."""
+
+    @property
+    def name(self) -> str:
+        """For anchors and files; ends in the name of the run's directory, or of a file that is not named by the run."""
+        parts = self.file.removesuffix(".jsonl").removesuffix("/samples").split("/")
+        return f"{self.task}-{self.protocol}-{self.tokens}-{parts[-1]}"
+
+
 class Judged(NamedTuple):
-    """The per-sample rows of one task, protocol and length, and what they amount to."""
+    """The per-sample rows to one question, and what they amount to."""
 
     samples: list[Row]
     summaries: list[Row]
     """Of :func:`sdtp_eval.compare.summarize`, one a method and schedule, with two fields more: ``metric``, what the
     task is judged by first; ``time``, the median of prefill times over the dense model's on the same samples, which ran
     in turn, or ``None`` where none was timed."""
+
+    @property
+    def learned(self) -> list[Row]:
+        """Of the summaries those of learned pruners."""
+        return [row for row in self.summaries if kind_of(row["method"]) == "learned"]
+
+
+def kind_of(method: str) -> str:
+    """What a method of ``sdtp eval run`` needs, by its name."""
+    if method == compare.DENSE:
+        return "no pruning"
+    if method.startswith("kvpress:"):
+        return "cache cut after a dense prefill"
+    if method.startswith("oracle"):
+        return "oracle: knows the continuation"
+    return "learned" if "@" in method else "training-free"
 
 
 class Results(dict[str, list[Row]]):
@@ -82,24 +116,48 @@ class Results(dict[str, list[Row]]):
         return []
 
     @functools.cached_property
-    def quality(self) -> dict[tuple[str, str, int], Judged]:
-        """Rows of ``sdtp eval run`` by task, protocol and length; of pass keys, those that the dense model finds."""
-        unique = {tuple(row[name] for name in compare.KEY): row for row in self["quality"]}
-        groups = grouped(unique.values(), lambda row: (row["task"], row["protocol"], row["tokens"]))
+    def quality(self) -> dict[Question, Judged]:
+        """Rows of ``sdtp eval run``, a run at a time: the samples that all of its methods have read.
+
+        Of pass keys those that the dense model finds.
+        """
+        unique = {(row["file"], *(row[name] for name in compare.KEY)): row for row in self["quality"]}
+        groups = grouped(unique.values(), lambda row: Question(*(row[name] for name in Question._fields)))
         found = {}
         order = ("nll", "passkey", "multikey")  # what is judged first stands first
-        for key in sorted(groups, key=lambda key: (order.index(key[0]) if key[0] in order else len(order), key)):
-            members = groups[key]
-            samples = compare.solved_by_dense(members) if key[0] == "passkey" else members
+        for key in sorted(groups, key=lambda key: (order.index(key.task) if key.task in order else len(order), key)):
+            members = _shared(groups[key])
+            samples = compare.solved_by_dense(members) if key.task == "passkey" else members
             if samples:
                 found[key] = Judged(samples, _summaries(samples))
         return found
+
+    @functools.cached_property
+    def learned(self) -> dict[tuple[str, str, int], Judged]:
+        """Of :attr:`quality` by task, protocol and length the run with learned pruners that has the most samples."""
+        found: dict[tuple[str, str, int], Judged] = {}
+        for question, judged in self.quality.items():
+            known = found.get(question[:3])
+            if judged.learned and (known is None or judged.learned[0]["n"] > known.learned[0]["n"]):
+                found[question[:3]] = judged
+        return found
+
+
+def _shared(rows: Sequence[Row]) -> list[Row]:
+    """Without samples that some method has not read, as where a run was stopped: means are of the same texts then."""
+    readers: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for row in rows:
+        readers[row["id"]].add((row["method"], row["schedule"]))
+    everyone = set().union(*readers.values())
+    return [row for row in rows if readers[row["id"]] == everyone]
 
 
 def _summaries(samples: Sequence[Row]) -> list[Row]:
     groups = compare.group(samples)
     dense = next((group for group in groups if group.method == compare.DENSE), None)
-    rows = compare.summarize(groups, RIVALS)
+    methods = dict.fromkeys(group.method for group in groups)
+    rivals = [name for name in RIVALS if name in methods]
+    rows = compare.summarize(groups, rivals or [name for name in methods if kind_of(name) == "learned"])
     for row, group in zip(rows, groups, strict=True):
         row["metric"] = group.metrics[0] if group.metrics else ""
         row["time"] = None if dense is None else _relative_time(group, dense)
@@ -258,9 +316,14 @@ class Source(NamedTuple):
 
 
 def runs_of(rows: Results, samples: Iterable[Row]) -> list[Row]:
-    """The records of the runs that made these per-sample rows, which do not say so themselves: by task and length."""
-    asked = {(row["task"], row["tokens"]) for row in samples}
-    return [run for run in rows["runs"] if any(t in run["tasks"] and n in run["tokens"] for t, n in asked)]
+    """The records of the runs that made these per-sample rows, which do not say so themselves: those beside them."""
+    asked = {(PurePath(row["file"]).parent, row["task"], row["tokens"]) for row in samples}
+
+    def has_made(run: Row) -> bool:
+        place = PurePath(run["file"]).parent
+        return any((place, task, tokens) in asked for task in run["tasks"] for tokens in run["tokens"])
+
+    return [run for run in rows["runs"] if has_made(run)]
 
 
 def quality_source(rows: Results, samples: Sequence[Row]) -> Source:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_bench import roofline
 from sdtp_bench.report import results
-from sdtp_bench.report.results import RIVALS, Source
+from sdtp_bench.report.results import Source
 from sdtp_bench.shapes import GPUS, Case, lookup
 from sdtp_eval import compare
 
@@ -246,17 +246,6 @@ def _measured(rows: Iterable[Row]) -> list[Row]:
 # ------------------------------------------------------------------------------------------------------------- quality
 
 
-def kind_of(method: str) -> str:
-    """What a method of ``sdtp eval run`` needs, by its name."""
-    if method == compare.DENSE:
-        return "no pruning"
-    if method.startswith("kvpress:"):
-        return "cache cut after a dense prefill"
-    if method.startswith("oracle"):
-        return "oracle: knows the continuation"
-    return "learned" if "@" in method else "training-free"
-
-
 def display(method: str) -> str:
     """A method's name without the hash of its file."""
     return method.partition("@")[0]
@@ -271,15 +260,16 @@ TASKS = {
 
 
 def quality(rows: Results) -> list[Table]:
-    """One table a task, protocol and length: every method at every budget."""
+    """One table a run, task, protocol and length: every method at every budget."""
     tables: list[Table] = []
-    for (task, protocol, tokens), judged in rows.quality.items():
+    for question, judged in rows.quality.items():
+        task, protocol, tokens, _ = question
         shown = [row for row in judged.summaries if row["method"] != compare.DENSE]
-        shown.sort(key=lambda row: (-round(row["mean_keep"], 2), kind_of(row["method"]), row["method"]))
-        rivals = [rival for rival in RIVALS if any(rival in row["minus"] for row in shown)]
+        shown.sort(key=lambda row: (-round(row["mean_keep"], 2), results.kind_of(row["method"]), row["method"]))
+        rivals = list(dict.fromkeys(rival for row in shown for rival in row["minus"]))
         cells = tuple(
             (
-                display(row["method"]), kind_of(row["method"]), row["schedule"], number(row["mean_keep"], 3),
+                display(row["method"]), results.kind_of(row["method"]), row["schedule"], number(row["mean_keep"], 3),
                 percent(row["time"]), interval(row[row["metric"]]), str(row["n"]),
                 *(interval(row["minus"].get(rival, {}).get(row["metric"])) for rival in rivals),
             )
@@ -287,31 +277,32 @@ def quality(rows: Results) -> list[Table]:
         )  # fmt: skip
         columns = (
             "method", "kind", "schedule", "B", "prefill, of dense", "mean [95 %]", "samples",
-            *(f"minus {rival}" for rival in rivals),
+            *(f"minus {display(rival)}" for rival in rivals),
         )  # fmt: skip
         place = "" if task in compare.METRICS else f", question {protocol} the prompt"
         title = f"{TASKS.get(task, task)}. {_on(rows, judged.samples)}{tokens} tokens{place}"
         note = (
             "B: mean kept tokens per layer, over the prompt's. A schedule: keep per stage @ first layer : layers to "
-            "the next stage. Intervals by bootstrap over samples, differences paired at equal B."
+            "the next stage. Samples: those that every method of the run has read. Intervals by bootstrap over them, "
+            "differences paired at equal B."
         )
         source = results.quality_source(rows, judged.samples)
-        tables.append(Table(f"quality-{task}-{protocol}-{tokens}", title, columns, cells, source, note))
+        tables.append(Table(f"quality-{question.name}", title, columns, cells, source, note))
     return tables
 
 
 def quality_readme(rows: Results) -> list[Table]:
     """The README's excerpt: the learned pruners' loss, and the pass keys that they and last-window attention find."""
     tables: list[Table] = []
-    for (task, _, tokens), judged in rows.quality.items():
-        keys = rows.quality.get(("passkey", "inside", tokens))
+    for (task, _, tokens), judged in rows.learned.items():
+        keys = rows.learned.get(("passkey", "inside", tokens))
         if task != "nll" or keys is None:
             continue
         found = {(row["method"], row["schedule"]): row for row in keys.summaries}
         cells = []
-        for row in judged.summaries:
+        for row in judged.learned:
             own, rival = (found.get((method, row["schedule"])) for method in (row["method"], "attention"))
-            if own and rival and kind_of(row["method"]) == "learned" and " block " not in row["schedule"]:
+            if own and rival and " block " not in row["schedule"]:
                 counts = (f"{round(r['exact']['mean'] * r['n'])} of {r['n']}" for r in (own, rival))
                 keep = row["schedule"].partition(" ")[0]
                 cells.append((keep, number(row["mean_keep"], 3), interval(row["nll_increase"]), *counts))
