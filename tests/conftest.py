@@ -59,29 +59,32 @@ BYTE_MODEL = {
 }
 
 
-@pytest.fixture(scope="session")
-def byte_checkpoint(tmp_path_factory):
-    """The folder of a random Qwen2 whose tokens are bytes."""
+def save_byte_model(path, **changes):
+    """A random Qwen2 whose tokens are bytes, with its tokenizer: :data:`BYTE_MODEL` with these changes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant]"
-    config = Qwen2Config(
-        vocab_size=len(alphabet), max_position_embeddings=2048, eos_token_id=None, bos_token_id=None, **BYTE_MODEL
-    )
+    settings = {"max_position_embeddings": 2048, "eos_token_id": None, "bos_token_id": None, **BYTE_MODEL, **changes}
     torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(alphabet), **settings)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     # Real checkpoints of other tokenizers do the same; see sdtp_eval.checkpoints.
     settings = json.loads((path / "tokenizer_config.json").read_text())
     settings["auto_map"] = {"AutoTokenizer": [None, "unused.Unused"]}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture(scope="session")
+def byte_checkpoint(tmp_path_factory):
+    """The folder of a random Qwen2 whose tokens are bytes."""
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    save_byte_model(path)
     return path
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import BYTE_MODEL
 
-from sdtp_bench import breakdown, end_to_end
+from sdtp_bench import breakdown, end_to_end, memory, prompts
 from sdtp_eval import paired
 from sdtp_eval.paired import Pair
 from sdtp_kernels import PruningSchedule, cli
@@ -94,14 +94,14 @@ def test_no_figures_from_a_wrong_model(bench, monkeypatch, capsys, command, faul
         monkeypatch.setattr(end_to_end, "KEEP_ALL", 0.9)
     else:
         monkeypatch.setattr(paired, "cached_tokens", lambda cache: [TOKENS] * LAYERS)
-    assert bench(command, "--keep", 0.8, *(["--no-peak"] if command == "prefill" else [])) == (2, [])
+    assert bench(command, "--keep", 0.8, *(["--times-only"] if command == "prefill" else [])) == (2, [])
     streams = capsys.readouterr()
     assert "no figures" in streams.err
     assert streams.out == ""
 
 
 def test_the_first_new_tokens_are_compared_too(pair, monkeypatch):
-    setting = end_to_end.Setting("recent", "float32", {end_to_end.Way(0.5, "global"): pair})
+    setting = prompts.Setting("recent", "float32", {prompts.Way(0.5, "global"): pair})
     end_to_end.check_first_tokens(setting)
     monkeypatch.setattr(end_to_end, "KEEP_ALL", 0.5)
     with pytest.raises(paired.GateError, match="with the whole prompt kept"):
@@ -155,7 +155,7 @@ def test_peak_memory_is_that_of_the_work_alone():
     device, mib = torch.device("cpu"), 2**20
 
     def take(size):
-        return end_to_end.peak_bytes(lambda: torch.ones(size * mib, dtype=torch.uint8), device) / mib
+        return memory.peak_bytes(lambda: torch.ones(size * mib, dtype=torch.uint8), device)[1] / mib
 
     assert 250 < take(256) < 300  # the kernel counts pages in batches
     assert 60 < take(64) < 100

@@ -1,17 +1,14 @@
 """``sdtp bench memory`` and ``multi``: the search, the comparison, and both whole, on a tiny checkpoint."""
 
 import json
-import os
 
 import pytest
 import torch
-from conftest import make_qwen2
+from conftest import make_qwen2, save_byte_model
 
 from sdtp_bench import memory, multi, processes
 from sdtp_bench.multi import Launch
 from sdtp_kernels import cli
-
-LIMIT_GIB = 1 / 16
 
 
 @pytest.fixture(scope="module")
@@ -25,42 +22,52 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("room", [0, 3, 4, 5, 63, 64, 77, 1000])
-def test_the_search_finds_what_fits(room):
+@pytest.mark.parametrize("room", [0, 63, 64, 100, 127, 128, 1000, 1100, 2047, 2048, 9000])
+@pytest.mark.parametrize(("fixed", "power"), [(0, 1), (200, 1), (0, 1.2)])
+def test_the_search_finds_what_fits(room, fixed, power):
     tried = []
 
-    def fits(tokens):
+    def share(tokens):
         tried.append(tokens)
-        return tokens <= room
+        return ((fixed + tokens) / (fixed + room + 0.5)) ** power
 
-    found = memory.longest_that_fits(fits, start=4, longest=100, halvings=20)
-    assert found == (0 if room < 4 else min(room, 100))
-    assert len(tried) == len(set(tried)) <= 12
-
-
-def test_each_halving_halves_the_gap():
-    assert [memory.longest_that_fits(lambda n: n <= 99, 8, 512, halvings) for halvings in range(4)] == [64, 96, 96, 96]
+    found = memory.longest_that_fits(share, start=512, longest=2100, step=64)
+    assert found == min(room, 2100) // 64 * 64
+    assert len(tried) == len(set(tried)) <= 9
+    assert all(tokens % 64 == 0 and 0 < tokens <= 2100 for tokens in tried)
 
 
-def test_pruned_prompts_fit_where_dense_ones_do_not(checkpoint, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("room", [0, 64, 1000, 9000])
+def test_the_search_without_a_measure_of_what_does_not_fit(room):
+    tried = []
+
+    def share(tokens):
+        tried.append(tokens)
+        return 1e-9 if tokens <= room else None
+
+    assert memory.longest_that_fits(share, start=512, longest=2100, step=64) == min(room, 2100) // 64 * 64
+    assert len(tried) <= 9
+
+
+def test_pruned_prompts_fit_where_dense_ones_do_not(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    out = tmp_path / "memory.jsonl"
-    before = {name for name in os.listdir() if name.startswith("core")}
-    arguments = ["--model", checkpoint, "--out", str(tmp_path), "--limit-gib", str(LIMIT_GIB), "--start", "2048"]
-    arguments += ["--first", "1", "--step", "1", "--keep", "0.5", "--halvings", "0", "--longest", "8192"]
-    assert cli.main(["bench", "memory", *arguments, "--device", "cpu"]) == 0
-    dense, pruned = rows(out)
+    save_byte_model(tmp_path / "model", num_hidden_layers=24, hidden_size=256, intermediate_size=256)
+    arguments = ["--model", tmp_path / "model", "--out", tmp_path, "--limit-gib", 1 / 16, "--start", 1536]
+    arguments += ["--step", 512, "--keep", 0.5, "--longest", 4096, "--device", "cpu"]
+    assert cli.main(["bench", "memory", *map(str, arguments)]) == 0
+    dense, pruned = rows(tmp_path / "memory.jsonl")
+    assert [(row["method"], row["keep"]) for row in (dense, pruned)] == [("dense", None), ("attention", 0.5)]
     assert 0 < dense["tokens"] < pruned["tokens"]
-    *fitting, last = (fits for _, fits in dense["trials"])
-    assert (fitting, last) == ([True] * len(fitting), False), "the search went on until it did not fit"
     for row in (dense, pruned):
-        assert 0 < row["kv_bytes"] < LIMIT_GIB * 2**30
+        assert row["limit_bytes"] == 2**26
+        assert row["tokens"] == max(tokens for tokens, peak in row["trials"] if peak <= 2**26)
+        assert row["kv_bytes"] < row["peak_bytes"] == dict(row["trials"])[row["tokens"]]
+    assert min(tokens for tokens, peak in dense["trials"] if peak > 2**26) == dense["tokens"] + 512
     assert pruned["kv_bytes"] / pruned["tokens"] < dense["kv_bytes"] / dense["tokens"] / 2
-    assert {name for name in os.listdir() if name.startswith("core")} == before
 
 
-def test_another_failure_is_no_answer(checkpoint, capsys):
-    assert cli.main(["bench", "memory", "--model", checkpoint + "/missing", "--device", "cpu"]) == 2
+def test_another_failure_is_no_answer(tmp_path, capsys):
+    assert cli.main(["bench", "memory", "--model", str(tmp_path), "--device", "cpu"]) == 2
     assert "ended with status 1" in capsys.readouterr().err
 
 
@@ -115,7 +122,7 @@ def test_two_processes_against_one(checkpoint, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["multi", "--nproc", "1"], "at least 2"),
-        (["memory", "--start", "0"], "1 <= start <= longest"),
+        (["memory", "--start", "0"], "1 <= step <= start <= longest"),
         (["memory", "--limit-gib", "-1"], "more than 0"),
     ],
 )

@@ -1,44 +1,33 @@
 """``sdtp bench prefill`` and ``decode``: whole prompts, dense and pruned, by turns in one run.
 
-Nothing is timed before the patched model has been shown to equal the dense one bit for bit where it keeps every token,
-and to keep the tokens that the schedule says. All ways to prune a prompt take turns with the dense model.
+No figure comes from a patched model that is not the dense one bit for bit where it keeps every token, or does not keep
+the tokens that the schedule says. All ways to prune a prompt take turns with the dense model.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import itertools
-import json
 import statistics
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdtp_bench import processes
+from sdtp_bench import memory, processes, prompts
 from sdtp_bench.breakdown import BUCKETS, where_time_goes
 from sdtp_eval.paired import GateError, Pair, cache_bytes, cached_tokens, in_turns, timed
 from sdtp_eval.quality import KEEP_ALL
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
+    from sdtp_bench.prompts import Setting, Way
+
 DENSE, PRUNED = "dense", "pruned"
-BUDGETS = ("global", "block")
-CLEAR = Path("/proc/self/clear_refs")  # of Linux; elsewhere the memory of a CPU's prefill is left out
 FEW = 4  # tokens that must be the dense model's where all of the prompt is kept
-
-
-class Way(NamedTuple):
-    """How a prompt is pruned."""
-
-    keep: float
-    budget: str
 
 
 def add_parsers(commands: Any) -> None:
@@ -46,7 +35,9 @@ def add_parsers(commands: Any) -> None:
     prefill = commands.add_parser("prefill", help="time of a prefill, dense and pruned, and where it goes")
     _add_options(prefill, tokens=[1024, 2048, 4096], repeats=3)
     prefill.add_argument(
-        "--no-peak", action="store_true", help="leave out peak memory, which takes processes of its own"
+        "--times-only",
+        action="store_true",
+        help="no profile and no peak memory, which take prefills of their own",
     )
     prefill.set_defaults(run=lambda args: run(args, prefill_rows))
     decode = commands.add_parser("decode", help="time of a prefill and the tokens that follow, dense and pruned")
@@ -56,24 +47,10 @@ def add_parsers(commands: Any) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser, tokens: list[int], repeats: int) -> None:
+    prompts.add_options(parser)
     lengths = " ".join(map(str, tokens))
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a Qwen2 checkpoint (default: SmolLM2-135M-Instruct)")
-    parser.add_argument(
-        "--method", metavar="METHOD",
-        help="a pruner file or a scorer (default: the pruners that the default model comes with, else attention)",
-    )  # fmt: skip
     parser.add_argument("--tokens", nargs="+", type=int, default=tokens, help=f"prompt lengths (default: {lengths})")
-    parser.add_argument(
-        "--keep", nargs="+", type=float, default=[0.9, 0.8, 0.7], help="share that each stage keeps (0.9 0.8 0.7)"
-    )
-    parser.add_argument("--budget", nargs="+", choices=BUDGETS, default=["global"], help="default: global")
-    parser.add_argument("--block-size", type=int, default=512, help="tokens of a block (%(default)s)")
-    parser.add_argument("--dtype", nargs="+", choices=processes.DTYPES, default=["float32"], help="default: float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--backend", default="auto", help="who runs the ops; see 'sdtp doctor' (%(default)s)")
-    parser.add_argument("--text", metavar="FILE", help="the text to read (default: Python's language reference)")
     parser.add_argument("--repeats", type=int, default=repeats, help="timed rounds (%(default)s)")
-    parser.add_argument("--out", metavar="DIR", help="append the rows to a file of their own there, as JSON lines")
 
 
 # ------------------------------------------------------------------------------------------------------------ running
@@ -87,8 +64,11 @@ def run(args: argparse.Namespace, rows_of: Callable[[argparse.Namespace, Setting
 
     expected = (ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError, processes.TrialError)
     try:
-        _check(args)
-        for setting in settings_of(args):
+        for name in ("repeats", "new_tokens"):
+            if getattr(args, name, 1) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+        prompts.complete(args)
+        for setting in prompts.settings_of(args):
             rows = rows_of(args, setting)
             print_rows(rows)
             if args.out:
@@ -98,77 +78,20 @@ def run(args: argparse.Namespace, rows_of: Callable[[argparse.Namespace, Setting
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    from sdtp_eval.checkpoints import DEFAULT_PRUNERS
-
-    for name in ("repeats", "new_tokens"):
-        if getattr(args, name, 1) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
-    if args.method is None:
-        args.method = "attention" if args.model else DEFAULT_PRUNERS
-    processes.complete(args)
-
-
-class Setting(NamedTuple):
-    """One prompt in one dtype, and the ways to prune it."""
-
-    method: str
-    dtype: str
-    pairs: dict[Way, Pair]
-
-    @property
-    def dense(self) -> Pair:
-        """One of them, whose :meth:`Pair.prefill` is that of the dense model: outside of :meth:`Pair.patched`."""
-        return next(iter(self.pairs.values()))
-
-
-def settings_of(args: argparse.Namespace) -> Iterator[Setting]:
-    """Every dtype and length that the arguments ask for.
-
-    Raises
-    ------
-    ValueError, OSError
-        For options, files and models that cannot work.
-    """
-    import torch
-
-    from sdtp_eval import quality, texts
-    from sdtp_eval.checkpoints import load_checkpoint
-    from sdtp_eval.demo import QUESTION, build_prompt
-    from sdtp_kernels import PruningSchedule
-
-    text = texts.read_text(args.text) if args.text else texts.language_reference()
-    (method,) = quality.find_methods([args.method], oracles=False)
-    for dtype in args.dtype:
-        model, tokenizer = load_checkpoint(args.model, getattr(torch, dtype))
-        model = model.to(args.device)
-        layers = method.layers or PruningSchedule.every(model.config.num_hidden_layers).layers
-        for tokens in args.tokens:
-            prompt, notes = build_prompt(tokenizer, text, QUESTION, tokens)
-            if notes:
-                raise ValueError(f"--tokens {tokens}: {notes[0]}; give a longer one with --text")
-            input_ids = torch.tensor([prompt], device=args.device)
-            pairs = {}
-            for keep, budget in itertools.product(args.keep, args.budget):
-                schedule = PruningSchedule(layers, keep, budget=budget, block_size=args.block_size)
-                pairs[Way(keep, budget)] = Pair(model, input_ids, method.pruners, schedule, args.backend)
-            yield Setting(method.name, dtype, pairs)
-
-
 # ------------------------------------------------------------------------------------------------------------ prefill
 
 
 def prefill_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
-    """Prefill a prompt dense and in every way, and say where the time went.
+    """Prefill a prompt dense and in every way, and say where the time went. The prefills that are timed are checked.
 
     Returns
     -------
     list of dict
         A row for each way: settings, ``dense_s`` and ``pruned_s`` (medians), ``dense_s_all`` and ``pruned_s_all``,
         ``speedup``, ``ideal`` (dense over pruned FLOPs), ``share_of_ideal``, ``mean_keep``, ``tokens_per_layer``,
-        ``kv_bytes``, ``stage_share``, ``where`` (seconds by bucket of one prefill under the profiler) and, unless left
-        out, ``peak_bytes`` above the weights. ``stage_share`` is the mean time of a stage over the mean time of a
-        decoder layer of the same pruned prefill; its median over the repetitions.
+        ``kv_bytes``, ``stage_share`` and, unless left out, ``where`` (seconds by bucket of one prefill under the
+        profiler) and ``peak_bytes`` above the weights. ``stage_share`` is the mean time of a stage over the mean time
+        of a decoder layer of the same pruned prefill; its median over the repetitions.
 
     Raises
     ------
@@ -179,32 +102,49 @@ def prefill_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, A
     """
     import torch
 
+    device = setting.dense.input_ids.device
+    seconds: dict[Way | None, list[float]] = defaultdict(list)
+    stage_shares: dict[Way, list[float]] = defaultdict(list)
+    kv_bytes: dict[Way | None, int] = {}
+    where: dict[Way | None, dict[str, float]] = {}
     with torch.inference_mode():
-        kv_bytes = gate(setting)
-        seconds: dict[Any, list[float]] = defaultdict(list)
-        stage_shares: dict[Way, list[float]] = defaultdict(list)
+        whole = whole_prompts(setting)
         gc.collect()  # a collection costs more than many a prefill: not while the clock runs
         for way in in_turns([None, *setting.pairs], args.repeats):
-            pair = setting.dense if way is None else setting.pairs[way]
-            with contextlib.nullcontext() if way is None else pair.patched() as handle:
-                seconds[way].append(timed(pair.prefill, pair.input_ids.device)[1])
-            if handle is not None and way is not None:
-                stage_shares[way].append(stage_share(handle.report()))
-        where: dict[Way | None, dict[str, float]] = {None: where_time_goes(setting.dense.prefill, setting.dense.model)}
-        for way, pair in setting.pairs.items():
-            with pair.patched():
+            with setting.pruning(way) as (pair, handle):
+                output, spent = timed(pair.prefill, device)
+                if way is None or handle is None:
+                    for logits in whole:
+                        pair.check_equal(logits, output.logits, KEEP_ALL)
+                else:
+                    pair.check_output(handle.report(), output)
+                    stage_shares[way].append(stage_share(handle.report()))
+            seconds[way].append(spent)
+            kv_bytes[way] = cache_bytes(output.cache)
+            del output
+        for way in (None, *setting.pairs) if not args.times_only else ():
+            with setting.pruning(way) as (pair, _):
                 where[way] = where_time_goes(pair.prefill, pair.model)
-    peak = peaks(args, setting) if not args.no_peak and (args.device == "cuda" or CLEAR.exists()) else {}
+    peak = memory.peaks(args, setting) if not args.times_only and memory.can_measure(args.device) else {}
     rows = []
     for way in setting.pairs:
         row = common(args, "prefill", setting, way, seconds[None], seconds[way])
         row["kv_bytes"] = {DENSE: kv_bytes[None], PRUNED: kv_bytes[way]}
         row["stage_share"] = statistics.median(stage_shares[way])
-        row["where"] = {DENSE: where[None], PRUNED: where[way]}
-        if peak:
-            row["peak_bytes"] = {DENSE: peak[None], PRUNED: peak[way]}
+        for name, found in (("where", where), ("peak_bytes", peak)):
+            if found:
+                row[name] = {DENSE: found[None], PRUNED: found[way]}
         rows.append(row)
     return rows
+
+
+def whole_prompts(setting: Setting) -> list[torch.Tensor]:
+    """Logits of the patched model where it keeps every token, by budget; they have to be those of the dense one."""
+    found = []
+    for pair in {way.budget: pair for way, pair in setting.pairs.items()}.values():
+        with pair.patched(keep_ratio=KEEP_ALL):
+            found.append(pair.prefill().logits)
+    return found
 
 
 def gate(setting: Setting) -> dict[Way | None, int]:
@@ -294,8 +234,7 @@ def decode_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, An
         total: dict[Any, list[float]] = defaultdict(list)
         gc.collect()
         for way in in_turns([None, *setting.pairs], args.repeats):
-            pair = setting.dense if way is None else setting.pairs[way]
-            with contextlib.nullcontext() if way is None else pair.patched():
+            with setting.pruning(way) as (pair, _):
                 generated = generate(pair, args.new_tokens)
             expected = [pair.tokens] * len(generated.cached) if way is None else pair.tokens_per_layer
             if generated.cached != [n + args.new_tokens - 1 for n in expected]:  # the last token is not cached
@@ -381,72 +320,6 @@ def check_first_tokens(setting: Setting) -> None:
             raise GateError(f"no figures: with the whole prompt kept the patched model answers {new}, not {dense}")
 
 
-# ------------------------------------------------------------------------------------------------------- peak memory
-
-
-def peaks(args: argparse.Namespace, setting: Setting) -> dict[Way | None, int]:
-    """Most memory beside the weights that a prefill takes, dense under ``None``, in a process of its own.
-
-    Raises
-    ------
-    TrialError
-        If the process fails.
-    """
-    names = ("model", "method", "block_size", "device", "backend", "text")
-    wanted = {name: getattr(args, name) for name in names} | {
-        "dtype": [setting.dtype],
-        "tokens": [setting.dense.tokens],
-        "keep": list(dict.fromkeys(way.keep for way in setting.pairs)),
-        "budget": list(dict.fromkeys(way.budget for way in setting.pairs)),
-    }
-    # A fixed threshold: what is freed goes back to the system at once, and is not there when the next one is measured.
-    result = processes.run_module(__name__, wanted, env={"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)})
-    answer = processes.answer_of(result)
-    return {None if entry["way"] is None else Way(*entry["way"]): entry["bytes"] for entry in answer}
-
-
-def work(settings: dict[str, Any]) -> None:
-    """What that process does: a prefill of each kind, and how far each went above what was there before."""
-    import argparse
-
-    import torch
-
-    (setting,) = settings_of(argparse.Namespace(**settings))
-    answer: list[dict[str, Any]] = []
-    with torch.inference_mode():
-        for is_measured in (False, True):  # before: threads, kernels made for each length, whatever stays for good
-            for way in (None, *setting.pairs):
-                pair = setting.dense if way is None else setting.pairs[way]
-                with contextlib.nullcontext() if way is None else pair.patched():
-                    taken = peak_bytes(pair.prefill, pair.input_ids.device)
-                if is_measured:
-                    answer.append({"way": way, "bytes": taken})
-    print(json.dumps(answer))
-
-
-def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that `work` takes at its most, beside those that were taken before.
-
-    On a CPU that is resident memory as Linux counts it, on a GPU what torch has allocated.
-    """
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return int(torch.cuda.max_memory_allocated(device) - before)
-    CLEAR.write_text("5", encoding="ascii")  # the peak is what is resident now
-    before = _resident("VmRSS")
-    work()
-    return max(0, _resident("VmHWM") - before)  # Linux counts in batches: a little can look like less than nothing
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
 # --------------------------------------------------------------------------------------------------------- reporting
 
 
@@ -491,6 +364,8 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
         ]
         table(f"and {first['new_tokens']} new tokens", columns, lines)
         return
+    if "where" not in first:
+        return
     lines = []
     for way, kind, row in ((DENSE, DENSE, first), *((way, PRUNED, row) for way, row in zip(ways, rows, strict=True))):
         where, peak = row["where"][kind], row.get("peak_bytes")
@@ -498,7 +373,3 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
         memory = f"{peak[kind] / 2**20:.0f}" if peak else "-"
         lines.append([way, *(f"{where[name]:.3f}" for name in BUCKETS), stage, memory])
     table("seconds under the profiler, a stage over a layer, peak memory", ["keep", *BUCKETS, "stage", "MiB"], lines)
-
-
-if __name__ == "__main__":
-    work(json.loads(sys.argv[1]))

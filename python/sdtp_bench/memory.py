@@ -1,172 +1,247 @@
-"""``sdtp bench memory``: the longest prompt that fits, dense and pruned.
+"""Peak memory of a prefill, and ``sdtp bench memory``: the longest prompt that stays below a limit, dense and pruned.
 
-Every length is tried in a process of its own, which limits itself: its address space on a CPU, its share of the card on
-a GPU. What does not fit ends that process, and nothing else.
+What counts is what a prefill takes at its most beside what was there before: on a CPU resident memory as Linux counts
+it, on a GPU what torch has allocated. It is measured in a process of its own, because memory that other work has left
+behind would serve it unseen.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sdtp_bench import processes
+from sdtp_bench import processes, prompts
+from sdtp_bench.prompts import Way
+from sdtp_eval.paired import cache_bytes
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-DOES_NOT_FIT = 77  # exit status of a trial; no other part of Python uses it
-# The last is oneDNN's, which has one message for all that it cannot get. Its products of these weights succeed in the
-# warm-up, and nothing but the length differs.
+    import torch
+
+    from sdtp_bench.prompts import Setting
+
+Result = TypeVar("Result")
+
+DENSE = "dense"
+DOES_NOT_FIT = 77  # exit status of a process; no other part of Python uses it
+# Of torch on a CPU, which has no class for it; the last is oneDNN's, which has one message for all that it cannot get.
 OUT_OF_MEMORY = ("can't allocate memory", "std::bad_alloc", "Cannot allocate memory", "could not create a primitive")
-# What a process dies of that may not have memory: an allocation that nobody could catch, or the kernel's own choice.
-DEADLY = frozenset({-signal.SIGABRT, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS})
-WARM_UP = 128  # tokens of a first prefill, which starts threads and loads what is loaded lazily
+CLEAR = Path("/proc/self/clear_refs")  # of Linux; elsewhere the memory of a CPU's prefill cannot be measured
+WARM_UP = 512  # tokens of a first prefill, which starts threads and touches the weights
+# A fixed threshold: what is freed goes back to the system at once. By default glibc raises it as it sees large blocks
+# freed, and keeps those for later: a prefill of 2048 tokens took 62 to 97 MiB in four runs by that, and 70 to 72 in six
+# with the threshold. Address space would be no measure: it counts what is reserved, such as an arena for each thread.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
 
 
 def add_parser(commands: Any) -> None:
     """Add ``memory`` to the parsers of ``sdtp bench``."""
-    parser = commands.add_parser("memory", help="the longest prompt that fits, dense and pruned")
-    processes.add_arguments(parser)
+    parser = commands.add_parser("memory", help="the longest prompt that stays below a limit, dense and pruned")
+    prompts.add_options(parser)
     parser.add_argument(
-        "--limit-gib", type=float, metavar="GIB", help="memory beside the weights (CPU: 4; GPU: what the card has)"
+        "--limit-gib", type=float, default=0.125, metavar="GIB", help="memory beside the weights (%(default)s)"
     )
     parser.add_argument("--start", type=int, default=1024, help="tokens of the first prompt (%(default)s)")
-    parser.add_argument("--longest", type=int, default=2**20, help="no longer prompt is tried (%(default)s)")
-    parser.add_argument("--halvings", type=int, default=3, help="refinements behind the last doubling (%(default)s)")
-    parser.set_defaults(run=run)
+    parser.add_argument("--step", type=int, default=128, help="lengths tried are its multiples (%(default)s)")
+    parser.add_argument("--longest", type=int, default=2**17, help="no longer prompt is tried (%(default)s)")
+    parser.set_defaults(run=run, keep=[0.9, 0.8])
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search with these arguments; see :func:`add_parser`."""
+    """``sdtp bench memory``: search and print, and write a row as it is found."""
+    from sdtp_bench.rows import append_rows
     from sdtp_kernels.cli import CommandError
 
     try:
-        rows = search(processes.complete(args))
-        processes.write_rows(rows, args)
+        if args.step < 1 or not args.step <= args.start <= args.longest:
+            raise ValueError(
+                f"--step {args.step} --start {args.start} --longest {args.longest}: expected 1 <= step <= start <= "
+                "longest"
+            )
+        if args.limit_gib <= 0:
+            raise ValueError(f"--limit-gib {args.limit_gib}: expected more than 0")
+        prompts.complete(args)
+        if not can_measure(args.device):
+            raise ValueError(f"{CLEAR} is missing: resident memory can be measured on Linux only; or use --device cuda")
+        for dtype in args.dtype:
+            dense = 0
+            for way in (None, *(Way(keep, budget) for budget in args.budget for keep in args.keep)):
+                row = longest(args, dtype, way)
+                dense = dense or row["tokens"]
+                name = DENSE if way is None else f"{way.keep:g}, {way.budget}"
+                ratio = f", {row['tokens'] / dense:.2f} x dense" if dense else ""
+                print(f"{dtype}, {name}: {row['tokens']} tokens{ratio}", flush=True)
+                if args.out:
+                    append_rows(args.out, [row], args.device)
     except (ValueError, OSError, ImportError, processes.TrialError) as error:
         raise CommandError(str(error)) from error
-    for row in rows:
-        kv = "" if row["kv_bytes"] is None else f", KV cache {row['kv_bytes'] / 2**20:.1f} MiB"
-        print(f"{row['method']:<8}{row['tokens']:>9} tokens{kv}")
-    dense, pruned = (row["tokens"] for row in rows)
-    if dense:
-        print(f"pruned over dense: {pruned / dense:.2f}")
     return 0
 
 
-def search(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a method.
+def longest(args: argparse.Namespace, dtype: str, way: Way | None) -> dict[str, Any]:
+    """A row: the longest prompt that stays below the limit.
 
     Returns
     -------
-    list of dict
-        ``bench="memory"``, ``method``, ``tokens`` (the longest prompt that fits; 0 where none does), ``kv_bytes`` of
-        its cache, ``trials`` (tokens and whether they fit, in order).
+    dict
+        ``bench="memory"``, ``checkpoint``, ``method`` (``dense`` or ours), ``keep``, ``budget``, ``block_size``,
+        ``dtype``, ``limit_bytes``, ``step``, ``tokens`` (0 where not even one step fits), ``peak_bytes`` and
+        ``kv_bytes`` of that prompt, ``trials`` (tokens and peak, in order).
 
     Raises
     ------
-    ValueError
-        For settings that cannot work.
     TrialError
-        If a trial fails for another reason than memory.
+        If a process fails for another reason than memory.
     """
-    if args.start < 1 or args.longest < args.start:
-        raise ValueError(f"--start {args.start} --longest {args.longest}: expected 1 <= start <= longest")
-    if args.limit_gib is not None and args.limit_gib <= 0:
-        raise ValueError(f"--limit-gib {args.limit_gib}: expected more than 0")
-    settings = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
-    if args.device == "cpu" and args.limit_gib is None:
-        settings["limit_gib"] = 4.0
-    rows = []
-    for method in processes.METHODS:
-        trials: list[tuple[int, bool]] = []
-        kv_bytes: dict[int, int] = {0: 0}
+    limit = int(args.limit_gib * 2**30)
+    found: dict[int, dict[str, Any]] = {}
+    trials: list[tuple[int, int | None]] = []
 
-        def fits(tokens: int, method: str = method, trials: Any = trials, kv_bytes: Any = kv_bytes) -> bool:
-            found = attempt({**settings, "method": method, "tokens": tokens})
-            trials.append((tokens, found is not None))
-            if found is not None:
-                kv_bytes[tokens] = found
-            print(f"{method}: {tokens} tokens {'fit' if found is not None else 'do not fit'}", flush=True)
-            return found is not None
+    def share(tokens: int) -> float | None:
+        measured = measure(args, dtype, tokens, [way])
+        trials.append((tokens, None if measured is None else measured[0]["peak_bytes"]))
+        if measured is None:
+            return None
+        found[tokens] = measured[0]
+        return float(measured[0]["peak_bytes"] / limit)
 
-        tokens = longest_that_fits(fits, args.start, args.longest, args.halvings)
-        rows.append(
-            {"bench": "memory", "method": method, "tokens": tokens, "kv_bytes": kv_bytes.get(tokens), "trials": trials}
-        )
-    return rows
+    tokens = longest_that_fits(share, args.start, args.longest, args.step)
+    method = DENSE if way is None else Path(args.method).stem
+    return {
+        "bench": "memory",
+        "checkpoint": Path(args.model).name,
+        "method": method,
+        "keep": way and way.keep,
+        "budget": way and way.budget,
+        "block_size": args.block_size if way and way.budget == "block" else None,
+        "dtype": dtype,
+        "limit_bytes": limit,
+        "step": args.step,
+        "tokens": tokens,
+        "peak_bytes": found[tokens]["peak_bytes"] if tokens else 0,
+        "kv_bytes": found[tokens]["kv_bytes"] if tokens else 0,
+        "trials": trials,
+    }
 
 
-def longest_that_fits(fits: Callable[[int], bool], start: int, longest: int, halvings: int) -> int:
-    """The longest length found to fit: by doubling from `start`, then by halving the gap to what does not.
+def longest_that_fits(share: Callable[[int], float | None], start: int, longest: int, step: int) -> int:
+    """The longest length found to fit, a multiple of `step`; the next multiple was found not to, or is too long.
+
+    Parameters
+    ----------
+    share : callable
+        Of a length: what it takes, as a share of what there is; ``None`` where it takes too much to say. It should grow
+        about in proportion: each length that is tried follows from the last one by that.
+    start : int
+        Tried first.
+    longest : int
+        No longer one is tried.
+    step : int
 
     Returns
     -------
     int
-        0 where `start` does not fit; `longest` where that does. Otherwise less than the first length that does not fit
-        by at most ``length / 2**halvings``.
+        0 where not even `step` fits.
     """
-    if not fits(start):
-        return 0
-    good = start
-    while good < longest:
-        candidate = min(2 * good, longest)
-        if not fits(candidate):
-            bad = candidate
-            break
-        good = candidate
-    else:
-        return good
-    for _ in range(halvings):
-        middle = (good + bad) // 2
-        if middle in (good, bad):
-            break
-        if fits(middle):
-            good = middle
+    longest = longest // step * step
+    fits, fails = 0, longest + step
+    tokens = start // step * step
+    while fails - fits > step:
+        taken = share(tokens)
+        if taken is not None and taken <= 1:
+            fits = tokens
         else:
-            bad = middle
-    return good
+            fails = tokens
+        # With nothing to go by: double, and once that is too much, halve the gap.
+        unknown = 2 * tokens if fails > longest else (fits + fails) // 2
+        guess = int(tokens / taken) if taken else unknown
+        tokens = min(max(guess // step * step, fits + step), fails - step)
+    return fits
 
 
-def attempt(settings: dict[str, Any]) -> int | None:
-    """Prefill in a process of its own.
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def can_measure(device: str) -> bool:
+    """Whether the system tells the peak of a prefill there."""
+    return device == "cuda" or CLEAR.exists()
+
+
+def peaks(args: argparse.Namespace, setting: Setting) -> dict[Way | None, int]:
+    """Bytes that a prefill takes beside the weights at its most, in every way and, under ``None``, dense.
+
+    Raises
+    ------
+    TrialError
+        If the process that measures fails.
+    """
+    # Dense last: what stays for good, such as oneDNN's scratch, then counts against the pruned ones, if at all.
+    ways = [*sorted(setting.pairs), None]
+    found = measure(args, setting.dtype, setting.dense.tokens, ways)
+    if found is None:
+        raise processes.TrialError(f"a prefill of {setting.dense.tokens} tokens ran out of memory")
+    return {way: entry["peak_bytes"] for way, entry in zip(ways, found, strict=True)}
+
+
+def measure(
+    args: argparse.Namespace, dtype: str, tokens: int, ways: Sequence[Way | None]
+) -> list[dict[str, Any]] | None:
+    """A first prefill of so many tokens in each way, in a process of its own.
 
     Returns
     -------
-    int or None
-        Bytes of the KV cache; ``None`` where the prompt does not fit.
+    list of dict, or None
+        ``peak_bytes`` and ``kv_bytes`` of each; ``None`` where memory ran out.
 
     Raises
     ------
     TrialError
         If the process fails for another reason.
     """
-    result = processes.run_module(__name__, settings)
-    if result.returncode == DOES_NOT_FIT or result.returncode in DEADLY:
+    names = ("model", "method", "block_size", "device", "backend", "text")
+    settings = {name: getattr(args, name) for name in names} | {
+        "dtype": [dtype],
+        "tokens": [tokens],
+        "keep": list(dict.fromkeys(way.keep for way in ways if way)) or [1.0],
+        "budget": list(dict.fromkeys(way.budget for way in ways if way)) or ["global"],
+        "ways": list(ways),
+    }
+    result = processes.run_module(__name__, settings, env=ENVIRONMENT)
+    if result.returncode in (DOES_NOT_FIT, -signal.SIGKILL):  # the latter is how Linux takes memory back
         return None
-    return int(processes.answer_of(result)["kv_bytes"])
+    answer: list[dict[str, Any]] = processes.answer_of(result)
+    return answer
 
 
-def trial(settings: dict[str, Any]) -> int:
-    """What the process of one trial does; its exit status."""
+def work(settings: dict[str, Any]) -> int:
+    """What that process does; its exit status."""
     import torch
 
-    subject = processes.Subject(settings)
-    with subject.method(settings["method"]):
-        subject.prefill(WARM_UP)
-        _limit(settings["device"], settings["limit_gib"])
-        try:
-            _, cache = subject.prefill(settings["tokens"])
-        except (MemoryError, torch.OutOfMemoryError):
-            return DOES_NOT_FIT
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return DOES_NOT_FIT
-    print(json.dumps({"kv_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)}))
+    (setting,) = prompts.settings_of(argparse.Namespace(**settings))
+    ways = [None if way is None else Way(*way) for way in settings["ways"]]
+    answer: list[dict[str, Any]] = []
+    try:
+        with torch.inference_mode():
+            for way in ways:
+                with setting.pruning(way) as (pair, _):
+                    pair._replace(input_ids=pair.input_ids[:, :WARM_UP]).prefill()
+            for way in ways:
+                with setting.pruning(way) as (pair, _):
+                    output, peak = peak_bytes(pair.prefill, pair.input_ids.device)
+                answer.append({"peak_bytes": peak, "kv_bytes": cache_bytes(output.cache)})
+                del output
+    except (MemoryError, torch.OutOfMemoryError):
+        return DOES_NOT_FIT
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return DOES_NOT_FIT
+    print(json.dumps(answer))
     return 0
 
 
@@ -175,25 +250,28 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def _limit(device: str, gib: float | None) -> None:
-    """From here on, no more memory than this, and no core dump for want of it."""
+def peak_bytes(work: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
+    """What `work` returns, and the bytes that it takes at its most, beside those that were taken before.
+
+    On a CPU that is resident memory as Linux counts it, on a GPU what torch has allocated.
+    """
     import torch
 
-    if device == "cuda":
-        if gib is not None:
-            total = torch.cuda.get_device_properties(device).total_memory
-            limit = torch.cuda.memory_reserved() + int(gib * 2**30)
-            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-        return
-    import resource
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = work()
+        return result, int(torch.cuda.max_memory_allocated(device) - before)
+    CLEAR.write_text("5", encoding="ascii")  # the peak is what is resident now
+    before = _resident("VmRSS")
+    result = work()
+    return result, max(0, _resident("VmHWM") - before)  # Linux counts in batches: a little can seem less
 
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with open("/proc/self/statm", encoding="ascii") as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
-    assert gib is not None
-    limit = mapped + int(gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":
-    sys.exit(trial(json.loads(sys.argv[1])))
+    sys.exit(work(json.loads(sys.argv[1])))

@@ -79,10 +79,14 @@ class Pair(NamedTuple):
         GateError
             If the logits differ in a single bit.
         """
+        with self.patched(keep_ratio=keep_ratio):
+            self.check_equal(self.prefill().logits, dense, keep_ratio)
+
+    @staticmethod
+    def check_equal(logits: torch.Tensor, dense: torch.Tensor, keep_ratio: float) -> None:
+        """As :meth:`check_keeping_all`, of logits that are there already."""
         import torch
 
-        with self.patched(keep_ratio=keep_ratio):
-            logits = self.prefill().logits
         if not torch.equal(logits, dense):
             raise GateError(
                 f"no figures: with keep ratio {keep_ratio} the patched model must equal the unpatched one bit for bit, "
@@ -104,18 +108,22 @@ class Pair(NamedTuple):
         GateError
             If a layer holds another number of tokens, or the logits are not finite.
         """
-        import torch
-
         with self.patched() as handle:
             output = self.prefill()
             report = handle.report()
+        self.check_output(report, output)
+        return report, output
+
+    def check_output(self, report: PrefillReport, output: Any) -> None:
+        """As :meth:`check_kept`, of a prefill that has run already."""
+        import torch
+
         expected, cached = self.tokens_per_layer, cached_tokens(output.cache)
         reported = [layer.tokens_out for layer in report.layers] or expected  # empty where nothing was pruned
         if not cached == expected == reported:
             raise GateError(f"no figures: the schedule keeps {expected} tokens per layer, the cache holds {cached}")
         if not torch.isfinite(output.logits).all():
             raise GateError("no figures: the pruned model's logits are not finite; try --dtype float32")
-        return report, output
 
 
 def cached_tokens(cache: Any) -> list[int]:
