@@ -52,17 +52,17 @@ def test_the_search_without_a_measure_of_what_does_not_fit(room):
 def test_pruned_prompts_fit_where_dense_ones_do_not(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     save_byte_model(tmp_path / "model", num_hidden_layers=24, hidden_size=256, intermediate_size=256)
-    arguments = ["--model", tmp_path / "model", "--out", tmp_path, "--limit-gib", 1 / 16, "--start", 1536]
+    arguments = ["--model", tmp_path / "model", "--out", tmp_path, "--limit-gib", 1 / 32, "--start", 1024]
     arguments += ["--step", 512, "--keep", 0.5, "--longest", 4096, "--device", "cpu"]
     assert cli.main(["bench", "memory", *map(str, arguments)]) == 0
     dense, pruned = rows(tmp_path / "memory.jsonl")
     assert [(row["method"], row["keep"]) for row in (dense, pruned)] == [("dense", None), ("attention", 0.5)]
     assert 0 < dense["tokens"] < pruned["tokens"]
     for row in (dense, pruned):
-        assert row["limit_bytes"] == 2**26
-        assert row["tokens"] == max(tokens for tokens, peak in row["trials"] if peak <= 2**26)
+        assert row["limit_bytes"] == 2**25
+        assert row["tokens"] == max(tokens for tokens, peak in row["trials"] if peak <= 2**25)
         assert row["kv_bytes"] < row["peak_bytes"] == dict(row["trials"])[row["tokens"]]
-    assert min(tokens for tokens, peak in dense["trials"] if peak > 2**26) == dense["tokens"] + 512
+    assert min(tokens for tokens, peak in dense["trials"] if peak > 2**25) == dense["tokens"] + 512
     assert pruned["kv_bytes"] / pruned["tokens"] < dense["kv_bytes"] / dense["tokens"] / 2
 
 

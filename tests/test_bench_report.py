@@ -91,8 +91,16 @@ def all_rows() -> dict[str, list[dict]]:
             for tokens in (2048, 8192, 32768) for threads in (1, 2)
         ],
         "abacus/memory.jsonl": [
-            {"bench": "memory", "method": method, "tokens": tokens, "kv_bytes": 2**30, "trials": [], **FACTS}
-            for method, tokens in (("dense", 30000), ("pruned", 41000))
+            {"bench": "memory", "checkpoint": "toy", "dtype": "float32", "limit_bytes": 2**30, "step": 128,
+             "method": method, "keep": keep, "budget": keep and "global", "block_size": None, "tokens": tokens,
+             "peak_bytes": 2**30 - 1000, "kv_bytes": 2**29, "trials": [], **FACTS}
+            for method, keep, tokens in (("mine", 0.9, 41000), ("dense", None, 30000), ("mine", 0.8, 60000))
+        ],
+        "abacus/multi.jsonl": [
+            {"bench": "multi", "checkpoint": "toy", "tokens": 4096, "keep": 0.9, "dtype": "float32", "method": "dense",
+             "processes": processes, "threads": 1, "seconds": seconds, "seconds_all": [seconds], "speedup": 2 / seconds,
+             "efficiency": 2 / seconds / processes, **FACTS}
+            for processes, seconds in ((1, 2.0), (2, 1.25))
         ],
         "abacus/peers.jsonl": [
             {**peer, "peer": "dense", "version": "5.23", "mean_keep": 1.0, "ttft_s": 2.0, "kv_bytes": 2**20,
@@ -185,7 +193,20 @@ def test_without_rows_the_page_says_what_makes_them(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     report.build(tmp_path / "results", tmp_path / "out", [])
     page = Page((tmp_path / "out/index.html").read_text())
-    for kind in ("op", "scaling", "prefill", "decode", "memory", "peers", "quality", "cost", "evict", "triton", "nvcc"):
+    for kind in (
+        "op",
+        "scaling",
+        "prefill",
+        "decode",
+        "memory",
+        "multi",
+        "peers",
+        "quality",
+        "cost",
+        "evict",
+        "triton",
+        "nvcc",
+    ):
         assert results.COMMANDS[kind] in page.words, kind
     assert {link for link in page.links if link.endswith(".svg")} == {"roofline.svg", "claims.svg"}
     assert "measured" not in [row[1] for table in claims.claims(results.Results()) for row in table.rows]
@@ -396,6 +417,16 @@ def test_the_demo_stands_in_for_rows_of_prefills() -> None:
     assert table.source.commands == ("sdtp demo --scorer recent --tokens N --keep R --repeats RUNS --json FILE",)
     measured = results.Results(demo=[demo], prefill=[prefill_row(1024, 0.8)])
     assert column(tables.speed(measured)[0], "tokens") == ["1024"]
+
+
+def test_the_longest_prompt_is_a_multiple_of_the_dense_one(rows: results.Results) -> None:
+    (table,) = tables.longest(rows)
+    assert column(table, "longest prompt") == ["30000", "41000", "60000"]
+    assert column(table, "of dense") == ["1.00", "1.37", "2.00"]
+    assert "below 1,024.0 MiB" in table.title.replace(tables.SPACE, " ")
+    (several,) = tables.multi(rows)
+    assert column(several, "over the best single") == ["1.00", "1.60"]
+    assert column(several, "a process") == ["100 %", "80 %"]
 
 
 def test_numbers() -> None:

@@ -11,9 +11,11 @@ import os
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_bench import processes
+from sdtp_bench.rows import append_rows
 
 if TYPE_CHECKING:
     import argparse
@@ -48,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         rows = measure(processes.complete(args))
-        processes.write_rows(rows, args)
+        if args.out:
+            append_rows(args.out, rows, args.device)
     except (ValueError, OSError, ImportError, processes.TrialError) as error:
         raise CommandError(str(error)) from error
     for row in rows:
@@ -66,8 +69,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        ``bench="multi"``, ``processes``, ``threads``, ``method``, ``seconds`` (median), ``seconds_all``, ``speedup``
-        (best single process of the same method over this), ``efficiency`` (``speedup / processes``).
+        ``bench="multi"``, ``checkpoint``, ``tokens``, ``keep``, ``dtype``, ``processes``, ``threads``, ``method``,
+        ``seconds`` (median), ``seconds_all``, ``speedup`` (best single process of the same method over this),
+        ``efficiency`` (``speedup / processes``).
 
     Raises
     ------
@@ -95,13 +99,21 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     for launch in launches:
         for method in processes.METHODS:
             check(answers[single[0]][0][method], answers[launch][0][method], TOLERANCES[args.dtype], launch, method)
-    return rows_of(
+    about = {
+        "bench": "multi",
+        "checkpoint": Path(args.model).name,
+        "tokens": args.tokens,
+        "keep": args.keep,
+        "dtype": args.dtype,
+    }
+    found = rows_of(
         {
             (launch, method): [s for answer in found for s in answer[method]["seconds"]]
             for launch, found in answers.items()
             for method in processes.METHODS
         }
     )
+    return [{**about, **row} for row in found]
 
 
 def launches_of(nproc: int, device: str, cores: int) -> list[Launch]:
@@ -121,7 +133,6 @@ def rows_of(seconds: dict[tuple[Launch, str], list[float]]) -> list[dict[str, An
     }
     return [
         {
-            "bench": "multi",
             **launch._asdict(),
             "method": method,
             "seconds": median,

@@ -9,8 +9,6 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-from sdtp_bench.rows import append_rows
-
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping, Sequence
@@ -128,10 +126,3 @@ def answer_of(result: subprocess.CompletedProcess[str]) -> Any:
     if result.returncode != 0 or not lines:
         raise TrialError(f"a process ended with status {result.returncode}:\n{(result.stdout + result.stderr)[-3000:]}")
     return json.loads(lines[-1])
-
-
-def write_rows(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
-    """Append the rows, with their settings, to the files in ``args.out``, where that is given."""
-    if args.out:
-        settings = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float))}
-        append_rows(args.out, [{**row, "settings": settings} for row in rows], args.device)

@@ -111,8 +111,14 @@ def sections(rows: Results) -> list[Section]:
         ),
         section(
             "memory", "Memory",
-            "Bytes of the KV cache as the cache object has them, and the peak above the weights where it was measured.",
+            "Bytes of the KV cache as the cache object has them, the peak above the weights where it was measured, and "
+            "the longest prompt whose peak stays below a limit.",
             ("prefill", "memory"), tables.memory(rows), figures.memory(rows),
+        ),
+        section(
+            "multi", "Several processes",
+            "Tensor parallelism has to beat the best single process, which has the whole machine.",
+            ("multi",), tables.multi(rows), [],
         ),
         section(
             "quality", "What pruning costs",

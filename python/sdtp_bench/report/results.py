@@ -61,7 +61,8 @@ _SETTINGS = {
     ),
     "prefill": ("checkpoint", "tokens", "keep", "budget", "block_size", "dtype", "method"),
     "peers": ("peer", "checkpoint", "tokens", "keep", "dtype"),
-    "memory": ("checkpoint", "tokens", "keep", "budget", "block_size", "dtype", "method", "settings"),
+    "memory": ("checkpoint", "keep", "budget", "block_size", "dtype", "method", "limit_bytes"),
+    "multi": ("checkpoint", "tokens", "keep", "dtype", "method", "processes", "threads"),
 }
 _SETTINGS["scaling"] = _SETTINGS["op"]
 _SETTINGS["decode"] = (*_SETTINGS["prefill"], "new_tokens")

@@ -211,8 +211,7 @@ def where(rows: Results) -> list[Table]:
 def memory(rows: Results) -> list[Table]:
     """Bytes of the cache and the peak, and the longest prompt that fits."""
     tables: list[Table] = []
-    sized = [*_measured(rows["prefill"]), *(row for row in _measured(rows["memory"]) if "tokens_per_layer" in row)]
-    groups = results.grouped((row for row in sized if row.get("peak_bytes")), subject_of)
+    groups = results.grouped((row for row in _measured(rows["prefill"]) if row.get("peak_bytes")), subject_of)
     for i, (about, members) in enumerate(groups.items(), 1):
         cells = tuple(
             (
@@ -229,13 +228,52 @@ def memory(rows: Results) -> list[Table]:
         )  # fmt: skip
         note = "Peaks are above the weights. The layers before the first stage see the whole prompt either way."
         tables.append(Table(f"memory-{i}", f"Memory: {_title(about)}", columns, cells, Source.of(members), note))
-    longest = [row for row in rows["memory"] if "trials" in row]
-    if longest:
-        lengths = tuple(
-            (results.machine(row), row["method"], str(row["tokens"]), mebibytes(row["kv_bytes"])) for row in longest
-        )
-        names = ("machine", "method", "longest prompt that fits", "its KV cache")
-        tables.append(Table("longest", "The longest prompt that fits", names, lengths, Source.of(longest)))
+    return tables + longest(rows)
+
+
+def longest(rows: Results) -> list[Table]:
+    """The longest prompt below a limit, one table a checkpoint, dtype and limit."""
+    tables: list[Table] = []
+    groups = results.grouped(
+        rows["memory"], lambda row: (results.machine(row), row["checkpoint"], row["dtype"], row["limit_bytes"])
+    )
+    for i, ((_, checkpoint, dtype, limit), members) in enumerate(groups.items(), 1):
+        dense = next((row["tokens"] for row in members if row["keep"] is None), None)
+        cells = tuple(
+            (
+                display(row["method"]), NONE if row["keep"] is None else f"{row['keep']:g}",
+                NONE if row["keep"] is None else budget(row), str(row["tokens"]),
+                number(row["tokens"] / dense if dense else None), mebibytes(row["peak_bytes"]),
+                mebibytes(row["kv_bytes"]),
+            )
+            for row in sorted(members, key=lambda row: (row["budget"] or "", -(row["keep"] or 0)))
+        )  # fmt: skip
+        columns = ("method", "keep per stage", "budget", "longest prompt", "of dense", "its peak", "its KV cache")
+        steps = ", ".join(sorted({str(row["step"]) for row in members}))
+        note = f"Lengths are multiples of {steps} tokens; the next one takes more than the limit."
+        title = f"The longest prompt below {mebibytes(limit)} beside the weights: {checkpoint}, {dtype}"
+        tables.append(Table(f"longest-{i}", title, columns, cells, Source.of(members), note))
+    return tables
+
+
+def multi(rows: Results) -> list[Table]:
+    """Several processes against the best single one."""
+    tables: list[Table] = []
+    groups = results.grouped(
+        rows["multi"],
+        lambda row: (row["machine"]["processor"], row["checkpoint"], row["tokens"], row["dtype"], row["keep"]),
+    )
+    for i, ((_, checkpoint, tokens, dtype, keep), members) in enumerate(groups.items(), 1):
+        cells = tuple(
+            (
+                row["method"], str(row["processes"]), str(row["threads"]), str(len(row["seconds_all"])),
+                seconds(row["seconds"]), number(row["speedup"]), percent(row["efficiency"]),
+            )
+            for row in sorted(members, key=lambda row: (row["method"], row["processes"], row["threads"]))
+        )  # fmt: skip
+        columns = ("method", "processes", "threads in each", "runs", "prefill", "over the best single", "a process")
+        title = f"Several processes, tensor parallel: {checkpoint}, {dtype}, {tokens} tokens, keep {keep:g}"
+        tables.append(Table(f"multi-{i}", title, columns, cells, Source.of(members)))
     return tables
 
 
