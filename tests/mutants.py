@@ -1195,6 +1195,13 @@ MUTANTS = [
         "test_bench_peers.py::test_all_at_the_same_budget",
     ),
     Mutant(
+        "both protocols the same",
+        BENCH + "peers.py",
+        '("passkey", AFTER, "exact", "passkey_after")',
+        '("passkey", INSIDE, "exact", "passkey_after")',
+        "test_bench_peers.py::test_what_fails_has_no_figures_and_stops_nobody",
+    ),
+    Mutant(
         "figures beside an error",
         BENCH + "peers.py",
         'rows[peer.name] = {**common, "peer": peer.name, "version": peer.version, "error": reason(error)}',

@@ -38,6 +38,13 @@ class SelfishPress(KeepFirstPress):
         return hooked()
 
 
+class UntrainedPress(KeepFirstPress):
+    """Needs weights of this very checkpoint."""
+
+    def __call__(self, model):
+        raise OSError("We couldn't connect to the hub")
+
+
 class Server:
     """As that of xllamacpp; it answers what it is told to."""
 
@@ -55,7 +62,7 @@ class Server:
 @pytest.fixture
 def stand_ins(monkeypatch):
     kvpress, xllamacpp = types.ModuleType("kvpress"), types.ModuleType("xllamacpp")
-    for press in (KeepFirstPress, GreedyPress, SelfishPress):
+    for press in (KeepFirstPress, GreedyPress, SelfishPress, UntrainedPress):
         setattr(kvpress, press.__name__, press)
     xllamacpp.__version__, xllamacpp.Server = "1.2", Server
     xllamacpp.CommonParams = lambda: types.SimpleNamespace(
@@ -102,11 +109,11 @@ def contest(byte_checkpoint, tmp_path):
 
 
 def test_all_at_the_same_budget(stand_ins, contest, gguf_file, capsys):
-    status, rows = contest("--gguf", gguf_file, "--presses", "KeepFirst", "Greedy", "Selfish", "Missing")
+    status, rows = contest("--gguf", gguf_file, "--presses", "KeepFirst", "Greedy", "Selfish", "Untrained", "Missing")
     assert status == 0
     ours, once = "attention", "attention, once at layer 2"
-    llamas = ["llama.cpp Q8_0", "llama.cpp F16", "llama.cpp BF16"]
-    presses = ["kvpress:KeepFirst", "kvpress:Greedy", "kvpress:Selfish", "kvpress:Missing"]
+    llamas = ["llama.cpp Q8_0", "llama.cpp F16"]
+    presses = [f"kvpress:{name}" for name in ("KeepFirst", "Greedy", "Selfish", "Untrained", "Missing")]
     assert list(rows) == ["dense", ours, once, *presses, *llamas]
 
     budget = PruningSchedule((4, 7), 0.8).mean_keep(TOKENS, 8)
@@ -119,13 +126,16 @@ def test_all_at_the_same_budget(stand_ins, contest, gguf_file, capsys):
         assert len(row["ttft_s_all"]) == row["samples"] == 2
         assert row["nll_increase"] == 0 if name == "dense" else row["nll_increase"] != 0
         assert 0 <= row["passkey"] <= 1
+        assert 0 <= row["passkey_after"] <= 1
         assert len(row["nll_increase_interval"]) == 2
     for name in llamas:
-        assert (rows[name]["version"], rows[name]["mean_keep"], rows[name]["passkey"]) == ("1.2", 1.0, 0.0)
+        assert (rows[name]["version"], rows[name]["mean_keep"]) == ("1.2", 1.0)
+        assert rows[name]["passkey"] == rows[name]["passkey_after"] == 0.0
         assert rows[name]["nll_increase"] is rows[name]["kv_bytes"] is None
     for name, error in (
         ("kvpress:Greedy", "it keeps B = 0.990, not 0.8"),
         ("kvpress:Selfish", "not computed as the dense model computes it"),
+        ("kvpress:Untrained", "a network that is trained for each checkpoint; there is none of this one here"),
         ("kvpress:Missing", "no method 'kvpress:Missing'"),
     ):
         assert error in rows[name]["error"]
@@ -148,7 +158,10 @@ def stub(name, **changes):
         "version": "1",
         "check": lambda: peers.Figures(8, 0.5),
         "first_token": lambda: None,
-        "score": lambda sample: {"nll_increase": sample.value, "exact": sample.value},
+        "score": lambda sample, protocol: {
+            "nll_increase": sample.value,
+            "exact": sample.value * (protocol == "inside"),
+        },
     }
     return peers.Peer(name, **(fields | changes))
 
@@ -183,6 +196,7 @@ def test_what_fails_has_no_figures_and_stops_nobody(step):
         assert set(row) == {"bench", "checkpoint", "tokens", "keep", "dtype", "peer", "version", "error"}
     assert good["nll_increase"] == good["passkey"] == 0.5
     assert good["passkey_interval"] == [0.25, 0.75]
+    assert (good["passkey_after"], good["passkey_after_interval"]) == (0.0, [0.0, 0.0])
     assert len(good["ttft_s_all"]) == 3
 
 
@@ -197,13 +211,12 @@ def test_llama_cpp_reads_the_whole_prompt_or_says_so(stand_ins, gguf_file, monke
         engine.generate([1, 2, 3], 1)
 
 
-@pytest.mark.parametrize(("form", "dtype"), [("F16", torch.float16), ("BF16", torch.bfloat16)])
-def test_a_file_in_16_bits_is_the_same_model(gguf_file, tmp_path, form, dtype):
+def test_a_file_in_16_bits_is_the_same_model(gguf_file, tmp_path):
     from gguf import GGUFReader, quants
 
     wide = tmp_path / "wide.gguf"
-    llama_cpp.widen(gguf_file, wide, form)
-    assert (llama_cpp.file_type(gguf_file), llama_cpp.file_type(wide)) == ("Q8_0", form)
+    llama_cpp.widen(gguf_file, wide, "F16")
+    assert (llama_cpp.file_type(gguf_file), llama_cpp.file_type(wide)) == ("Q8_0", "F16")
     before, after = GGUFReader(gguf_file), GGUFReader(wide)
     for name, field in before.fields.items():
         if not name.startswith("GGUF.") and name != "general.file_type":
@@ -211,7 +224,7 @@ def test_a_file_in_16_bits_is_the_same_model(gguf_file, tmp_path, form, dtype):
             assert after.fields[name].types == field.types
     (matrix, vector), (wide_matrix, wide_vector) = before.tensors, after.tensors
     assert np.array_equal(vector.data, wide_vector.data)
-    expected = torch.from_numpy(quants.dequantize(matrix.data, matrix.tensor_type)).to(dtype).float()
+    expected = torch.from_numpy(quants.dequantize(matrix.data, matrix.tensor_type)).half().float()
     found = torch.from_numpy(np.array(quants.dequantize(wide_matrix.data, wide_matrix.tensor_type), np.float32))
     assert torch.equal(found, expected)
 

@@ -106,7 +106,8 @@ def all_rows() -> dict[str, list[dict]]:
             {**peer, "peer": "dense", "version": "5.23", "mean_keep": 1.0, "ttft_s": 2.0, "kv_bytes": 2**20,
              "nll_increase": 0.0, "nll_increase_interval": [0.0, 0.0], "passkey": 1.0, "passkey_interval": None},
             {**peer, "peer": "ours", "version": "0.1", "mean_keep": 0.67, "ttft_s": 1.25, "kv_bytes": 2**19,
-             "nll_increase": 0.08, "nll_increase_interval": [0.05, 0.12], "passkey": 0.9, "passkey_interval": None},
+             "nll_increase": 0.08, "nll_increase_interval": [0.05, 0.12], "passkey": 0.9, "passkey_interval": None,
+             "passkey_after": 0.4, "passkey_after_interval": [0.2, 0.6]},
             {**peer, "peer": "other", "version": None, "error": "needs a <GPU>"},
         ],
         "quality/samples.jsonl": qualities,
@@ -341,6 +342,7 @@ def test_a_wrong_result_has_no_figure(rows: results.Results) -> None:
     assert column(table, "cpu beyond the first product") == ["20.0 %", "20.0 %"]
     (peers,) = tables.peers(rows)
     assert column(peers, "peer") == ["ours", "dense", "other"]
+    assert column(peers, "question after") == ["0.40 [0.20, 0.60]", tables.NONE, tables.NONE]
     assert column(peers, "speed-up") == ["1.60", "1.00", tables.NONE]
     assert column(peers, "loss, nats a token") == ["0.080 [0.050, 0.120]", "0.000 [0.000, 0.000]", tables.NONE]
 

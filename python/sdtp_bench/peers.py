@@ -90,8 +90,9 @@ class Peer(NamedTuple):
     """Runs once, not timed; raises where the result is not what it must be."""
     first_token: Callable[[], Any]
     """What is timed: from the prompt to the first new token."""
-    score: Callable[[Sample], dict[str, float]]
-    """``nll_increase`` of a text, ``exact`` of a pass key; empty for what the peer cannot tell."""
+    score: Callable[[Sample, str], dict[str, float]]
+    """By a protocol of :data:`sdtp_eval.tasks.PROTOCOLS`: ``nll_increase`` of a text, ``exact`` of a pass key; empty
+    for what the peer cannot tell."""
 
 
 class Contest(NamedTuple):
@@ -139,8 +140,8 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     list of dict
         ``peer``, ``version``, ``checkpoint``, ``tokens``, ``keep``, ``mean_keep`` (B of the peer's cache), ``dtype``,
         ``ttft_s`` (median), ``ttft_s_all``, ``kv_bytes``, ``nll_increase`` (nats a token, mean), ``passkey`` (share
-        found; the question is part of the prompt), their bootstrap intervals as ``nll_increase_interval`` and
-        ``passkey_interval``, ``samples``; or ``error`` in place of figures.
+        found, the question part of the prompt), ``passkey_after`` (the question behind the pruned context), their
+        bootstrap intervals, such as ``passkey_interval``, and ``samples``; or ``error`` in place of figures.
 
     Raises
     ------
@@ -210,15 +211,13 @@ def of_dense(contest: Contest) -> Peer:
     """transformers as it is."""
     import transformers
 
-    from sdtp_eval.tasks import INSIDE
-
     pair = Pair(contest.model, contest.input_ids, contest.method.pruners, contest.schedule)
 
     def check() -> Figures:
         return figures(pair.prefill().cache, pair.tokens)
 
-    def score(sample: Sample) -> dict[str, float]:
-        found: dict[str, float] = contest.reader(sample).result(INSIDE)
+    def score(sample: Sample, protocol: str) -> dict[str, float]:
+        found: dict[str, float] = contest.reader(sample).result(protocol)
         return found
 
     return Peer(DENSE, transformers.__version__, check, lambda: pair.prefill().logits.argmax(-1).item(), score)
@@ -227,7 +226,6 @@ def of_dense(contest: Contest) -> Peer:
 def of_schedule(contest: Contest, name: str, method: Method, schedule: PruningSchedule) -> Peer:
     """A scorer in our loop."""
     import sdtp_kernels
-    from sdtp_eval.tasks import INSIDE
 
     pair = Pair(contest.model, contest.input_ids, method.pruners, schedule, contest.args.backend)
 
@@ -239,8 +237,8 @@ def of_schedule(contest: Contest, name: str, method: Method, schedule: PruningSc
         with pair.patched():
             return pair.prefill().logits.argmax(-1).item()
 
-    def score(sample: Sample) -> dict[str, float]:
-        found: dict[str, float] = contest.reader(sample).result(INSIDE, method, schedule)
+    def score(sample: Sample, protocol: str) -> dict[str, float]:
+        found: dict[str, float] = contest.reader(sample).result(protocol, method, schedule)
         return found
 
     return Peer(name, sdtp_kernels.__version__, check, first_token, score)
@@ -259,7 +257,6 @@ def of_press(contest: Contest, word: str) -> Peer:
     """A press of kvpress: a dense prefill whose cache is cut layer by layer."""
     from sdtp_eval import peers
     from sdtp_eval.quality import find_method
-    from sdtp_eval.tasks import INSIDE
 
     method, ids = find_method(word), contest.input_ids
     prefill = functools.partial(
@@ -269,14 +266,20 @@ def of_press(contest: Contest, word: str) -> Peer:
     def check() -> Figures:
         import torch
 
-        logits, cache = prefill()
+        try:
+            logits, cache = prefill()
+        except OSError:
+            raise GateError(
+                "its scores come from a network that is trained for each checkpoint; there is none of this one here, "
+                "and kvpress as it is installed has no training"
+            ) from None
         dense = contest.model(ids, logits_to_keep=1).logits[0]
         if not torch.equal(logits, dense):  # the cut comes behind each layer's attention: the first token is dense
             raise GateError("no figures: its first token is not computed as the dense model computes it")
         return figures(cache, contest.tokens)
 
-    def score(sample: Sample) -> dict[str, float]:
-        found: dict[str, float] = contest.reader(sample).result(INSIDE, method, contest.schedule)
+    def score(sample: Sample, protocol: str) -> dict[str, float]:
+        found: dict[str, float] = contest.reader(sample).result(protocol, method, contest.schedule)
         return found
 
     return Peer(word, peers.version(), check, lambda: prefill()[0].argmax(-1).item(), score)
@@ -314,17 +317,19 @@ def of_llama(contest: Contest, name: str, wheel: str, file: Path) -> Peer:
 
     engine = llama_cpp.LlamaCpp(file, contest.tokens, torch.get_num_threads())
     prompt = contest.input_ids[0].tolist()
+    found: dict[str, str] = {}
 
     def check() -> Figures:
         engine.generate(prompt, 1)
         return Figures(None, 1.0)
 
-    def score(sample: Sample) -> dict[str, float]:
+    def score(sample: Sample, protocol: str) -> dict[str, float]:
         if sample.task != "passkey":
             return {}
-        asked = [*sample.context, *sample.question]
-        answer = str(contest.tokenizer.decode(sample.answer))
-        return {"exact": float(engine.generate(asked, len(sample.answer)) == answer)}
+        if sample.id not in found:  # nothing is pruned: both protocols are the same prompt
+            asked = [*sample.context, *sample.question]
+            found[sample.id] = engine.generate(asked, len(sample.answer))
+        return {"exact": float(found[sample.id] == str(contest.tokenizer.decode(sample.answer)))}
 
     return Peer(name, wheel, check, lambda: engine.generate(prompt, 1), score)
 
@@ -401,10 +406,15 @@ def checked(contest: Contest, peer: Peer) -> Figures:
 def scores(contest: Contest, peer: Peer) -> dict[str, Any]:
     """Loss on texts and pass keys found, means with their intervals; ``None`` where the peer cannot tell."""
     from sdtp_eval.compare import bootstrap
+    from sdtp_eval.tasks import AFTER, INSIDE
 
     row: dict[str, Any] = {"samples": contest.args.samples}
-    for task, metric, name in (("nll", "nll_increase", "nll_increase"), ("passkey", "exact", "passkey")):
-        results = [peer.score(sample) for sample in contest.samples if sample.task == task]
+    for task, protocol, metric, name in (
+        ("nll", INSIDE, "nll_increase", "nll_increase"),
+        ("passkey", INSIDE, "exact", "passkey"),
+        ("passkey", AFTER, "exact", "passkey_after"),
+    ):
+        results = [peer.score(sample, protocol) for sample in contest.samples if sample.task == task]
         values = [result[metric] for result in results if metric in result]
         interval = bootstrap(values) if values else None
         row[name] = None if interval is None else interval.mean
@@ -425,11 +435,11 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title=f"{rows[0]['tokens']} tokens, {rows[0]['dtype']}", title_justify="left")
-    for column in ("peer", "B", "first token, s", "KV, MiB", "loss", "pass key"):
+    for column in ("peer", "B", "first token, s", "KV, MiB", "loss", "pass key", "after"):
         table.add_column(column, justify="left" if column == "peer" else "right", no_wrap=column == "peer")
     for row in rows:
         if "error" in row:
-            table.add_row(row["peer"], "-", "-", "-", "-", "-")
+            table.add_row(row["peer"], *"-" * (2 + len(COLUMNS)))
             continue
         cells = [
             f"{row['mean_keep']:.3f}",
@@ -444,4 +454,5 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
             console.print(f"{row['peer']}: {row['error']}", style="dim", markup=False)
 
 
-COLUMNS = (("kv_bytes", 2**20, "{:.1f}"), ("nll_increase", 1, "{:+.3f}"), ("passkey", 1, "{:.2f}"))
+COLUMNS = (("kv_bytes", 2**20, "{:.1f}"), ("nll_increase", 1, "{:+.3f}"), ("passkey", 1, "{:.2f}"),
+           ("passkey_after", 1, "{:.2f}"))  # fmt: skip

@@ -502,11 +502,12 @@ def peers(rows: Results) -> list[Table]:
             cells.append((
                 row["peer"], str(row.get("version") or NONE), row.get("dtype") or NONE, number(row.get("mean_keep"), 3),
                 seconds(ttft), number(dense / ttft if dense and ttft else None), mebibytes(row.get("kv_bytes")),
-                interval(scored(row, "nll_increase")), interval(scored(row, "passkey"), 2), row.get("error") or "",
+                interval(scored(row, "nll_increase")),
+                *(interval(scored(row, name), 2) for name in ("passkey", "passkey_after")), row.get("error") or "",
             ))  # fmt: skip
         columns = (
             "peer", "version", "dtype", "B", "first token", "speed-up", "KV cache", "loss, nats a token", "pass keys",
-            "why it cannot run",
+            "question after", "why it cannot run",
         )  # fmt: skip
         title = f"Peers: {checkpoint}, {tokens} tokens, keep {keep:g} or the same B"
         tables.append(Table(f"peers-{i}", title, columns, tuple(cells), Source.of(members)))
