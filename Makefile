@@ -49,17 +49,20 @@ demo: $(VENV)/install.done ## a real long text, dense and pruned side by side; o
 	$(BIN)/sdtp demo $(DEMO_ARGS)
 
 bench: $(VENV)/install.done ## the op, whole prompts and memory on this machine, as rows in benchmarks/results/$(MACHINE)
-	$(BENCH) op --out $(RESULTS)
-	$(BENCH) scaling --out $(RESULTS)
-	$(BENCH) prefill --out $(RESULTS)
-	$(BENCH) prefill --tokens 2048 --dtype bfloat16 --out $(RESULTS)
-	$(BENCH) prefill --tokens 2048 --budget block --keep 0.8 --out $(RESULTS)
-	$(BENCH) decode --out $(RESULTS)
-	$(BENCH) memory --keep 0.8 --dtype bfloat16 --limit-gib 0.25 --halvings 2 --out $(RESULTS)
+	$(BENCH) op --seconds 6 --out $(RESULTS)
+	$(BENCH) scaling --providers cpu --seconds 3 --out $(RESULTS)
+	$(BENCH) prefill --tokens 512 1024 2048 --out $(RESULTS)
+	$(BENCH) prefill --tokens 4096 --keep 0.9 0.8 --repeats 2 --out $(RESULTS)
+	$(BENCH) prefill --tokens 8192 16384 --keep 0.8 --repeats 1 --times-only --out $(RESULTS)
+	$(BENCH) prefill --tokens 512 1024 2048 --dtype bfloat16 --out $(RESULTS)
+	$(BENCH) prefill --tokens 1024 2048 4096 --budget block --keep 0.9 0.8 --repeats 2 --times-only --out $(RESULTS)
+	$(BENCH) decode --keep 0.9 0.8 --out $(RESULTS)
+	$(BENCH) memory --out $(RESULTS)
+	$(BENCH) multi --tokens 1024 --repeats 2 --rounds 1 --out $(RESULTS)
 
 # Offline: a peer that would fetch weights says so instead.
 peers: $(VENV)/install.done $(VENV)/kvpress $(VENV)/peers ## kvpress, llama.cpp and others at the same budget, likewise
-	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/$(VENV)/kvpress:$(CURDIR)/$(VENV)/peers $(BENCH) peers --out $(RESULTS)
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/$(VENV)/kvpress:$(CURDIR)/$(VENV)/peers $(BENCH) peers --samples 4 --out $(RESULTS)
 
 gpu-check: $(VENV)/install.done ## on a machine with a GPU: prove the kernels there, then time them; exits 2 without one
 	$(BIN)/sdtp bench gpu-check --out benchmarks/results/gpu-check
