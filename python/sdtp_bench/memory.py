@@ -34,8 +34,8 @@ OUT_OF_MEMORY = ("can't allocate memory", "std::bad_alloc", "Cannot allocate mem
 CLEAR = Path("/proc/self/clear_refs")  # of Linux; elsewhere the memory of a CPU's prefill cannot be measured
 WARM_UP = 512  # tokens of a first prefill, which starts threads and touches the weights
 # A fixed threshold: what is freed goes back to the system at once. By default glibc raises it as it sees large blocks
-# freed, and keeps those for later: a prefill of 2048 tokens took 62 to 97 MiB in six runs by that, and 69 to 72 in eight
-# with the threshold.
+# freed, and keeps those for later: a prefill of 2048 tokens took 62 to 97 MiB in six runs by that, and 69 to 72 in
+# eight with the threshold.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
 
 
