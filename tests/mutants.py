@@ -1302,7 +1302,7 @@ MUTANTS = [
     Mutant(
         "times from a warm cache",
         BENCH + "timing.py",
-        "            device.flush()\n",
+        "        device.flush()\n",
         "",
         "test_bench_gpu_check.py::test_runs_are_interleaved_and_cold",
     ),

@@ -289,7 +289,8 @@ def memory(rows: Results) -> list[Picture]:
 
 # ------------------------------------------------------------------------------------------------------------- quality
 
-_AXES = {"nll": "loss, nats a token over dense", "passkey": "pass keys found", "multikey": "competing keys found"}
+_AXES = {"nll": "loss, nats a token over dense", "passkey": "pass keys found", "multikey": "competing keys found",
+         "recall": "recalled word for word"}  # fmt: skip
 
 
 def pareto(rows: Results) -> list[Picture]:

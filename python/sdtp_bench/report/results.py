@@ -125,8 +125,12 @@ class Results(dict[str, list[Row]]):
         unique = {(row["file"], *(row[name] for name in compare.KEY)): row for row in self["quality"]}
         groups = grouped(unique.values(), lambda row: Question(*(row[name] for name in Question._fields)))
         found = {}
-        order = ("nll", "passkey", "multikey")  # what is judged first stands first
-        for key in sorted(groups, key=lambda key: (order.index(key.task) if key.task in order else len(order), key)):
+        order = ("nll", "passkey", "multikey")  # what is judged first stands first, and of one kind the largest run
+
+        def place(key: Question) -> tuple[Any, ...]:
+            return order.index(key.task) if key.task in order else len(order), key[:3], -len(groups[key]), key.file
+
+        for key in sorted(groups, key=place):
             members = _shared(groups[key])
             samples = compare.solved_by_dense(members) if key.task == "passkey" else members
             if samples:

@@ -294,6 +294,7 @@ TASKS = {
     "nll": "Loss of the text behind the prompt, nats a token over the dense model: less is better",
     "passkey": "Pass keys found, of those that the dense model finds",
     "multikey": "Of eight competing keys the right one: share of all questions",
+    "recall": "Verbatim recall: answers right in every token, share of all questions",
 }
 
 
@@ -303,22 +304,24 @@ def quality(rows: Results) -> list[Table]:
     for question, judged in rows.quality.items():
         task, protocol, tokens, _ = question
         shown = [row for row in judged.summaries if row["method"] != compare.DENSE]
+        if not shown:
+            continue
         shown.sort(key=lambda row: (-round(row["mean_keep"], 2), results.kind_of(row["method"]), row["method"]))
         rivals = list(dict.fromkeys(rival for row in shown for rival in row["minus"]))
         cells = tuple(
             (
                 display(row["method"]), results.kind_of(row["method"]), row["schedule"], number(row["mean_keep"], 3),
-                percent(row["time"]), interval(row[row["metric"]]), str(row["n"]),
+                percent(row["time"]), interval(row[row["metric"]]),
                 *(interval(row["minus"].get(rival, {}).get(row["metric"])) for rival in rivals),
             )
             for row in shown
         )  # fmt: skip
         columns = (
-            "method", "kind", "schedule", "B", "prefill, of dense", "mean [95 %]", "samples",
+            "method", "kind", "schedule", "B", "prefill, of dense", "mean [95 %]",
             *(f"minus {display(rival)}" for rival in rivals),
         )  # fmt: skip
         place = "" if task in compare.METRICS else f", question {protocol} the prompt"
-        title = f"{TASKS.get(task, task)}. {_on(rows, judged.samples)}{tokens} tokens{place}"
+        title = f"{TASKS.get(task, task)}. {_on(rows, judged.samples)}{tokens} tokens, {shown[0]['n']} samples{place}"
         note = (
             "B: mean kept tokens per layer, over the prompt's. A schedule: keep per stage @ first layer : layers to "
             "the next stage. Samples: those that every method of the run has read. Intervals by bootstrap over them, "
@@ -350,7 +353,10 @@ def quality_readme(rows: Results) -> list[Table]:
         )  # fmt: skip
         if cells:
             source = results.quality_source(rows, [*judged.samples, *keys.samples])
-            title = f"What the shipped pruners cost: {_on(rows, judged.samples)}{tokens} tokens"
+            count = judged.learned[0]["n"]
+            title = (
+                f"What the shipped pruners cost: {_on(rows, judged.samples)}{tokens} tokens, loss of {count} samples"
+            )
             tables.append(Table(f"quality-{len(tables) + 1}", title, columns, tuple(cells), source))
     return tables
 
