@@ -1067,6 +1067,20 @@ MUTANTS = [
         "test_bench_processes.py::test_another_failure_is_no_answer",
     ),
     Mutant(
+        "memory that the allocator holds back",
+        BENCH + "memory.py",
+        "settings, env=ENVIRONMENT)",
+        "settings, env={})",
+        "test_bench_processes.py::test_what_is_freed_serves_nobody_unseen",
+    ),
+    Mutant(
+        "a pruned prefill in what the dense one has left",
+        BENCH + "memory.py",
+        "[*sorted(setting.pairs), None]",
+        "[None, *sorted(setting.pairs)]",
+        "test_bench_processes.py::test_what_is_freed_serves_nobody_unseen",
+    ),
+    Mutant(
         "a prompt beyond the limit",
         BENCH + "memory.py",
         "if taken is not None and taken <= 1:",
@@ -1144,6 +1158,20 @@ MUTANTS = [
         "first = i % len(names)",
         "first = 0",
         "test_bench_end_to_end.py::test_everybody_has_every_place_once",
+    ),
+    Mutant(
+        "timed prefills that go unchecked",
+        BENCH + "end_to_end.py",
+        "pair.check_output(handle.report(), output)",
+        "pass",
+        "test_bench_end_to_end.py::test_no_figures_from_a_wrong_model",
+    ),
+    Mutant(
+        "a dense prefill that is not compared",
+        BENCH + "end_to_end.py",
+        "pair.check_equal(logits, output.logits, KEEP_ALL)",
+        "pass",
+        "test_bench_end_to_end.py::test_no_figures_from_a_wrong_model",
     ),
     Mutant(
         "decoding that goes unchecked",

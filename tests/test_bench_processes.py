@@ -1,13 +1,16 @@
 """``sdtp bench memory`` and ``multi``: the search, the comparison, and both whole, on a tiny checkpoint."""
 
+import argparse
 import json
+import subprocess
 
 import pytest
 import torch
 from conftest import make_qwen2, save_byte_model
 
-from sdtp_bench import memory, multi, processes
+from sdtp_bench import memory, multi, processes, prompts
 from sdtp_bench.multi import Launch
+from sdtp_eval.paired import Pair
 from sdtp_kernels import cli
 
 
@@ -64,6 +67,26 @@ def test_pruned_prompts_fit_where_dense_ones_do_not(tmp_path, monkeypatch):
         assert row["kv_bytes"] < row["peak_bytes"] == dict(row["trials"])[row["tokens"]]
     assert min(tokens for tokens, peak in dense["trials"] if peak > 2**25) == dense["tokens"] + 512
     assert pruned["kv_bytes"] / pruned["tokens"] < dense["kv_bytes"] / dense["tokens"] / 2
+
+
+def test_what_is_freed_serves_nobody_unseen(monkeypatch):
+    """The process gives back at once what is freed, and dense, which takes most, comes last."""
+    asked = []
+
+    def run_module(module, settings, env):
+        asked.append((settings, env))
+        return subprocess.CompletedProcess([], 0, json.dumps([{"peak_bytes": n} for n in (1, 2, 3)]), "")
+
+    monkeypatch.setattr(processes, "run_module", run_module)
+    options = ("model", "method", "block_size", "device", "backend", "text")
+    args = argparse.Namespace(**dict.fromkeys(options))
+    ways = [prompts.Way(keep, "global") for keep in (0.9, 0.8)]
+    pair = Pair(None, torch.zeros(1, 600), None, None)
+    setting = prompts.Setting("recent", "float32", dict.fromkeys(ways, pair))
+    assert memory.peaks(args, setting) == {ways[1]: 1, ways[0]: 2, None: 3}
+    ((settings, env),) = asked
+    assert settings["ways"] == [ways[1], ways[0], None]
+    assert int(env["MALLOC_MMAP_THRESHOLD_"]) <= 2**17
 
 
 def test_another_failure_is_no_answer(tmp_path, capsys):
