@@ -31,7 +31,7 @@ class InDouble(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function not in (F.linear, F.scaled_dot_product_attention, torch.matmul):
+        if function not in (F.linear, F.scaled_dot_product_attention, torch.matmul, torch.Tensor.matmul):
             return function(*args, **kwargs)
 
         def wide(value):
