@@ -846,7 +846,21 @@ MUTANTS = [
         MODELS + "cache.py",
         "return self.prompt_length + self.num_appended",
         "return super().get_seq_length()",
-        "test_serving.py::test_bytes_of_an_evicted_cache_are_those_of_the_schedule",
+        "test_serving.py::test_an_evicted_cache_holds_what_the_last_stage_keeps",
+    ),
+    Mutant(
+        "other tokens evicted from the values",
+        MODELS + "cache.py",
+        "layer.keys, layer.values = ops.gather_tokens([old.keys, old.values], own, backend=backend)",
+        "layer.keys, layer.values = ops.gather_tokens([old.keys, old.values.flip(2)], own, backend=backend)",
+        "test_serving.py::test_an_evicted_cache_holds_what_the_last_stage_keeps",
+    ),
+    Mutant(
+        "evicted bytes reported as held",
+        MODELS + "stages.py",
+        "                    self.recorder.evict(hidden_states.shape[1])",
+        "                    pass",
+        "test_serving.py::test_an_evicted_cache_holds_what_the_last_stage_keeps",
     ),
     Mutant(
         "one stage's eviction skipped",

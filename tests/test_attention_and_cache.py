@@ -10,10 +10,10 @@ import torch
 from conftest import make_qwen2
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import MaskedDense, naive_keep
+from oracle import MaskedDense, cache_bytes, naive_keep
 from test_ops import NoHostSync
 from test_qwen2 import LAYERS, LENGTHS, SCHEDULES, TOKENS, generate, padded_batch, prompt
-from test_serving import ARITHMETIC, DTYPES, PHASES, assert_same, make_models, prompts
+from test_serving import ARITHMETIC, PHASES, assert_same, make_models, of_both_dtypes, prompts, rows, schedules
 from test_serving import generate as generate_with_cache
 from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import (
@@ -26,22 +26,12 @@ from transformers.cache_utils import (
     QuantoQuantizedLayer,
 )
 
-from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
+from sdtp_kernels import TokenPruner, apply_sdtp
 from sdtp_kernels.models.attention import FLASH
 from sdtp_kernels.models.cache import PrunedState, install
 from sdtp_kernels.models.devices import device_of
 
 BOTH = ("global", "block")
-of_both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-rows = st.lists(st.integers(1, 150), min_size=1, max_size=3)
-schedules = st.builds(
-    PruningSchedule,
-    layers=st.just(LAYERS),
-    keep_ratio=st.sampled_from([0.5, 0.7, 0.9]),
-    budget=st.sampled_from(BOTH),
-    block_size=st.integers(6, 64),
-    min_prompt=st.sampled_from([1, 20, 70]),
-)
 
 
 def make_pruners(hidden_size=64):
@@ -112,7 +102,7 @@ def test_a_row_is_that_of_the_row_alone(models, dtype, lengths, schedule, attent
                 assert_same(got, alone, mask, row)
     if static:  # whose mask is never left out under flash attention, be it all ones
         padded = len(set(lengths)) > 1 or attention in FLASH
-        expected = static_bytes(model, schedule, lengths, room=4, padded=padded)
+        expected = cache_bytes(model, schedule, lengths, room=4, padded=padded)
         assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == expected
 
 
@@ -188,18 +178,6 @@ def test_flex_attention(monkeypatch, pruners):
 # --------------------------------------------------------------------------------------------------------- static cache
 
 
-def static_bytes(model, schedule, lengths, room, padded):
-    """Keys and values of every layer: the kept tokens of the widest row there can be, and the room behind them."""
-    total, config = 0, model.config
-    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads * model.dtype.itemsize
-    for layer in range(config.num_hidden_layers):
-        stage = sum(start <= layer for start in schedule.layers)
-        possible = range(max(lengths) + 1) if padded else lengths
-        widest = max(naive_keep(schedule, n, stage)[0] for n in possible)
-        total += 2 * len(lengths) * width * (widest + room)
-    return total
-
-
 @pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
 @torch.no_grad()
 def test_static_cache_has_the_bytes_of_the_schedule(pruners, budget, schedule, padded):
@@ -209,7 +187,7 @@ def test_static_cache_has_the_bytes_of_the_schedule(pruners, budget, schedule, p
     cache = StaticCache(config=model.config, max_cache_len=TOKENS + 50)
     with apply_sdtp(model, pruners, schedule):
         assert torch.equal(generate(model, inputs_of(padded), cache=cache), expected)
-    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == static_bytes(
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == cache_bytes(
         model, schedule, lengths, room=50, padded=padded
     )
     assert {layer.max_cache_len - layer.kept.shape[1] for layer in cache.layers if isinstance(layer, PrunedState)} == {

@@ -11,9 +11,8 @@ import torch
 from conftest import make_qwen2
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention_and_cache import of_both_dtypes, rows, schedules
 from test_qwen2 import LAYERS, SCHEDULES, TOKENS, generate, padded_batch, prompt
-from test_serving import DTYPES, PHASES, assert_same, make_models, prompts
+from test_serving import DTYPES, PHASES, assert_same, make_models, of_both_dtypes, prompts, rows, schedules
 from test_serving import generate as generate_with_cache
 
 from sdtp_kernels import TokenPruner, apply_sdtp
