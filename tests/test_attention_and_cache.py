@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import types
 
 import flash_stand_in
 import pytest
@@ -20,18 +21,18 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicLayer,
-    Fp8QuantizedLayer,
     HQQQuantizedLayer,
     QuantizedLayer,
     QuantoQuantizedLayer,
 )
 
 from sdtp_kernels import TokenPruner, apply_sdtp
-from sdtp_kernels.models.attention import FLASH
+from sdtp_kernels.models.attention import ATTENTIONS, FLASH
 from sdtp_kernels.models.cache import PrunedState, install
 from sdtp_kernels.models.devices import device_of
 
 BOTH = ("global", "block")
+GROUP = 16  # of values that share a scale: those of a token in all heads
 
 
 def make_pruners(hidden_size=64):
@@ -80,7 +81,7 @@ def oracle_tokens(budget, padded):
 
 @of_both_dtypes
 @settings(max_examples=20, phases=PHASES)
-@given(lengths=rows, schedule=schedules, attention=st.sampled_from(["sdpa", "eager", *FLASH]), static=st.booleans())
+@given(lengths=rows, schedule=schedules, attention=st.sampled_from(ATTENTIONS), static=st.booleans())
 @torch.no_grad()
 def test_a_row_is_that_of_the_row_alone(models, dtype, lengths, schedule, attention, static):
     """In a padded batch, under every attention, in a growing and in a static cache, whose bytes are the schedule's.
@@ -275,7 +276,7 @@ def test_generate_compiles_decoding_over_a_static_cache(pruners, budget):
 # ------------------------------------------------------------------------------------------- quantized, offloaded cache
 
 
-def round_by_hand(layer, states):
+def round_fp8(layer, states):
     """8-bit floating point with the scale of the first keys and values."""
     if not hasattr(layer, "scales"):
         layer.scales = [t.abs().amax().float() / torch.finfo(torch.float8_e4m3fn).max for t in states]
@@ -285,35 +286,100 @@ def round_by_hand(layer, states):
     ]
 
 
-@of_both_dtypes
-@settings(max_examples=12, phases=PHASES)
-@given(lengths=rows, schedule=schedules)
-@torch.no_grad()
-def test_quantized_cache(models, dtype, lengths, schedule):
+def round_quanto(states):
+    from optimum.quanto import MaxOptimizer, qint4, quantize_weight
+
+    def rounded(tensor):
+        scale, shift = MaxOptimizer()(tensor, qint4, 0, GROUP)
+        return quantize_weight(tensor, qint4, 0, scale, shift, GROUP).dequantize()
+
+    return list(map(rounded, states))
+
+
+def round_hqq(states):
+    from hqq.core.quantize import Quantizer
+
+    def rounded(tensor):
+        asked = {"nbits": 4, "axis": 0, "group_size": GROUP, "device": "cpu"}
+        states, meta = Quantizer.quantize(tensor, **asked)
+        scales = {name: meta[name].to(tensor.dtype) for name in ("scale", "zero")}
+        return Quantizer.dequantize(states, {**meta, **scales, "compute_dtype": tensor.dtype})
+
+    return list(map(rounded, states))
+
+
+def assert_equals_rounding(model, cache, lengths, schedule, update):
     """A quantized cache of kept tokens is what rounding the kept keys and values by hand gives.
 
     Exactly, also in bfloat16: the same is computed, in tensors of the same shapes.
     """
-    model, inputs = models[dtype], prompts(lengths)
-    asked = {"max_new_tokens": 6, "output_logits": True}
-    cache = QuantizedCache("fp8", config=model.config)
-    grow = DynamicLayer.update
-
-    def grow_rounded(layer, *states, **_):
-        is_first = not layer.is_initialized
-        cached = grow(layer, *round_by_hand(layer, states))
-        return states if is_first else cached  # attention within the prompt is exact
-
+    inputs, asked = prompts(lengths), {"max_new_tokens": 6, "output_logits": True}
+    kinds = {type(layer) for layer in cache.layers}
     with apply_sdtp(model, make_pruners(32), schedule, later_turns=False):  # a quantized cache takes none
         got = generate_with_cache(model, inputs, cache=cache, **asked)
-        assert all(isinstance(layer, Fp8QuantizedLayer) for layer in cache.layers)
+        assert all(isinstance(layer, tuple(kinds)) for layer in cache.layers)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(DynamicLayer, "update", grow_rounded)
+            patch.setattr(DynamicLayer, "update", update)
             expected = generate_with_cache(model, inputs, **asked)
     assert all(torch.equal(a, b) for a, b in zip(got.logits, expected.logits, strict=True))
     assert torch.equal(got.sequences, expected.sequences)
     for a, b in zip(cache.layers, expected.cache.layers, strict=True):
         assert a.get_seq_length() == b.keys.shape[2]
+
+
+@of_both_dtypes
+@settings(max_examples=12, phases=PHASES)
+@given(lengths=rows, schedule=schedules)
+@torch.no_grad()
+def test_quantized_cache(models, dtype, lengths, schedule):
+    grow = DynamicLayer.update
+
+    def grow_rounded(layer, *states, **_):
+        is_first = not layer.is_initialized
+        cached = grow(layer, *round_fp8(layer, states))
+        return states if is_first else cached  # attention within the prompt is exact
+
+    cache = QuantizedCache("fp8", config=models[dtype].config)
+    assert_equals_rounding(models[dtype], cache, lengths, schedule, grow_rounded)
+
+
+@pytest.fixture(scope="module", params=["quanto", "hqq"])
+def package(request):
+    """A package that quantizes in groups, where it is installed."""
+    if request.param == "hqq":
+        pytest.importorskip("hqq")
+        yield request.param, round_hqq
+        return
+    pytest.importorskip("optimum.quanto")
+    from optimum.quanto.library.extensions.extension import get_extension
+
+    def unpack(packed, bits):
+        return torch.cat([packed >> place & (1 << bits) - 1 for place in range(0, 8, bits)])
+
+    with pytest.MonkeyPatch.context() as patch:  # its form in C++ would be compiled first, for a minute
+        patch.setattr(get_extension("quanto_cpp"), "_lib", types.SimpleNamespace(unpack=unpack))
+        yield request.param, round_quanto
+
+
+@of_both_dtypes
+@settings(max_examples=8, phases=PHASES)
+@given(lengths=rows, schedule=schedules, residual_length=st.sampled_from([1, 3, 128]))
+@torch.no_grad()
+def test_group_wise_quantized_cache(models, package, dtype, lengths, schedule, residual_length):
+    """The last tokens wait to be rounded until there are so many; then all are, again."""
+    (backend, rounded), grow = package, DynamicLayer.update
+
+    def grow_rounded(layer, *states, **_):
+        is_first = not layer.is_initialized
+        cached = grow(layer, *states)
+        layer.exact = 0 if is_first else layer.exact + states[0].shape[2]
+        if is_first or layer.exact >= residual_length:
+            layer.keys, layer.values, layer.exact = *rounded(cached), 0
+        return cached
+
+    config = models[dtype].config
+    cache = QuantizedCache(backend, config, nbits=4, q_group_size=GROUP, residual_length=residual_length)
+    assert_equals_rounding(models[dtype], cache, lengths, schedule, grow_rounded)
 
 
 def test_group_wise_quantized_layers_keep_their_settings(monkeypatch):
@@ -331,20 +397,6 @@ def test_group_wise_quantized_layers_keep_their_settings(monkeypatch):
             16,
             8,
         )
-
-
-@pytest.mark.parametrize("backend", ["quanto", "hqq"])
-@torch.no_grad()
-def test_group_wise_quantized_cache(pruners, schedule, backend):
-    """Where the package is: attention within the prompt is exact, and what is cached is what was kept."""
-    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
-    model = make_qwen2()
-    cache = QuantizedCache(backend, config=model.config, nbits=4, q_group_size=16, residual_length=8)
-    with apply_sdtp(model, pruners, schedule) as handle:
-        expected = model(prompt(), logits_to_keep=1).logits
-        assert torch.equal(model(prompt(), cache=cache, logits_to_keep=1).logits, expected)
-        assert [layer.get_seq_length() for layer in cache.layers] == [r.tokens_out for r in handle.report().layers]
-        generate(model, {"input_ids": prompt()}, cache=QuantizedCache(backend, config=model.config))
 
 
 class NoStream(torch.nn.Identity):
