@@ -962,6 +962,20 @@ MUTANTS = [
         "test_attention_and_cache.py::test_a_row_is_that_of_the_row_alone",
     ),
     Mutant(
+        "flex attention sees what a static cache has not",
+        MODELS + "attention.py",
+        "return self._cache.get_query_offset(layer_idx) + 0",
+        "return self._cache.get_query_offset(layer_idx)",
+        "test_attention_and_cache.py::test_a_row_is_that_of_the_row_alone",
+    ),
+    Mutant(
+        "a 4-bit cache in full precision",
+        MODELS + "cache.py",
+        "QuantoQuantizedLayer: PrunedQuantoLayer,",
+        "QuantoQuantizedLayer: PrunedLayer,",
+        "test_attention_and_cache.py::test_group_wise_quantized_layers_keep_their_settings",
+    ),
+    Mutant(
         "an 8-bit cache in full precision",
         MODELS + "cache.py",
         "Fp8QuantizedLayer: PrunedFp8Layer,",
