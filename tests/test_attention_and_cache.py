@@ -272,11 +272,17 @@ def test_crop_of_a_static_cache(pruners):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
+@of_both_dtypes
+@settings(max_examples=2, phases=PHASES)
+@given(lengths=rows, schedule=schedules)
 @torch.no_grad()
-def test_generate_compiles_decoding_over_a_static_cache(pruners, budget):
-    """What generate() does by itself on a GPU: one graph for all steps, of one shape."""
+def test_generate_compiles_decoding_over_a_static_cache(models, dtype, lengths, schedule):
+    """What generate() does by itself on a GPU: one graph for all steps, of one shape.
+
+    Tokens and cache are those of uncompiled steps, which are those of the row alone.
+    """
     torch._dynamo.reset()
-    graphs, model = [], make_qwen2()
+    graphs, model, inputs = [], models[dtype], prompts(lengths)
 
     def backend(graph, inputs):
         graphs.append([tuple(i.shape) for i in inputs if isinstance(i, torch.Tensor)])
@@ -284,9 +290,12 @@ def test_generate_compiles_decoding_over_a_static_cache(pruners, budget):
 
     config = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=backend)
     config._compile_all_devices = True
-    with apply_sdtp(model, pruners, SCHEDULES[budget]):
-        got = generate(model, padded_batch(), cache_implementation="static", compile_config=config)
-    assert torch.equal(got, oracle_tokens(budget, padded=True))
+    asked = {"cache_implementation": "static", "max_new_tokens": 6}
+    with apply_sdtp(model, make_pruners(32), schedule):
+        expected = generate_with_cache(model, inputs, **asked)
+        assert not graphs
+        got = generate_with_cache(model, inputs, compile_config=config, **asked)
+    assert_same(got, expected, inputs["attention_mask"])
     assert len(graphs) == 1
 
 
