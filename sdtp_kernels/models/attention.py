@@ -83,7 +83,7 @@ class _Snapshot:
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
 
-    def get_query_offset(self, layer_idx: int = 0) -> torch.Tensor:
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
         return self._cache.get_query_offset(layer_idx) + 0
 
     def __getattr__(self, name: str) -> Any:
