@@ -93,6 +93,7 @@ def compilations(model, call, apply):
         ("sdpa", "static cache, padded", "global", torch.bfloat16),
         ("eager", "padded", "global", torch.bfloat16),
     ],
+    ids=str,
 )
 def test_fullgraph_wherever_the_dense_model_has_one(attention, call, budget, dtype):
     call = CALLS[call]
