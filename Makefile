@@ -41,6 +41,11 @@ $(VENV)/triton-3.8: | $(VENV)/torch.done
 $(VENV)/kvpress: | $(VENV)/torch.done
 	-$(BIN)/pip install --quiet --no-deps --target $@ 'kvpress==0.5.*' cachetools fire termcolor peft
 
+# What caches of 2 to 8 bits are quantized by. HQQ compiles kernels of its own where it finds nvcc, unless it is told.
+$(VENV)/quantizers: | $(VENV)/torch.done
+	-DISABLE_CUDA=1 $(BIN)/pip install --quiet --no-deps --target $@ 'hqq==0.2.*' 'optimum==2.*' 'optimum-quanto==0.2.*' \
+		einops termcolor
+
 # A peer in C++, whole in its wheel.
 $(VENV)/peers: | $(VENV)/torch.done
 	-$(BIN)/pip install --quiet --no-deps --target $@ xllamacpp==2026.10.11549
@@ -77,7 +82,7 @@ train: $(VENV)/install.done ## the pruners of SmolLM2-135M anew, from texts that
 		--no-averaging --intermediate 144 --out build/train/smollm2-135m-paper.safetensors
 
 test: $(VENV)/nvcc.done ## everything that proves the package right: lint, tests, planted bugs
-	$(MAKE) lint $(VENV)/triton-3.8 $(VENV)/kvpress
+	$(MAKE) lint $(VENV)/triton-3.8 $(VENV)/kvpress $(VENV)/quantizers
 	$(BIN)/sdtp doctor
 	$(BIN)/pytest $(PYTEST_ARGS)
 	$(MAKE) test-mutants

@@ -846,7 +846,21 @@ MUTANTS = [
         MODELS + "cache.py",
         "return self.prompt_length + self.num_appended",
         "return super().get_seq_length()",
-        "test_serving.py::test_bytes_of_an_evicted_cache_are_those_of_the_schedule",
+        "test_serving.py::test_an_evicted_cache_holds_what_the_last_stage_keeps",
+    ),
+    Mutant(
+        "other tokens evicted from the values",
+        MODELS + "cache.py",
+        "layer.keys, layer.values = ops.gather_tokens([old.keys, old.values], own, backend=backend)",
+        "layer.keys, layer.values = ops.gather_tokens([old.keys, old.values.flip(2)], own, backend=backend)",
+        "test_serving.py::test_an_evicted_cache_holds_what_the_last_stage_keeps",
+    ),
+    Mutant(
+        "evicted bytes reported as held",
+        MODELS + "stages.py",
+        "                    self.recorder.evict(hidden_states.shape[1])",
+        "                    pass",
+        "test_serving.py::test_an_evicted_cache_holds_what_the_last_stage_keeps",
     ),
     Mutant(
         "one stage's eviction skipped",
@@ -946,6 +960,20 @@ MUTANTS = [
         "Visibility(ones if padding_mask is None else padding_mask, {})",
         "Visibility(ones, {})",
         "test_attention_and_cache.py::test_a_row_is_that_of_the_row_alone",
+    ),
+    Mutant(
+        "flex attention sees what a static cache has not",
+        MODELS + "attention.py",
+        "return self._cache.get_query_offset(layer_idx) + 0",
+        "return self._cache.get_query_offset(layer_idx)",
+        "test_attention_and_cache.py::test_a_row_is_that_of_the_row_alone",
+    ),
+    Mutant(
+        "a 4-bit cache in full precision",
+        MODELS + "cache.py",
+        "QuantoQuantizedLayer: PrunedQuantoLayer,",
+        "QuantoQuantizedLayer: PrunedLayer,",
+        "test_attention_and_cache.py::test_group_wise_quantized_layers_keep_their_settings",
     ),
     Mutant(
         "an 8-bit cache in full precision",

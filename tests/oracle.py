@@ -55,6 +55,21 @@ def naive_keep(schedule, length, stage):
     return max(forced, math.ceil(length * share)), recent, None
 
 
+def cache_bytes(model, schedule, lengths, room=0, padded=False, evicted=False):
+    """Keys and values of every layer: the tokens it keeps of the widest row there can be, and room for more.
+
+    With `evicted` all layers hold what the last one keeps.
+    """
+    total, config = 0, model.config
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads * model.dtype.itemsize
+    for layer in range(config.num_hidden_layers):
+        stage = len(schedule.layers) if evicted else sum(start <= layer for start in schedule.layers)
+        possible = range(max(lengths) + 1) if padded else lengths
+        widest = max(naive_keep(schedule, n, stage)[0] for n in possible)
+        total += 2 * len(lengths) * width * (widest + room)
+    return total
+
+
 class MaskedDense(Qwen2ForCausalLM):
     """A Qwen2 that computes what the pruned one must, from the whole sequence, every time.
 

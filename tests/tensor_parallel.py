@@ -1,46 +1,44 @@
-"""One of the processes of ``test_devices.py::test_tensor_parallel``: a pruned model over two of them.
+"""One of the processes of ``test_devices.py::test_tensor_parallel``: pruned models whose heads two of them share.
 
-Writes, as JSON beside the checkpoint, the tokens it generated and the tokens that each layer keeps. Run by torchrun,
-with the checkpoint as its argument.
+Answers all requests of the test. Run by torchrun, with the folder of the requests and checkpoints as its argument.
 """
 
-import json
+import pickle
 import sys
 from pathlib import Path
 
 import torch
-from test_devices import SCHEDULE, make_pruners, nudged
-from test_qwen2 import generate, padded_batch, prompt
+from test_devices import make_pruners, nudged
+from test_serving import ARITHMETIC, DTYPES, generate, prompts
 from transformers import AutoModelForCausalLM
 
 from sdtp_kernels import apply_sdtp
-from sdtp_kernels.models.cache import PrunedState
 
 
-def tokens_of(model, pruners):
-    """Everything that the test compares."""
-    found = {}
-    for name, inputs in (("one row", {"input_ids": prompt()}), ("padded", padded_batch())):
-        with apply_sdtp(model, pruners, SCHEDULE) as handle:
-            output = generate(model, inputs, return_dict_in_generate=True)
-            found[name] = output.sequences.tolist()
-            found[f"{name}, kept"] = [
-                layer.kept.tolist() for layer in output.cache.layers if isinstance(layer, PrunedState)
-            ]
-            kv_bytes = sum(layer.keys[:, :, :-7].nbytes * 2 for layer in output.cache.layers)
-            found[f"{name}, bytes"] = [handle.report().kv_bytes, kv_bytes]
-    return found
+def load(folder, **settings):
+    """The model in each dtype."""
+    return {
+        dtype: AutoModelForCausalLM.from_pretrained(folder / str(dtype), dtype=dtype, **settings).eval()
+        for dtype in DTYPES
+    }
 
 
+def answer(model, lengths, schedule, scorer, chunk, rank=0):
+    """Tokens and cache, and the bytes that the report says it has."""
+    # A scorer that has its own mind in every process, as a last bit may.
+    scorer = nudged(rank) if scorer == "nudged" else make_pruners(32).get(scorer, scorer)
+    with ARITHMETIC[model.dtype](), apply_sdtp(model, scorer, schedule) as handle:
+        return generate(model, prompts(lengths), prefill_chunk_size=chunk), handle.report().kv_bytes
+
+
+@torch.no_grad()
 def main():
-    with torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto").eval()
-        rank = torch.distributed.get_rank()
-        found = {name: tokens_of(model, pruners) for name, pruners in make_pruners().items()}
-        # A scorer that has its own mind in every process, as a last bit may.
-        with apply_sdtp(model, nudged(rank), SCHEDULE):
-            found["nudged"] = generate(model, {"input_ids": prompt()}).tolist()
-    (Path(sys.argv[1]) / f"process-{rank}.json").write_text(json.dumps(found))
+    folder = Path(sys.argv[1])
+    models = load(folder, tp_plan="auto")
+    rank = torch.distributed.get_rank()
+    requests = pickle.loads((folder / "requests").read_bytes())
+    answers = [answer(models[dtype], **request, rank=rank) for dtype, request in requests]
+    (folder / f"answers-{rank}").write_bytes(pickle.dumps(answers))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import types
 
 import flash_stand_in
 import pytest
@@ -10,38 +11,28 @@ import torch
 from conftest import make_qwen2
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import MaskedDense, naive_keep
+from oracle import MaskedDense, cache_bytes, naive_keep
 from test_ops import NoHostSync
 from test_qwen2 import LAYERS, LENGTHS, SCHEDULES, TOKENS, generate, padded_batch, prompt
-from test_serving import ARITHMETIC, DTYPES, PHASES, assert_same, make_models, prompts
+from test_serving import ARITHMETIC, PHASES, assert_same, make_models, of_both_dtypes, prompts, rows, schedules
 from test_serving import generate as generate_with_cache
 from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicLayer,
-    Fp8QuantizedLayer,
     HQQQuantizedLayer,
     QuantizedLayer,
     QuantoQuantizedLayer,
 )
 
-from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
-from sdtp_kernels.models.attention import FLASH
+from sdtp_kernels import TokenPruner, apply_sdtp
+from sdtp_kernels.models.attention import ATTENTIONS, FLASH
 from sdtp_kernels.models.cache import PrunedState, install
 from sdtp_kernels.models.devices import device_of
 
 BOTH = ("global", "block")
-of_both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-rows = st.lists(st.integers(1, 150), min_size=1, max_size=3)
-schedules = st.builds(
-    PruningSchedule,
-    layers=st.just(LAYERS),
-    keep_ratio=st.sampled_from([0.5, 0.7, 0.9]),
-    budget=st.sampled_from(BOTH),
-    block_size=st.integers(6, 64),
-    min_prompt=st.sampled_from([1, 20, 70]),
-)
+GROUP = 16  # of values that share a scale: those of a token in all heads
 
 
 def make_pruners(hidden_size=64):
@@ -75,6 +66,24 @@ def model_with(attention):
     return model
 
 
+def leave_flex_uncompiled(monkeypatch):
+    """The op itself: Inductor 2.13 writes C++ that does not compile where lengths of keys vary.
+
+    In double, as ARITHMETIC has the others; and traced for no shape, which takes seconds each, its masks neither.
+    """
+    from torch.nn.attention import flex_attention as flex
+
+    def attend(*states, training, **kwargs):
+        return flex.flex_attention(*(t.double() for t in states), **kwargs).to(states[0].dtype)
+
+    def make_mask(*args, _compile, **kwargs):
+        return flex.create_block_mask(*args, **kwargs)
+
+    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", attend)
+    monkeypatch.setattr("transformers.masking_utils.create_block_mask", make_mask)
+    monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+
 def inputs_of(padded):
     return padded_batch() if padded else {"input_ids": prompt()}
 
@@ -90,7 +99,7 @@ def oracle_tokens(budget, padded):
 
 @of_both_dtypes
 @settings(max_examples=20, phases=PHASES)
-@given(lengths=rows, schedule=schedules, attention=st.sampled_from(["sdpa", "eager", *FLASH]), static=st.booleans())
+@given(lengths=rows, schedule=schedules, attention=st.sampled_from(ATTENTIONS), static=st.booleans())
 @torch.no_grad()
 def test_a_row_is_that_of_the_row_alone(models, dtype, lengths, schedule, attention, static):
     """In a padded batch, under every attention, in a growing and in a static cache, whose bytes are the schedule's.
@@ -99,9 +108,12 @@ def test_a_row_is_that_of_the_row_alone(models, dtype, lengths, schedule, attent
     which rounds the weights of bfloat16 as well. Shapes differ, so bfloat16 is computed in double and rounded once.
     """
     model, inputs, mask = models[dtype], prompts(lengths), prompts(lengths)["attention_mask"]
+    if attention == "flex_attention" and max(lengths) < schedule.min_prompt:
+        static = False  # not ours: where nothing is pruned, transformers lets a token see one more than there are
     cache = StaticCache(config=model.config, max_cache_len=max(lengths) + 4) if static else None
     with pytest.MonkeyPatch.context() as patch, ARITHMETIC[dtype]():
         flash_stand_in.install(patch)
+        leave_flex_uncompiled(patch)
         patch.setattr(model.config, "_attn_implementation", attention)
         with apply_sdtp(model, make_pruners(32), schedule):
             got = generate_with_cache(model, inputs, cache=cache)
@@ -112,7 +124,7 @@ def test_a_row_is_that_of_the_row_alone(models, dtype, lengths, schedule, attent
                 assert_same(got, alone, mask, row)
     if static:  # whose mask is never left out under flash attention, be it all ones
         padded = len(set(lengths)) > 1 or attention in FLASH
-        expected = static_bytes(model, schedule, lengths, room=4, padded=padded)
+        expected = cache_bytes(model, schedule, lengths, room=4, padded=padded)
         assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == expected
 
 
@@ -174,11 +186,7 @@ def test_flash_attention_in_a_later_turn(monkeypatch, pruners):
 
 @torch.no_grad()
 def test_flex_attention(monkeypatch, pruners):
-    """The op itself, uncompiled: Inductor 2.13 writes C++ that does not compile where lengths of keys vary."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    glue = "transformers.integrations.flex_attention.compile_friendly_flex_attention"
-    monkeypatch.setattr(glue, lambda *states, training, **kwargs: flex_attention(*states, **kwargs))
+    leave_flex_uncompiled(monkeypatch)
     model = model_with("flex_attention")
     with apply_sdtp(model, pruners, SCHEDULES["global"]):
         got = generate(model, padded_batch(), max_new_tokens=3)
@@ -186,18 +194,6 @@ def test_flex_attention(monkeypatch, pruners):
 
 
 # --------------------------------------------------------------------------------------------------------- static cache
-
-
-def static_bytes(model, schedule, lengths, room, padded):
-    """Keys and values of every layer: the kept tokens of the widest row there can be, and the room behind them."""
-    total, config = 0, model.config
-    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads * model.dtype.itemsize
-    for layer in range(config.num_hidden_layers):
-        stage = sum(start <= layer for start in schedule.layers)
-        possible = range(max(lengths) + 1) if padded else lengths
-        widest = max(naive_keep(schedule, n, stage)[0] for n in possible)
-        total += 2 * len(lengths) * width * (widest + room)
-    return total
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
@@ -209,7 +205,7 @@ def test_static_cache_has_the_bytes_of_the_schedule(pruners, budget, schedule, p
     cache = StaticCache(config=model.config, max_cache_len=TOKENS + 50)
     with apply_sdtp(model, pruners, schedule):
         assert torch.equal(generate(model, inputs_of(padded), cache=cache), expected)
-    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == static_bytes(
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == cache_bytes(
         model, schedule, lengths, room=50, padded=padded
     )
     assert {layer.max_cache_len - layer.kept.shape[1] for layer in cache.layers if isinstance(layer, PrunedState)} == {
@@ -276,11 +272,17 @@ def test_crop_of_a_static_cache(pruners):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
+@of_both_dtypes
+@settings(max_examples=2, phases=PHASES)
+@given(lengths=rows, schedule=schedules)
 @torch.no_grad()
-def test_generate_compiles_decoding_over_a_static_cache(pruners, budget):
-    """What generate() does by itself on a GPU: one graph for all steps, of one shape."""
+def test_generate_compiles_decoding_over_a_static_cache(models, dtype, lengths, schedule):
+    """What generate() does by itself on a GPU: one graph for all steps, of one shape.
+
+    Tokens and cache are those of uncompiled steps, which are those of the row alone.
+    """
     torch._dynamo.reset()
-    graphs, model = [], make_qwen2()
+    graphs, model, inputs = [], models[dtype], prompts(lengths)
 
     def backend(graph, inputs):
         graphs.append([tuple(i.shape) for i in inputs if isinstance(i, torch.Tensor)])
@@ -288,16 +290,19 @@ def test_generate_compiles_decoding_over_a_static_cache(pruners, budget):
 
     config = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=backend)
     config._compile_all_devices = True
-    with apply_sdtp(model, pruners, SCHEDULES[budget]):
-        got = generate(model, padded_batch(), cache_implementation="static", compile_config=config)
-    assert torch.equal(got, oracle_tokens(budget, padded=True))
+    asked = {"cache_implementation": "static", "max_new_tokens": 6}
+    with apply_sdtp(model, make_pruners(32), schedule):
+        expected = generate_with_cache(model, inputs, **asked)
+        assert not graphs
+        got = generate_with_cache(model, inputs, compile_config=config, **asked)
+    assert_same(got, expected, inputs["attention_mask"])
     assert len(graphs) == 1
 
 
 # ------------------------------------------------------------------------------------------- quantized, offloaded cache
 
 
-def round_by_hand(layer, states):
+def round_fp8(layer, states):
     """8-bit floating point with the scale of the first keys and values."""
     if not hasattr(layer, "scales"):
         layer.scales = [t.abs().amax().float() / torch.finfo(torch.float8_e4m3fn).max for t in states]
@@ -307,35 +312,100 @@ def round_by_hand(layer, states):
     ]
 
 
-@of_both_dtypes
-@settings(max_examples=12, phases=PHASES)
-@given(lengths=rows, schedule=schedules)
-@torch.no_grad()
-def test_quantized_cache(models, dtype, lengths, schedule):
+def round_quanto(states):
+    from optimum.quanto import MaxOptimizer, qint4, quantize_weight
+
+    def rounded(tensor):
+        scale, shift = MaxOptimizer()(tensor, qint4, 0, GROUP)
+        return quantize_weight(tensor, qint4, 0, scale, shift, GROUP).dequantize()
+
+    return list(map(rounded, states))
+
+
+def round_hqq(states):
+    from hqq.core.quantize import Quantizer
+
+    def rounded(tensor):
+        asked = {"nbits": 4, "axis": 0, "group_size": GROUP, "device": "cpu"}
+        states, meta = Quantizer.quantize(tensor, **asked)
+        scales = {name: meta[name].to(tensor.dtype) for name in ("scale", "zero")}
+        return Quantizer.dequantize(states, {**meta, **scales, "compute_dtype": tensor.dtype})
+
+    return list(map(rounded, states))
+
+
+def assert_equals_rounding(model, cache, lengths, schedule, update):
     """A quantized cache of kept tokens is what rounding the kept keys and values by hand gives.
 
     Exactly, also in bfloat16: the same is computed, in tensors of the same shapes.
     """
-    model, inputs = models[dtype], prompts(lengths)
-    asked = {"max_new_tokens": 6, "output_logits": True}
-    cache = QuantizedCache("fp8", config=model.config)
-    grow = DynamicLayer.update
-
-    def grow_rounded(layer, *states, **_):
-        is_first = not layer.is_initialized
-        cached = grow(layer, *round_by_hand(layer, states))
-        return states if is_first else cached  # attention within the prompt is exact
-
+    inputs, asked = prompts(lengths), {"max_new_tokens": 6, "output_logits": True}
+    kinds = {type(layer) for layer in cache.layers}
     with apply_sdtp(model, make_pruners(32), schedule, later_turns=False):  # a quantized cache takes none
         got = generate_with_cache(model, inputs, cache=cache, **asked)
-        assert all(isinstance(layer, Fp8QuantizedLayer) for layer in cache.layers)
+        assert all(isinstance(layer, tuple(kinds)) for layer in cache.layers)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(DynamicLayer, "update", grow_rounded)
+            patch.setattr(DynamicLayer, "update", update)
             expected = generate_with_cache(model, inputs, **asked)
     assert all(torch.equal(a, b) for a, b in zip(got.logits, expected.logits, strict=True))
     assert torch.equal(got.sequences, expected.sequences)
     for a, b in zip(cache.layers, expected.cache.layers, strict=True):
         assert a.get_seq_length() == b.keys.shape[2]
+
+
+@of_both_dtypes
+@settings(max_examples=12, phases=PHASES)
+@given(lengths=rows, schedule=schedules)
+@torch.no_grad()
+def test_quantized_cache(models, dtype, lengths, schedule):
+    grow = DynamicLayer.update
+
+    def grow_rounded(layer, *states, **_):
+        is_first = not layer.is_initialized
+        cached = grow(layer, *round_fp8(layer, states))
+        return states if is_first else cached  # attention within the prompt is exact
+
+    cache = QuantizedCache("fp8", config=models[dtype].config)
+    assert_equals_rounding(models[dtype], cache, lengths, schedule, grow_rounded)
+
+
+@pytest.fixture(scope="module", params=["quanto", "hqq"])
+def package(request):
+    """A package that quantizes in groups, where it is installed."""
+    if request.param == "hqq":
+        pytest.importorskip("hqq")
+        yield request.param, round_hqq
+        return
+    pytest.importorskip("optimum.quanto")
+    from optimum.quanto.library.extensions.extension import get_extension
+
+    def unpack(packed, bits):
+        return torch.cat([packed >> place & (1 << bits) - 1 for place in range(0, 8, bits)])
+
+    with pytest.MonkeyPatch.context() as patch:  # its form in C++ would be compiled first, for a minute
+        patch.setattr(get_extension("quanto_cpp"), "_lib", types.SimpleNamespace(unpack=unpack))
+        yield request.param, round_quanto
+
+
+@of_both_dtypes
+@settings(max_examples=8, phases=PHASES)
+@given(lengths=rows, schedule=schedules, residual_length=st.sampled_from([1, 3, 128]))
+@torch.no_grad()
+def test_group_wise_quantized_cache(models, package, dtype, lengths, schedule, residual_length):
+    """The last tokens wait to be rounded until there are so many; then all are, again."""
+    (backend, rounded), grow = package, DynamicLayer.update
+
+    def grow_rounded(layer, *states, **_):
+        is_first = not layer.is_initialized
+        cached = grow(layer, *states)
+        layer.exact = 0 if is_first else layer.exact + states[0].shape[2]
+        if is_first or layer.exact >= residual_length:
+            layer.keys, layer.values, layer.exact = *rounded(cached), 0
+        return cached
+
+    config = models[dtype].config
+    cache = QuantizedCache(backend, config, nbits=4, q_group_size=GROUP, residual_length=residual_length)
+    assert_equals_rounding(models[dtype], cache, lengths, schedule, grow_rounded)
 
 
 def test_group_wise_quantized_layers_keep_their_settings(monkeypatch):
@@ -353,20 +423,6 @@ def test_group_wise_quantized_layers_keep_their_settings(monkeypatch):
             16,
             8,
         )
-
-
-@pytest.mark.parametrize("backend", ["quanto", "hqq"])
-@torch.no_grad()
-def test_group_wise_quantized_cache(pruners, schedule, backend):
-    """Where the package is: attention within the prompt is exact, and what is cached is what was kept."""
-    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
-    model = make_qwen2()
-    cache = QuantizedCache(backend, config=model.config, nbits=4, q_group_size=16, residual_length=8)
-    with apply_sdtp(model, pruners, schedule) as handle:
-        expected = model(prompt(), logits_to_keep=1).logits
-        assert torch.equal(model(prompt(), cache=cache, logits_to_keep=1).logits, expected)
-        assert [layer.get_seq_length() for layer in cache.layers] == [r.tokens_out for r in handle.report().layers]
-        generate(model, {"input_ids": prompt()}, cache=QuantizedCache(backend, config=model.config))
 
 
 class NoStream(torch.nn.Identity):

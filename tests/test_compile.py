@@ -5,7 +5,10 @@ import contextlib
 import pytest
 import torch
 from conftest import make_qwen2
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_ops import NoHostSync
+from test_serving import ARITHMETIC, DTYPES, PHASES, layer_entries
 from transformers import DynamicCache, StaticCache
 
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
@@ -48,19 +51,29 @@ def arguments(model, tokens, mask, batch, cache, embeds):
     return {**inputs, "use_cache": cache is not None, "logits_to_keep": 1}
 
 
-def compilations(model, call, apply):
-    """Graphs compiled for five lengths, each result checked against the eager one."""
+def compile_whole(model):
+    """The model as one graph, which is run as it is, in the arithmetic of the dtype; and the graphs that it took."""
     torch._dynamo.reset()
     graphs = []
 
     def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
+        def run(*args):
+            with ARITHMETIC[model.dtype]():
+                return graph.forward(*args)
 
+        graphs.append(graph)
+        return run
+
+    return torch.compile(model, fullgraph=True, backend=backend), graphs
+
+
+def compilations(model, call, apply):
+    """Graphs compiled for five lengths, each result checked against the eager one."""
     with torch.no_grad(), apply:
-        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        compiled, graphs = compile_whole(model)
         for length in LENGTHS:
-            eager = model(**arguments(model, length, **call))
+            with ARITHMETIC[model.dtype]():
+                eager = model(**arguments(model, length, **call))
             got = compiled(**arguments(model, length, **call))
             torch.testing.assert_close(got.logits, eager.logits, atol=1e-4, rtol=0)
             if call["cache"]:
@@ -72,22 +85,69 @@ def compilations(model, call, apply):
 
 
 @pytest.mark.parametrize(
-    ("attention", "call", "budget"),
+    ("attention", "call", "budget", "dtype"),
     [
-        *(("sdpa", call, "global") for call in CALLS),
-        ("sdpa", "static cache", "block"),
-        ("sdpa", "mask of ones", "block"),
-        ("sdpa", "padded", "block"),
-        ("eager", "padded", "global"),
+        *(("sdpa", call, "global", torch.float32) for call in CALLS),
+        ("sdpa", "static cache", "block", torch.bfloat16),
+        ("sdpa", "mask of ones", "block", torch.bfloat16),
+        ("sdpa", "static cache, padded", "global", torch.bfloat16),
+        ("eager", "padded", "global", torch.bfloat16),
     ],
+    ids=str,
 )
-def test_fullgraph_wherever_the_dense_model_has_one(attention, call, budget):
+def test_fullgraph_wherever_the_dense_model_has_one(attention, call, budget, dtype):
     call = CALLS[call]
-    model = make_qwen2(num_layers=3, attention=attention)
+    model = make_qwen2(num_layers=3, attention=attention).to(dtype)
     dense = compilations(model, call, contextlib.nullcontext())
     assert dense <= 2, "the premise: the dense model compiles"
     pruners = {1: TokenPruner(64), 2: TokenPruner(64)}
     assert compilations(model, call, apply_sdtp(model, pruners, SCHEDULES[budget])) <= 2
+
+
+def name_of(parameters):
+    return ", ".join(str(p).removeprefix("torch.") for p in parameters)
+
+
+def padded_inputs(tokens, padding):
+    ids = torch.randint(1, 256, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    return ids, mask
+
+
+def small_model(dtype):
+    """With values of size 1, as the tolerance is absolute."""
+    model = make_qwen2(num_layers=3)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="module", params=zip(DTYPES, SCHEDULES, strict=True), ids=name_of)
+def compiled(request):
+    """A patched model; the same compiled; its graphs."""
+    dtype, budget = request.param
+    model = small_model(dtype)
+    with apply_sdtp(model, {1: TokenPruner(64), 2: TokenPruner(64)}, SCHEDULES[budget]):
+        yield model, *compile_whole(model)
+
+
+@settings(max_examples=8, phases=PHASES)
+@given(tokens=st.integers(64, 400), padding=st.integers(1, 63))
+@torch.no_grad()
+def test_two_graphs_take_every_padded_prompt(compiled, tokens, padding):
+    """Logits and caches within 1e-5; the second graph takes every length."""
+    model, run, graphs = compiled
+    ids, mask = padded_inputs(tokens, padding)
+    results = []
+    for forward, arithmetic in ((run, contextlib.nullcontext), (model, ARITHMETIC[model.dtype])):
+        cache = DynamicCache(config=model.config)
+        with arithmetic():
+            logits = forward(ids, attention_mask=mask, cache=cache, logits_to_keep=1).logits
+        results.append([logits, [layer_entries(layer, mask) for layer in cache.layers]])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
+    assert len(graphs) <= 2
 
 
 @pytest.mark.parametrize("scorer", ["random", "attention", "pruners that average"])
@@ -140,29 +200,48 @@ class Prefill(torch.nn.Module):
         return logits, [(layer.keys, layer.values) for layer in cache.layers], kept
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
-@pytest.mark.parametrize("budget", SCHEDULES)
-@torch.no_grad()
-def test_export(budget, padded):
-    """One program for all lengths of the prompt; the ops stay whole in it. A program takes no later turn."""
-    model, pruners = make_qwen2(num_layers=3), {1: TokenPruner(64), 2: TokenPruner(64)}
-    with apply_sdtp(model, pruners, SCHEDULES[budget], later_turns=False):
-        prefill, tokens = Prefill(model), torch.export.Dim("tokens", min=64, max=4096)
+def inputs_of(tokens, padding):
+    return padded_inputs(tokens, padding) if padding else padded_inputs(tokens, 0)[:1]
 
-        def inputs(length):
-            ids = torch.randint(1, 256, (2, length), generator=torch.Generator().manual_seed(length))
-            if not padded:
-                return (ids,)
-            mask = torch.ones_like(ids)
-            mask[1, :20] = 0
-            return ids, mask
 
-        shapes = tuple({1: tokens} for _ in inputs(200))
-        program = torch.export.export(
-            prefill, inputs(200), dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+@pytest.fixture(
+    scope="module",
+    params=[
+        (torch.float32, "global", "padded"),
+        (torch.float32, "block", "one row"),
+        (torch.bfloat16, "global", "one row"),
+        (torch.bfloat16, "block", "padded"),
+    ],
+    ids=name_of,
+)
+def exported(request):
+    """What was exported, eager; the program; whether it takes a padding mask. A program takes no later turn."""
+    dtype, budget, padded = request.param
+    model, is_padded = small_model(dtype), padded == "padded"
+    with (
+        torch.no_grad(),
+        apply_sdtp(model, {1: TokenPruner(64), 2: TokenPruner(64)}, SCHEDULES[budget], later_turns=False),
+    ):
+        prefill, tokens, inputs = (
+            Prefill(model),
+            torch.export.Dim("tokens", min=64, max=4096),
+            inputs_of(200, 20 * is_padded),
         )
-        assert str(program.graph).count("sdtp.prune_tokens") == 2
-        for length in (64, 200, 333):
-            torch.testing.assert_close(
-                program.module()(*inputs(length)), prefill(*inputs(length)), atol=1e-5, rtol=1e-5
-            )
+        program = torch.export.export(
+            prefill,
+            inputs,
+            dynamic_shapes=tuple({1: tokens} for _ in inputs),
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        assert str(program.graph).count("sdtp.prune_tokens") == 2, "the ops stay whole in it"
+        yield prefill, program.module(), is_padded
+
+
+@settings(max_examples=8, phases=PHASES)
+@given(tokens=st.integers(64, 400), padding=st.integers(1, 63))
+@torch.no_grad()
+def test_export(exported, tokens, padding):
+    """One program for all lengths of the prompt: its logits, caches and what they hold are the eager ones."""
+    prefill, program, is_padded = exported
+    inputs = inputs_of(tokens, padding * is_padded)
+    torch.testing.assert_close(program(*inputs), prefill(*inputs), atol=1e-5, rtol=0)

@@ -1,6 +1,7 @@
 """The house: which way the arrows run, and what an import costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,21 @@ def test_mutants_name_text_that_exists():
 
     for mutant in MUTANTS:
         assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant.name
+
+
+def test_the_table_of_features_names_tests_that_exist():
+    tests = Path(__file__).resolve().parent
+    table = (tests.parent / "docs" / "serving.md").read_text()
+    functions = {
+        node.name
+        for path in tests.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    named = re.findall(r"`(test_\w+|\w+_suite)(\.py|\*)?`", table)
+    assert len(named) > 40
+    for name, kind in named:
+        if kind == ".py":
+            assert (tests / f"{name}.py").exists(), name
+        else:
+            assert name in functions or (kind == "*" and any(f.startswith(name) for f in functions)), name

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import make_qwen2
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from oracle import MaskedDense, naive_keep, naive_select
+from oracle import MaskedDense, cache_bytes, naive_keep, naive_select
 from test_ops import NoHostSync
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
@@ -19,7 +19,17 @@ from sdtp_kernels.models.cache import PrunedState, stage_of
 
 LAYERS = (1, 3, 4)
 DTYPES = (torch.float32, torch.bfloat16)
+of_both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 PHASES = (Phase.explicit, Phase.generate)  # to shrink an example would take minutes, and it is small as it is
+rows = st.lists(st.integers(1, 150), min_size=1, max_size=3)
+schedules = st.builds(
+    PruningSchedule,
+    layers=st.just(LAYERS),
+    keep_ratio=st.sampled_from([0.5, 0.7, 0.9]),
+    budget=st.sampled_from(["global", "block"]),
+    block_size=st.integers(6, 64),
+    min_prompt=st.sampled_from([1, 20, 70]),
+)
 
 
 class InDouble(TorchFunctionMode):
@@ -31,7 +41,7 @@ class InDouble(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function not in (F.linear, F.scaled_dot_product_attention, torch.matmul):
+        if function not in (F.linear, F.scaled_dot_product_attention, torch.matmul, torch.Tensor.matmul):
             return function(*args, **kwargs)
 
         def wide(value):
@@ -41,6 +51,8 @@ class InDouble(TorchFunctionMode):
 
 
 ARITHMETIC = {torch.float32: contextlib.nullcontext, torch.bfloat16: InDouble}
+# Where a pruner itself is the reference: of bfloat16, the CPU's kernel rounds the products with w1 once more.
+EXACT_SCORES = {torch.float32: "auto", torch.bfloat16: "reference"}
 
 
 def make_models():
@@ -61,6 +73,14 @@ def models():
 def pruners():
     torch.manual_seed(1)
     return {layer: TokenPruner(32, pooling=pooling) for layer, pooling in zip(LAYERS, (1, 3, 5), strict=True)}
+
+
+def as_in(dtype, pruners):
+    """Pruners with the weights that the op sees."""
+    pruners = copy.deepcopy(pruners)
+    for pruner in pruners.values():
+        pruner.w1.data = pruner.w1.to(dtype).float()
+    return pruners
 
 
 def block_schedule(block_size=32, min_prompt=20, keep_ratio=0.7):
@@ -95,6 +115,17 @@ def entries(cache, attention_mask):
     return found
 
 
+def layer_entries(layer, attention_mask):
+    """Of each row a dict: index of a token in it -> its keys and values."""
+    index = attention_mask.cumsum(-1) * attention_mask - 1
+    index = layer.kept if isinstance(layer, PrunedState) else index
+    states = torch.stack([layer.keys, layer.values]).transpose(0, 1)
+    return [
+        {token: states[row, :, :, place] for place, token in enumerate(own) if token >= 0}
+        for row, own in enumerate(index.tolist())
+    ]
+
+
 def assert_same(got, expected, mask, row=None):
     """Tokens equal, caches within 1e-5; of one row of `got`, where `expected` is that row alone."""
     rows = slice(None) if row is None else slice(row, row + 1)
@@ -111,10 +142,10 @@ def assert_same(got, expected, mask, row=None):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@of_both_dtypes
 @settings(max_examples=40, phases=PHASES)
 @given(
-    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=3),
+    lengths=rows,
     chunk=st.integers(1, 160),
     block_size=st.integers(6, 64),
     min_prompt=st.sampled_from([1, 20, 70]),
@@ -128,7 +159,7 @@ def test_chunks_equal_one_call(models, pruners, dtype, lengths, chunk, block_siz
     assert_same(got, expected, inputs["attention_mask"])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@of_both_dtypes
 @settings(max_examples=20, phases=PHASES)
 @given(
     lengths=st.lists(st.integers(1, 100), min_size=1, max_size=3),
@@ -160,7 +191,7 @@ def test_a_chat_equals_its_last_prompt_alone(
             assert_same(got, alone, mask, row)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@of_both_dtypes
 @settings(max_examples=20, phases=PHASES)
 @given(
     prefix=st.integers(1, 120),
@@ -188,18 +219,16 @@ def test_a_kept_prefix_equals_each_prompt_alone(models, pruners, dtype, prefix, 
                 assert torch.equal(layer.keys[:, :, :tokens], keys[:, :, :tokens]), "finished blocks never change"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@of_both_dtypes
 @settings(max_examples=5, phases=PHASES)
 @given(prefix=st.integers(20, 120), suffixes=st.lists(st.integers(1, 40), min_size=2, max_size=2))
 @torch.no_grad()
 def test_a_kept_prefix_under_the_global_budget(models, pruners, dtype, prefix, suffixes):
     """Pruned by itself, once; each suffix whole behind it. The report says that this is not the whole prompt."""
     model, ids = models[dtype], prompts([prefix])["input_ids"]
-    schedule, rounded = PruningSchedule(LAYERS, 0.7, min_prompt=20), copy.deepcopy(pruners)
-    for pruner in rounded.values():  # as the op sees its weights
-        pruner.w1.data = pruner.w1.to(dtype).float()
+    schedule, rounded = PruningSchedule(LAYERS, 0.7, min_prompt=20), as_in(dtype, pruners)
     kept = DynamicCache(config=model.config)
-    with ARITHMETIC[dtype](), apply_sdtp(model, rounded, schedule) as handle:
+    with ARITHMETIC[dtype](), apply_sdtp(model, rounded, schedule, EXACT_SCORES[dtype]) as handle:
         model(ids, cache=kept, logits_to_keep=1)
         held = [layer.keys.shape[2] for layer in kept.layers]
         assert handle.report().layers
@@ -310,6 +339,7 @@ def is_in(ranges, index):
 ranges = st.lists(st.tuples(st.integers(0, 130), st.integers(0, 30)).map(lambda r: (r[0], r[0] + r[1])), max_size=3)
 
 
+@of_both_dtypes
 @pytest.mark.parametrize("budget", ["global", "block"])
 @settings(max_examples=25, phases=PHASES)
 @given(
@@ -321,12 +351,12 @@ ranges = st.lists(st.tuples(st.integers(0, 130), st.integers(0, 30)).map(lambda 
 )
 @torch.no_grad()
 def test_protected_tokens_stay_and_the_rest_is_pruned_without_them(
-    models, budget, lengths, protect, as_mask, pooling, block_size
+    models, dtype, budget, lengths, protect, as_mask, pooling, block_size
 ):
     """Against the selection as the contract has it, of the scores that are left when protected tokens are taken out."""
-    model, inputs = models[torch.float32], prompts(lengths)
+    model, inputs = models[dtype], prompts(lengths)
     schedule = PruningSchedule((1,), 0.6, budget=budget, block_size=block_size, min_prompt=20)
-    pruner = TokenPruner(32, pooling=pooling)
+    pruner = as_in(dtype, {1: TokenPruner(32, pooling=pooling)})[1]
     padding = [max(lengths) - n for n in lengths]
     given_ranges = protect[: len(lengths)]
     if as_mask:
@@ -342,7 +372,8 @@ def test_protected_tokens_stay_and_the_rest_is_pruned_without_them(
         for row in range(len(lengths)):
             scores[row] = pruner(hidden[row, padding[row] :]).tolist()
     cache = DynamicCache(config=model.config)
-    with apply_sdtp(model, {1: pruner}, schedule) as handle, handle.request(protect=given_ranges):
+    backend = EXACT_SCORES[dtype]
+    with apply_sdtp(model, {1: pruner}, schedule, backend) as handle, handle.request(protect=given_ranges):
         model(**inputs, position_ids=positions(inputs), cache=cache, logits_to_keep=1)
     for row, n in enumerate(lengths):
         free = [i for i in range(n) if not is_in(protect[row], i)]
@@ -432,7 +463,7 @@ def positions(inputs):
     return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@of_both_dtypes
 @pytest.mark.parametrize("budget", ["global", "block"])
 @settings(max_examples=20, phases=PHASES)
 @given(
@@ -462,34 +493,47 @@ def test_settings_of_a_row_are_those_of_the_row_alone(
 # --------------------------------------------------------------------------------------------- KV of earlier layers
 
 
-@pytest.mark.parametrize("budget", ["global", "block"])
-@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
-@pytest.mark.parametrize("beams", [1, 3])
+@of_both_dtypes
+@settings(max_examples=8, phases=PHASES)
+@given(lengths=rows, schedule=schedules, beams=st.sampled_from([1, 3]))
 @torch.no_grad()
-def test_evicted_equals_masked_dense(models, pruners, budget, padded, beams):
-    model, inputs = models[torch.float32], prompts([150, 101, 15] if padded else [150])
-    schedule = PruningSchedule(LAYERS, 0.7, budget=budget, block_size=32, min_prompt=20)
-    oracle = MaskedDense.of(model, pruners, schedule, 150)
+def test_evicted_equals_masked_dense(models, pruners, dtype, lengths, schedule, beams):
+    model, inputs, pruners = models[dtype], prompts(lengths), as_in(dtype, pruners)
+    asked = {"num_beams": beams, "output_logits": True}
+    oracle = MaskedDense.of(model, pruners, schedule, max(lengths))
     oracle.evicts = True
-    expected = generate(oracle, inputs, use_cache=False, max_new_tokens=8, num_beams=beams).sequences
-    with apply_sdtp(model, pruners, schedule, evict_earlier_kv=True):
-        assert torch.equal(generate(model, inputs, max_new_tokens=8, num_beams=beams).sequences, expected)
+    with ARITHMETIC[dtype]():
+        expected = generate(oracle, inputs, use_cache=False, **asked)
+        with apply_sdtp(model, pruners, schedule, EXACT_SCORES[dtype], evict_earlier_kv=True):
+            got = generate(model, inputs, **asked)
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("budget", ["global", "block"])
+@of_both_dtypes
+@settings(max_examples=20, phases=PHASES)
+@given(lengths=rows, schedule=schedules)
 @torch.no_grad()
-def test_bytes_of_an_evicted_cache_are_those_of_the_schedule(models, pruners, budget):
-    model, inputs = models[torch.float32], prompts([150])
-    schedule = PruningSchedule(LAYERS, 0.7, budget=budget, block_size=32)
-    cache = DynamicCache(config=model.config)
-    with apply_sdtp(model, pruners, schedule, evict_earlier_kv=True) as handle:
-        generate(model, inputs, cache=cache, max_new_tokens=6)
-        kv_bytes = handle.report().kv_bytes
-    assert cache.get_seq_length() == 150 + 5, "the logical length"
-    per_token = 2 * 2 * 8 * 4  # keys and values, heads, width, bytes
-    kept = schedule.num_keep(150, 3)
-    assert kv_bytes == 5 * kept * per_token
-    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == 5 * (kept + 5) * per_token
+def test_an_evicted_cache_holds_what_the_last_stage_keeps(models, pruners, dtype, lengths, schedule):
+    """Bit for bit the entries that are there without eviction, and exactly the bytes that the schedule says."""
+    model, inputs = models[dtype], prompts(lengths)
+    mask = inputs["attention_mask"]
+    caches = []
+    for evicts in (False, True):
+        cache = DynamicCache(config=model.config)
+        with apply_sdtp(model, pruners, schedule, evict_earlier_kv=evicts) as handle:
+            model(**inputs, position_ids=positions(inputs), cache=cache, logits_to_keep=1)
+        caches.append([layer_entries(layer, mask) for layer in cache.layers])
+    assert cache.get_seq_length() == max(lengths), "the logical length"
+    num_bytes = cache_bytes(model, schedule, lengths, padded=len(set(lengths)) > 1, evicted=True)
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == num_bytes
+    assert not handle.report().layers or handle.report().kv_bytes == num_bytes
+    whole, evicted = caches
+    for rows_before, rows_after in zip(whole, evicted, strict=True):
+        for last, before, after in zip(whole[-1], rows_before, rows_after, strict=True):
+            left = sorted(last)
+            assert sorted(after) == left
+            assert all(torch.equal(after[token], before[token]) for token in left)
 
 
 @torch.no_grad()

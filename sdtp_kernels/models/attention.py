@@ -73,6 +73,29 @@ def see_cached(
     return Visibility(_mask(config, hidden_states, padding_mask, cache, layer_idx), {})
 
 
+class _Snapshot:
+    """A cache, and how full it is now.
+
+    The mask of flex attention is a function, called when the layer has written the new tokens. A static cache counts
+    them in place, and transformers 5.24 hands that very counter to the mask: a token would see one that is not there.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self._cache.get_query_offset(layer_idx) + 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def as_it_is(config: PreTrainedConfig, cache: Cache | None) -> Any:
+    """The cache in the form that a mask of it may be made from."""
+    is_counted_in_place = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
+    return _Snapshot(cache) if is_counted_in_place and config._attn_implementation == "flex_attention" else cache
+
+
 def masks_for_generate(
     config: PreTrainedConfig, attention_mask: torch.Tensor | None, cache: Cache, **_: Any
 ) -> torch.Tensor | None:
@@ -97,7 +120,12 @@ def _mask(
     # No position_ids: those of kept tokens have gaps, which transformers would take for packed sequences. A padded
     # segment keeps its mask without asking the device whether it could do without.
     return create_causal_mask(
-        config, hidden_states, padding_mask, cache, layer_idx=layer_idx, allow_is_causal_skip=padding_mask is None
+        config,
+        hidden_states,
+        padding_mask,
+        as_it_is(config, cache),
+        layer_idx=layer_idx,
+        allow_is_causal_skip=padding_mask is None,
     )
 
 

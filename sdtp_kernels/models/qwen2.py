@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .. import backends
-from .attention import Visibility, masks_for_generate, see_prompt
+from .attention import Visibility, as_it_is, masks_for_generate, see_prompt
 from .cache import is_empty, is_growing, stage_of, waiting_layer
 from .checks import (
     KEEP_LAST,
@@ -205,7 +205,8 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
         if position_ids is None:
             position_ids = (torch.arange(width, device=inputs_embeds.device) + past).unsqueeze(0)
 
-        dense_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        countable = as_it_is(self.config, cache)
+        dense_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, countable, position_ids)
         # transformers has just looked whether the batch is padded; where it found none, neither mask is needed.
         padding_mask = attention_mask.bool() if attention_mask is not None and dense_mask is not None else None
         # Of a prompt, or of what may become a part of one; nobody asks for that of others.
