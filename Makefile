@@ -58,7 +58,7 @@ bench: $(VENV)/install.done ## the op, whole prompts and memory on this machine,
 	$(BENCH) scaling --providers cpu --seconds 3 --out $(RESULTS)
 	$(BENCH) prefill --tokens 512 1024 2048 --out $(RESULTS)
 	$(BENCH) prefill --tokens 4096 --keep 0.9 0.8 --repeats 2 --out $(RESULTS)
-	$(BENCH) prefill --tokens 8192 16384 --keep 0.8 --repeats 1 --times-only --out $(RESULTS)
+	$(BENCH) prefill --tokens 8192 --keep 0.8 --repeats 1 --times-only --out $(RESULTS)
 	$(BENCH) prefill --tokens 512 1024 2048 --dtype bfloat16 --out $(RESULTS)
 	$(BENCH) prefill --tokens 1024 2048 4096 --budget block --keep 0.9 0.8 --repeats 2 --times-only --out $(RESULTS)
 	$(BENCH) decode --keep 0.9 0.8 --out $(RESULTS)

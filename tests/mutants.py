@@ -1081,6 +1081,20 @@ MUTANTS = [
         "test_bench_op.py::test_the_pytest_benchmark_refuses_a_wrong_kernel",
     ),
     Mutant(
+        "half a head for each process",
+        BENCH + "multi.py",
+        "if key_heads % n == 0",
+        "if key_heads >= n",
+        "test_bench_processes.py::test_processes_share_whole_heads",
+    ),
+    Mutant(
+        "a search that may take the whole machine",
+        BENCH + "memory.py",
+        'resource.setrlimit(resource.RLIMIT_AS, (_of_this_process("VmSize") + settings["address_space"], hard))',
+        "pass",
+        "test_bench_processes.py::test_a_prompt_far_beyond_the_limit_ends_at_it",
+    ),
+    Mutant(
         "speed against a slower baseline",
         BENCH + "multi.py",
         "best = {\n        method: min(",

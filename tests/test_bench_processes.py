@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import torch
 from conftest import make_qwen2, save_byte_model
+from transformers import Qwen2Config
 
 from sdtp_bench import memory, multi, processes, prompts
 from sdtp_bench.multi import Launch
@@ -89,6 +90,25 @@ def test_what_is_freed_serves_nobody_unseen(monkeypatch):
     assert int(env["MALLOC_MMAP_THRESHOLD_"]) <= 2**17
 
 
+@pytest.mark.parametrize(("address_space", "fits"), [(2**30, True), (2**20, False)])
+def test_a_prompt_far_beyond_the_limit_ends_at_it(tmp_path, address_space, fits):
+    save_byte_model(tmp_path, num_hidden_layers=6, hidden_size=64, intermediate_size=256)
+    args = argparse.Namespace(
+        model=str(tmp_path), method="recent", block_size=512, device="cpu", backend="auto", text=None
+    )
+    measured = memory.measure(args, "float32", 4096, [None], address_space)
+    assert (measured is not None) == fits
+
+
+def test_a_gpu_may_be_filled(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(prompts, "complete", lambda args: setattr(args, "device", "cuda"))
+    monkeypatch.setattr(memory, "_gib_of_the_gpu", lambda: 80.0)
+    monkeypatch.setattr(memory, "longest", lambda args, *_: asked.append(args.limit_gib) or {"tokens": 1})
+    assert cli.main(["bench", "memory", "--keep", "0.8"]) == 0
+    assert set(asked) == {80.0}
+
+
 def test_another_failure_is_no_answer(tmp_path, capsys):
     assert cli.main(["bench", "memory", "--model", str(tmp_path), "--device", "cpu"]) == 2
     assert "ended with status 1" in capsys.readouterr().err
@@ -111,6 +131,20 @@ def test_baselines_have_the_whole_machine():
     assert multi.launches_of(2, "cpu", cores=8) == [Launch(1, 8), Launch(1, 4), Launch(1, 2), Launch(2, 4)]
     assert multi.launches_of(4, "cpu", cores=1) == [Launch(1, 1), Launch(4, 1)]
     assert multi.launches_of(2, "cuda", cores=8) == [Launch(1, 1), Launch(2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("key_heads", "asked", "expected"),
+    [(3, None, 3), (4, None, 2), (4, 4, 4), (3, 2, "expected one of 3"), (4, 3, "one of 2, 4"), (1, None, "split")],
+)
+def test_processes_share_whole_heads(tmp_path, key_heads, asked, expected):
+    Qwen2Config(num_attention_heads=2 * key_heads, num_key_value_heads=key_heads).save_pretrained(tmp_path)
+    args = argparse.Namespace(model=str(tmp_path), nproc=asked)
+    if isinstance(expected, int):
+        assert multi.choose_processes(args) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            multi.choose_processes(args)
 
 
 def test_speed_is_over_the_best_single_process():

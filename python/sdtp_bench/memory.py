@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -32,6 +33,10 @@ DENSE = "dense"
 # Linux: pages of 4 KiB only. Those of 2 MiB are taken or not by where a block begins; four runs of 73 MiB differed by
 # 1.0 MiB with them and by 0.3 without.
 PR_SET_THP_DISABLE = 41
+CPU_LIMIT = 0.125  # GiB; a GPU's is all of its memory
+# A process that measures on a CPU may reserve so much more address space than the limit, since not all that is
+# reserved is touched: what asks for more is far beyond the limit, and must not take the machine's memory to show it.
+SPARE_ADDRESSES = 2**30
 DOES_NOT_FIT = 77  # exit status of a process; no other part of Python uses it
 # Of torch on a CPU, which has no class for it; the last is oneDNN's, which has one message for all that it cannot get.
 OUT_OF_MEMORY = ("can't allocate memory", "std::bad_alloc", "Cannot allocate memory", "could not create a primitive")
@@ -48,8 +53,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("memory", help="the longest prompt that stays below a limit, dense and pruned")
     prompts.add_options(parser)
     parser.add_argument(
-        "--limit-gib", type=float, default=0.125, metavar="GIB", help="memory beside the weights (%(default)s)"
-    )
+        "--limit-gib", type=float, metavar="GIB",
+        help=f"memory beside the weights (default: {CPU_LIMIT:g}; on a GPU all that it has)",
+    )  # fmt: skip
     parser.add_argument("--start", type=int, default=1024, help="tokens of the first prompt (%(default)s)")
     parser.add_argument("--step", type=int, default=256, help="lengths tried are its multiples (%(default)s)")
     parser.add_argument("--longest", type=int, default=2**17, help="no longer prompt is tried (%(default)s)")
@@ -67,9 +73,11 @@ def run(args: argparse.Namespace) -> int:
                 f"--step {args.step} --start {args.start} --longest {args.longest}: expected 1 <= step <= start <= "
                 "longest"
             )
+        prompts.complete(args)
+        if args.limit_gib is None:
+            args.limit_gib = CPU_LIMIT if args.device == "cpu" else _gib_of_the_gpu()
         if args.limit_gib <= 0:
             raise ValueError(f"--limit-gib {args.limit_gib}: expected more than 0")
-        prompts.complete(args)
         if not can_measure(args.device):
             raise ValueError(f"{CLEAR} is missing: resident memory can be measured on Linux only; or use --device cuda")
         for dtype in args.dtype:
@@ -107,7 +115,7 @@ def longest(args: argparse.Namespace, dtype: str, way: Way | None) -> dict[str, 
     trials: list[tuple[int, int | None]] = []
 
     def share(tokens: int) -> float | None:
-        measured = measure(args, dtype, tokens, [way])
+        measured = measure(args, dtype, tokens, [way], limit + SPARE_ADDRESSES)
         trials.append((tokens, None if measured is None else measured[0]["peak_bytes"]))
         if measured is None:
             return None
@@ -193,9 +201,14 @@ def peaks(args: argparse.Namespace, setting: Setting) -> dict[Way | None, int]:
 
 
 def measure(
-    args: argparse.Namespace, dtype: str, tokens: int, ways: Sequence[Way | None]
+    args: argparse.Namespace, dtype: str, tokens: int, ways: Sequence[Way | None], address_space: int | None = None
 ) -> list[dict[str, Any]] | None:
     """A first prefill of so many tokens in each way, in a process of its own.
+
+    Parameters
+    ----------
+    address_space : int, optional
+        Bytes that the process may reserve for it, on a CPU.
 
     Returns
     -------
@@ -214,6 +227,7 @@ def measure(
         "keep": list(dict.fromkeys(way.keep for way in ways if way)) or [1.0],
         "budget": list(dict.fromkeys(way.budget for way in ways if way)) or ["global"],
         "ways": list(ways),
+        "address_space": address_space,
     }
     result = processes.run_module(__name__, settings, env=ENVIRONMENT)
     if result.returncode in (DOES_NOT_FIT, -signal.SIGKILL):  # the latter is how Linux takes memory back
@@ -236,6 +250,9 @@ def work(settings: dict[str, Any]) -> int:
             for way in ways:
                 with setting.pruning(way) as (pair, _):
                     pair._replace(input_ids=pair.input_ids[:, :WARM_UP]).prefill()
+            if settings["device"] == "cpu" and settings["address_space"] is not None:
+                _, hard = resource.getrlimit(resource.RLIMIT_AS)
+                resource.setrlimit(resource.RLIMIT_AS, (_of_this_process("VmSize") + settings["address_space"], hard))
             for way in ways:
                 with setting.pruning(way) as (pair, _):
                     output, peak = peak_bytes(pair.prefill, pair.input_ids.device)
@@ -269,12 +286,19 @@ def peak_bytes(work: Callable[[], Result], device: torch.device) -> tuple[Result
         result = work()
         return result, int(torch.cuda.max_memory_allocated(device) - before)
     CLEAR.write_text("5", encoding="ascii")  # the peak is what is resident now
-    before = _resident("VmRSS")
+    before = _of_this_process("VmRSS")
     result = work()
-    return result, max(0, _resident("VmHWM") - before)  # Linux counts in batches: a little can seem less
+    return result, max(0, _of_this_process("VmHWM") - before)  # Linux counts in batches: a little can seem less
 
 
-def _resident(name: str) -> int:
+def _gib_of_the_gpu() -> float:
+    import torch
+
+    return float(torch.cuda.get_device_properties("cuda").total_memory / 2**30)
+
+
+def _of_this_process(name: str) -> int:
+    """Bytes, by the name that Linux gives them."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 

@@ -37,7 +37,9 @@ def add_parser(commands: Any) -> None:
     """Add ``multi`` to the parsers of ``sdtp bench``."""
     parser = commands.add_parser("multi", help="prefill on several devices against the best single one")
     processes.add_arguments(parser)
-    parser.add_argument("--nproc", type=int, default=2, help="processes, on GPUs one for each (%(default)s)")
+    parser.add_argument(
+        "--nproc", type=int, help="processes, on GPUs one for each (default: the fewest that share the heads evenly)"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="length of the prompt (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed prefills of each kind in a launch (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="launches of each kind (%(default)s)")
@@ -80,8 +82,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     TrialError
         If a process fails.
     """
-    if args.nproc < 2:
-        raise ValueError(f"--nproc {args.nproc}: expected at least 2; one process is the baseline")
+    args.nproc = choose_processes(args)
     if args.repeats < 1 or args.rounds < 1:
         raise ValueError("--repeats and --rounds: expected at least 1")
     if args.device == "cuda":
@@ -114,6 +115,27 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         }
     )
     return [{**about, **row} for row in found]
+
+
+def choose_processes(args: argparse.Namespace) -> int:
+    """The number asked for, or the smallest that works.
+
+    Raises
+    ------
+    ValueError
+        If so many cannot share the heads: each process has whole key heads, and the query heads that go with them.
+    """
+    from transformers import AutoConfig
+
+    if args.nproc is not None and args.nproc < 2:
+        raise ValueError(f"--nproc {args.nproc}: expected at least 2; one process is the baseline")
+    key_heads = AutoConfig.from_pretrained(args.model).num_key_value_heads
+    possible = [n for n in range(2, key_heads + 1) if key_heads % n == 0]
+    if args.nproc not in (None, *possible) or not possible:
+        options = f"expected one of {', '.join(map(str, possible))}" if possible else "it cannot be split"
+        asked = "" if args.nproc is None else f"--nproc {args.nproc}: "
+        raise ValueError(f"{asked}this model has {key_heads} key head{'s' * (key_heads > 1)}: {options}")
+    return args.nproc or possible[0]
 
 
 def launches_of(nproc: int, device: str, cores: int) -> list[Launch]:
