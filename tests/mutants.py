@@ -948,6 +948,20 @@ MUTANTS = [
         "test_attention_and_cache.py::test_offloaded_cache",
     ),
     Mutant(
+        "what follows a kept prefix taken for a turn",
+        MODELS + "checks.py",
+        "layer is not None and layer.num_appended == 0",
+        "layer is None",
+        "test_serving.py::test_a_kept_prefix_under_the_global_budget",
+    ),
+    Mutant(
+        "a turn taken for what follows a kept prefix",
+        MODELS + "checks.py",
+        "layer is not None and layer.num_appended == 0",
+        "layer is not None",
+        "test_serving.py::test_a_turn_behind_an_answer_is_added_under_the_global_budget",
+    ),
+    Mutant(
         "a suffix that nobody says is not pruned",
         MODELS + "qwen2.py",
         "if prompt_length is not None and not is_prompt and not",

@@ -76,7 +76,7 @@ def test_generate_until_prunes_the_context_and_cuts_at_the_stop_string(tiny) -> 
         return tokenizer.decode(new)
 
     context, rest = tokenizer(CONTEXT).input_ids, tokenizer(question).input_ids
-    with apply_sdtp(model, "norm", SCHEDULE):
+    with apply_sdtp(model, "norm", SCHEDULE, later_turns=False):
         whole = answers(max_gen_toks=100)
         assert whole == greedy([*context, *rest])
         after = answers(split=ruler.split_last_line)

@@ -224,11 +224,20 @@ def test_a_kept_prefix_equals_each_prompt_alone(models, pruners, dtype, prefix, 
 @given(prefix=st.integers(20, 120), suffixes=st.lists(st.integers(1, 40), min_size=2, max_size=2))
 @torch.no_grad()
 def test_a_kept_prefix_under_the_global_budget(models, pruners, dtype, prefix, suffixes):
-    """Pruned by itself, once; each suffix whole behind it. The report says that this is not the whole prompt."""
+    """Refused; with later_turns=False pruned by itself, once, and each suffix whole behind it, as the report says."""
     model, ids = models[dtype], prompts([prefix])["input_ids"]
     schedule, rounded = PruningSchedule(LAYERS, 0.7, min_prompt=20), as_in(dtype, pruners)
     kept = DynamicCache(config=model.config)
-    with ARITHMETIC[dtype](), apply_sdtp(model, rounded, schedule, EXACT_SCORES[dtype]) as handle:
+    whole = {"input_ids": torch.cat([ids, prompts([suffixes[0]], seed=3)["input_ids"]], dim=1)}
+    with apply_sdtp(model, rounded, schedule, EXACT_SCORES[dtype]):
+        model(ids, cache=kept, logits_to_keep=1)
+        before = [layer.keys for layer in kept.layers]
+        with pytest.raises(NotImplementedError, match=r'PruningSchedule\(budget="block"\)'):
+            generate(model, whole, cache=kept)
+        assert all(layer.keys is keys for layer, keys in zip(kept.layers, before, strict=True)), "nothing half-written"
+    kept = DynamicCache(config=model.config)
+    options = {"backend": EXACT_SCORES[dtype], "later_turns": False}
+    with ARITHMETIC[dtype](), apply_sdtp(model, rounded, schedule, **options) as handle:
         model(ids, cache=kept, logits_to_keep=1)
         held = [layer.keys.shape[2] for layer in kept.layers]
         assert handle.report().layers
@@ -241,6 +250,20 @@ def test_a_kept_prefix_under_the_global_budget(models, pruners, dtype, prefix, s
             oracle = MaskedDense.of(type(model)(model.config).to(dtype), rounded, schedule, prefix)
             oracle.load_state_dict(model.state_dict())
             assert torch.equal(got.sequences, generate(oracle, whole, use_cache=False).sequences)
+
+
+@torch.no_grad()
+def test_a_turn_behind_an_answer_is_added_under_the_global_budget(models, pruners):
+    model, turn = models[torch.float32], prompts([30], seed=3)["input_ids"]
+    with apply_sdtp(model, pruners, PruningSchedule(LAYERS, 0.7, min_prompt=20)) as handle:
+        first = generate(model, prompts([100]))
+        held = [layer.keys.shape[2] for layer in first.cache.layers]
+        second = generate(model, {"input_ids": torch.cat([first.sequences, turn], dim=1)}, cache=first.cache)
+        assert "31 tokens added to a cache, none of them pruned" in handle.report().note
+        ids = prompts([100])["input_ids"]
+        prefix = model(ids, use_cache=True, logits_to_keep=1).cache
+        generate(model, {"input_ids": torch.cat([ids, turn], dim=1)}, cache=prefix, enabled=False)  # as asked
+    assert [layer.keys.shape[2] for layer in second.cache.layers] == [n + 31 + 3 for n in held]
 
 
 @torch.no_grad()

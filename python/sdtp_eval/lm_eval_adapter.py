@@ -30,8 +30,8 @@ class SdtpLM(LM):
         Apply or remove :func:`sdtp_kernels.apply_sdtp` as you like between calls of lm-eval.
     tokenizer : transformers tokenizer
     split : function of str to (str, str), optional
-        Divides a prompt of ``generate_until`` into a context to prune and a question that follows it, unpruned; without
-        it the whole prompt is pruned.
+        Divides a prompt of ``generate_until`` into a context to prune and a question that follows it, unpruned (patch
+        the model with ``later_turns=False``); without it the whole prompt is pruned.
     max_new_tokens : int, optional
         Upper limit for every task, whatever it asks for.
     progress : bool, default True

@@ -209,7 +209,7 @@ def patch(model: Any, method: Method | None, schedule: PruningSchedule | None, b
 
     if method is None or schedule is None:
         return contextlib.nullcontext()
-    return apply_sdtp(model, method.pruners, schedule, backend)
+    return apply_sdtp(model, method.pruners, schedule, backend, later_turns=False)  # a question stays whole
 
 
 def make_schedules(
@@ -380,7 +380,7 @@ class Reader:
         pruners = method.pruners
         if method.oracle is not None:
             pruners = self.oracle_scores(method.oracle, protocol, schedule.layers)
-        with apply_sdtp(self.model, pruners, schedule, self.backend):
+        with apply_sdtp(self.model, pruners, schedule, self.backend, later_turns=False):  # a question stays whole
             yield
 
     def oracle_scores(self, oracle: Oracle, protocol: str, layers: tuple[int, ...]) -> Mapping[int, Any]:

@@ -36,9 +36,9 @@ def apply_sdtp(
     Under the block budget a prompt may come in pieces: ``generate(prefill_chunk_size=...)``, later turns of a chat, a
     kept prefix and what follows it; the cache is that of one call with the whole. A call of the model itself with
     ``sdtp_prompt_length=columns`` reads a piece of a prompt of so many columns; without it, a call that continues a
-    cache adds tokens and prunes none. So does every call that continues a cache under the global budget: what follows
-    a kept prefix is not pruned, and is not what one prompt with all the tokens would be. ``generate()`` takes the
-    settings of :meth:`SdtpHandle.request` as keywords.
+    cache adds tokens and prunes none. So does a later turn under the global budget, while ``generate()`` refuses there
+    what stands directly behind a pruned prompt, unless `later_turns` is False: it would not be what one prompt with all
+    the tokens is. ``generate()`` takes the settings of :meth:`SdtpHandle.request` as keywords.
 
     Parameters
     ----------
@@ -55,7 +55,8 @@ def apply_sdtp(
         A name from :func:`explain_backends`; a name never falls back to another backend.
     later_turns : bool, default True
         Under the block budget, whether a prompt that continues a cache (a later turn of a chat, what follows a kept
-        prefix) is pruned as it completes blocks. Generated tokens wait for the next prompt.
+        prefix) is pruned as it completes blocks. Generated tokens wait for the next prompt. False: all that follows the
+        first prompt is added whole, under either budget.
     evict_earlier_kv : bool, default False
         Drop what a stage prunes from the caches of the layers below it as well. All layers then hold the same tokens,
         those that the last stage keeps; tokens that come later see nothing else in any layer. A prompt has to be

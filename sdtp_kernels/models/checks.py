@@ -11,7 +11,7 @@ from packaging.version import Version
 from transformers import Qwen2ForCausalLM, Qwen2Model
 
 from .attention import ATTENTIONS
-from .cache import check_supported, is_growing
+from .cache import check_supported, is_growing, pruned_layer
 from .devices import own_forward
 
 if TYPE_CHECKING:
@@ -105,6 +105,21 @@ def check_pieces(pruning: Pruning, is_chunk: bool, is_later: bool) -> None:
                 "whole. Prefill in one piece and apply_sdtp(..., later_turns=False), or mark a scorer that looks at "
                 "nothing behind the block with @block_local"
             )
+
+
+def check_is_turn(pruning: Pruning, cache: Any) -> None:
+    """Refuse what follows a kept prefix under the global budget, unless the caller said that nothing later is pruned.
+
+    A turn of a chat stands behind an answer; what stands directly behind a pruned prompt would belong to it.
+    """
+    layer = pruned_layer(cache, pruning.schedule.layers[0])
+    if pruning.schedule.budget != "block" and pruning.later_turns and layer is not None and layer.num_appended == 0:
+        raise NotImplementedError(
+            "this cache holds a pruned prompt and nothing behind it: what follows such a prefix would not be pruned as "
+            "one prompt with all the tokens, which the global budget ranks at once. Use "
+            'PruningSchedule(budget="block"), where it is, or apply_sdtp(..., later_turns=False) '
+            "to add all that follows unpruned"
+        )
 
 
 def check_takes_pieces(cache: Any) -> None:

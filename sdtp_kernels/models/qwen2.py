@@ -26,6 +26,7 @@ from .checks import (
     assert_left_padded,
     check_call,
     check_inputs,
+    check_is_turn,
     check_layers,
     check_pieces,
     check_takes_pieces,
@@ -177,6 +178,8 @@ def _make_forward(pruning: Pruning) -> Callable[..., Any]:
             is_asked = prompt_length is not None and settings.is_enabled
             is_prompt = earlier is not None and (is_asked or earlier.is_behind)
             if prompt_length is not None and not is_prompt and not torch.compiler.is_compiling():
+                if settings.is_enabled:
+                    check_is_turn(pruning, cache)
                 handle.note(_why_only_added(pruning, settings.is_enabled, width))
         is_pruned = is_prompt or (not is_first and any(stage_of(cache, i) for i in range(len(self.layers))))
         if not is_pruned:
