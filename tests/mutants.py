@@ -550,6 +550,13 @@ MUTANTS = [
         "test_train_targets.py",
     ),
     Mutant(
+        "a width that is no whole number of vectors",
+        "python/sdtp_train/train.py",
+        "hidden_size // 12 // 16 * 16",
+        "hidden_size // 12",
+        "test_train_pruners.py::test_an_mlp_is_a_third_of_the_papers_in_whole_vectors",
+    ),
+    Mutant(
         "supervision that never enters the loss",
         "python/sdtp_train/train.py",
         "self.objective.weights[name] * value for name, value in terms.items()",

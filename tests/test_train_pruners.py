@@ -94,6 +94,11 @@ def test_spearman_by_hand():
     assert losses.spearman(a, torch.tensor([2.0, 1.0, 4.0, 3.0, 5.0])).item() == pytest.approx(0.8)
 
 
+@pytest.mark.parametrize(("hidden_size", "width"), [(32, 16), (576, 48), (896, 64), (1536, 128), (3584, 288)])
+def test_an_mlp_is_a_third_of_the_papers_in_whole_vectors(hidden_size, width):
+    assert train.default_width(hidden_size) == width
+
+
 # ------------------------------------------------------------------------------------------------------- simulation
 
 
