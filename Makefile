@@ -12,7 +12,7 @@ MACHINE ?= $(shell uname -m)-$(shell nproc)core
 RESULTS = benchmarks/results/$(MACHINE)
 BENCH = $(BIN)/sdtp bench
 
-.PHONY: help demo bench peers report train gpu-check test test-mutants lint format wheel clean
+.PHONY: help demo bench peers report train train-kl gpu-check test test-mutants lint format wheel clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -77,11 +77,24 @@ gpu-check: $(VENV)/install.done ## on a machine with a GPU: prove the kernels th
 report: $(VENV)/install.done ## docs/report and the README's tables, made anew from the rows in benchmarks/results
 	$(BIN)/sdtp bench report
 
-train: $(VENV)/install.done ## the pruners of SmolLM2-135M anew, from texts that every Python has: best form and paper's form
-	$(BIN)/sdtp saliency --samples 256 --context 512 1024 --out build/train/saliency
-	$(BIN)/sdtp train --saliency build/train/saliency --epochs 6 --out build/train/smollm2-135m.safetensors
-	$(BIN)/sdtp train --saliency build/train/saliency --epochs 6 --no-distance --attention-weight 0 --pooling 1 \
-		--no-averaging --intermediate 144 --out build/train/smollm2-135m-paper.safetensors
+TRAIN = build/train
+train: $(TRAIN)/smollm2-135m.safetensors $(TRAIN)/smollm2-135m-paper.safetensors ## SmolLM2-135M's pruners by regression, best form and paper's form, from texts that every Python has
+
+train-kl: $(TRAIN)/smollm2-135m-kl.safetensors ## the pruners that ship: the best form of these, then trained from end to end (an hour more)
+
+# A killed stage 1 goes on where it was, so it may run again.
+$(TRAIN)/smollm2-135m.safetensors: | $(VENV)/install.done
+	$(BIN)/sdtp saliency --samples 256 --context 512 1024 --out $(TRAIN)/saliency
+	$(BIN)/sdtp train --saliency $(TRAIN)/saliency --epochs 6 --out $@
+
+$(TRAIN)/smollm2-135m-paper.safetensors: $(TRAIN)/smollm2-135m.safetensors
+	$(BIN)/sdtp train --saliency $(TRAIN)/saliency --epochs 6 --no-distance --attention-weight 0 --pooling 1 \
+		--no-averaging --intermediate 144 --out $@
+
+$(TRAIN)/smollm2-135m-kl.safetensors: $(TRAIN)/smollm2-135m.safetensors
+	$(BIN)/sdtp saliency --samples 720 --context 512 --seed 11 --out $(TRAIN)/saliency-kl
+	$(BIN)/sdtp train --saliency $(TRAIN)/saliency-kl --init $< --loss kl --epochs 1 --batch 3 --lr 1e-4 \
+		--keep 0.8 0.8 0.9 --eval-every 50 --out $@
 
 test: $(VENV)/nvcc.done ## everything that proves the package right: lint, tests, planted bugs
 	$(MAKE) lint $(VENV)/triton-3.8 $(VENV)/kvpress $(VENV)/quantizers
