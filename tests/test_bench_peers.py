@@ -215,7 +215,7 @@ def test_a_file_in_16_bits_is_the_same_model(gguf_file, tmp_path):
     from gguf import GGUFReader, quants
 
     wide = tmp_path / "wide.gguf"
-    llama_cpp.widen(gguf_file, wide, "F16")
+    llama_cpp.widen(gguf_file, wide)
     assert (llama_cpp.file_type(gguf_file), llama_cpp.file_type(wide)) == ("Q8_0", "F16")
     before, after = GGUFReader(gguf_file), GGUFReader(wide)
     for name, field in before.fields.items():

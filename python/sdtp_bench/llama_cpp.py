@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-WIDE = ("F16",)  # 16-bit forms; BF16 took 3 % longer to the first token of 2048 on a CPU with instructions for it
+WIDE = "F16"  # the 16-bit form; BF16 took 3 % longer to the first token of 2048 on a CPU with instructions for it
 ROOM = 256  # tokens of the context behind the prompt
 
 
@@ -74,15 +74,8 @@ def file_type(file: Path) -> str:
     return str(LlamaFileType(field.contents()).name).removeprefix("MOSTLY_")
 
 
-def widen(file: Path, dest: Path, form: str) -> None:
-    """Write a GGUF file anew with its matrices in 16 bits; vectors stay in 32, as llama.cpp has them.
-
-    Parameters
-    ----------
-    file, dest : Path
-    form : str
-        One of :data:`WIDE`.
-    """
+def widen(file: Path, dest: Path) -> None:
+    """Write a GGUF file anew with its matrices in 16 bits; vectors stay in 32, as llama.cpp has them."""
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
     from gguf.quants import dequantize, quantize
 
@@ -93,11 +86,11 @@ def widen(file: Path, dest: Path, form: str) -> None:
             continue
         value = field.contents()
         if name == "general.file_type":
-            value = int(LlamaFileType[f"MOSTLY_{form}"])
+            value = int(LlamaFileType[f"MOSTLY_{WIDE}"])
         is_array = field.types[0] == GGUFValueType.ARRAY
         writer.add_key_value(name, value, field.types[0], sub_type=field.types[-1] if is_array else None)
     for tensor in reader.tensors:
-        kind = GGMLQuantizationType.F32 if len(tensor.shape) == 1 else GGMLQuantizationType[form]
+        kind = GGMLQuantizationType.F32 if len(tensor.shape) == 1 else GGMLQuantizationType[WIDE]
         values = dequantize(tensor.data, tensor.tensor_type)
         writer.add_tensor(tensor.name, quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()

@@ -299,12 +299,12 @@ def llama_peers(contest: Contest, resources: contextlib.ExitStack) -> list[Peer 
     source = Path(args.gguf)
     folder = Path(resources.enter_context(tempfile.TemporaryDirectory()))
     found: list[Peer | tuple[str, str]] = []
-    for form in (llama_cpp.file_type(source), *llama_cpp.WIDE):
+    for form in (llama_cpp.file_type(source), llama_cpp.WIDE):
         name, file = f"llama.cpp {form}", source
         try:
-            if form in llama_cpp.WIDE:
+            if form == llama_cpp.WIDE:
                 file = folder / f"{form}.gguf"
-                llama_cpp.widen(source, file, form)
+                llama_cpp.widen(source, file)
             found.append(of_llama(contest, name, wheel, file))
         except (ImportError, RuntimeError, ValueError, KeyError, NotImplementedError) as error:
             found.append((name, f"{type(error).__name__}: {error}"))
