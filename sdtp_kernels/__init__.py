@@ -7,7 +7,7 @@ try:
     from .models import PrefillReport, SdtpHandle, apply_sdtp
     from .ops import PrunedTokens, gather_tokens, prune_tokens, score_tokens, select_tokens
     from .pruner import PrunerStack, TokenPruner, load_pruners, save_pruners
-    from .schedule import PruningSchedule, StagePlan
+    from .schedule import PruningSchedule, StagePlan, front_loaded
 except (ImportError, OSError) as error:
     # Without a torch that loads nothing above can work, but `sdtp doctor` must be able to say so.
     _torch_error = error
@@ -30,6 +30,7 @@ __all__ = [
     "TokenPruner",
     "apply_sdtp",
     "explain_backends",
+    "front_loaded",
     "gather_tokens",
     "load_pruners",
     "prune_tokens",

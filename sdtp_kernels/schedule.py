@@ -22,6 +22,53 @@ Length = TypeVar("Length", int, torch.Tensor)
 MAX_PROMPT = 2**30
 
 
+# Of `front_loaded`: chosen on development text, see docs/quality.md.
+EARLY_POWER = 0.7
+
+
+def front_loaded(keep_ratio: float, num_stages: int, power: float = EARLY_POWER) -> tuple[float, ...]:
+    """Keep ratios that drop more in the first stages and less in the last, at the budget of `keep_ratio` in each.
+
+    With the same ratio in every stage (the paper's form) a deep layer is left with little more than the prompt's end.
+    Here ``exp(-c s^power)`` of a prompt is left after stage ``s``, with `c` such that the mean of these shares over the
+    stages is that of ``keep_ratio^s``.
+
+    Parameters
+    ----------
+    keep_ratio : float
+        In ``(0, 1]``.
+    num_stages : int
+    power : float, default 0.7
+        1 is `keep_ratio` in every stage; less drops earlier. In ``(0, 1]``.
+
+    Returns
+    -------
+    tuple of float
+        One ratio a stage, for :class:`PruningSchedule`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
+    """
+    if not 0 < keep_ratio <= 1:
+        raise ValueError(f"keep_ratio={keep_ratio}: expected a share in (0, 1]; 1.0 keeps every token")
+    if not 0 < power <= 1:
+        raise ValueError(f"power={power}: expected a number in (0, 1]; 1 is the same ratio in every stage")
+    stages = range(1, num_stages + 1)
+    wanted = sum(keep_ratio**stage for stage in stages)
+    # Where all shares are keep_ratio the sum is too large, where they fall as fast as stage by stage it is too small.
+    low, high = 0.0, -math.log(keep_ratio) * num_stages
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(math.exp(-middle * stage**power) for stage in stages) > wanted:
+            low = middle
+        else:
+            high = middle
+    # In hundred-thousandths, one at least: short enough to be written down, and read back as the same schedule.
+    return tuple(max(1, round(1e5 * math.exp(high * ((stage - 1) ** power - stage**power)))) / 1e5 for stage in stages)
+
+
 class StagePlan(NamedTuple):
     """What one pruning stage asks of :func:`sdtp_kernels.select_tokens`, for one prompt length."""
 

@@ -629,6 +629,20 @@ MUTANTS = [
     ),
     # Counts.
     Mutant(
+        "drops late what is to be dropped early",
+        "sdtp_kernels/schedule.py",
+        "(stage - 1) ** power - stage**power",
+        "(stage - 1) ** (1 / power) - stage ** (1 / power)",
+        "test_schedule.py",
+    ),
+    Mutant(
+        "a shape forgotten where a budget is looked for",
+        "python/sdtp_eval/quality.py",
+        "shaped(hundred_thousandths / 100_000, base.num_stages, shape)",
+        "hundred_thousandths / 100_000",
+        "test_eval_quality.py::test_a_ratio_is_found_for_every_budget",
+    ),
+    Mutant(
         "K off by one",
         "sdtp_kernels/schedule.py",
         "(length * numerator + (denominator - 1)) // denominator",

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from sdtp_eval import baselines, compare, parallel, quality
 from sdtp_eval.checkpoints import identify
 from sdtp_eval.tasks import AFTER, INSIDE, Sample
-from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp, cli, save_pruners
+from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp, cli, front_loaded, save_pruners
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -281,8 +281,14 @@ def test_schedules_and_their_labels() -> None:
         "0.8 @3,5",
     ]
     assert list(quality.make_schedules(arguments(), method, 12, 1000)) == ["0.9 @4:3", "0.8 @4:3"]
+    shapes = quality.make_schedules(arguments("--keep", "0.8", "--shape", "even", "early"), method, 12, 1000)
+    assert {label: schedule.keep_ratio for label, schedule in shapes.items()} == {
+        "0.8 @4:3": 0.8,
+        "0.8 @4:3 early": front_loaded(0.8, 3),
+    }
     for options, message in (
-        (["--keep", "x"], "--keep x"), (["--layers", "a:b"], "FIRST:STEP"), (["--mean-keep", "0.1"], "keep between"),
+        (["--keep", "x"], "--keep x"), (["--keep", "0.9,0.8,1", "--shape", "early"], "leave out --shape early"),
+        (["--layers", "a:b"], "FIRST:STEP"), (["--mean-keep", "0.1"], "keep between"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             quality.make_schedules(arguments(*options), method, 12, 1000)
@@ -290,8 +296,11 @@ def test_schedules_and_their_labels() -> None:
 
 @pytest.mark.parametrize("budget", ["global", "block"])
 @pytest.mark.parametrize("layers", ["4:3", "10:3", "13"])
-def test_a_ratio_is_found_for_every_budget(budget: str, layers: str) -> None:
-    args = arguments("--mean-keep", "0.673", "--layers", layers, "--budget", budget, "--block-size", "256")
+@pytest.mark.parametrize("shape", quality.SHAPES)
+def test_a_ratio_is_found_for_every_budget(budget: str, layers: str, shape: str) -> None:
+    args = arguments(
+        "--mean-keep", "0.673", "--layers", layers, "--budget", budget, "--block-size", "256", "--shape", shape
+    )
     ((label, schedule),) = quality.make_schedules(args, quality.Method("any"), 30, 1024).items()
     assert schedule.mean_keep(1024, 30) == pytest.approx(0.673, abs=0.002)
     assert label.startswith("B 0.673 @")

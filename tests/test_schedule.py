@@ -1,5 +1,6 @@
 """The counts: exact, the same for ints, symbolic sizes and tensors."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import naive_keep
 
-from sdtp_kernels import PruningSchedule
+from sdtp_kernels import PruningSchedule, front_loaded
 from sdtp_kernels.schedule import MAX_PROMPT
 
 ratios = st.decimals(min_value="0.001", max_value=1, places=3).map(float)
@@ -71,6 +72,31 @@ def test_budget_unit():
     schedule = PruningSchedule.every(28)
     assert schedule.layers == (4, 7, 10, 13, 16, 19, 22, 25)
     assert schedule.mean_keep(100_000, 28) == pytest.approx((4 + 3 * sum(0.9**s for s in range(1, 9))) / 28, abs=1e-4)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.95, 0.9, 0.8, 0.5])
+def test_front_loaded_has_the_budget_of_the_even_ratio_and_drops_it_earlier(keep_ratio):
+    even = [keep_ratio**stage for stage in range(1, 10)]
+    early = list(itertools.accumulate(front_loaded(keep_ratio, 9), lambda a, b: a * b))
+    assert sum(early) == pytest.approx(sum(even), abs=1e-3)
+    assert early[0] < even[0]
+    assert early[-1] > even[-1]
+    # What is left falls as a stretched exponential: its logarithm is -c s^power.
+    assert [math.log(share) / math.log(early[0]) for share in early] == pytest.approx(
+        [stage**0.7 for stage in range(1, 10)], rel=1e-3
+    )
+    assert front_loaded(keep_ratio, 9, power=1) == pytest.approx([keep_ratio] * 9, abs=1e-5)
+    assert front_loaded(keep_ratio, 1) == (keep_ratio,)
+
+
+def test_front_loaded_is_a_schedule_for_every_ratio():
+    for keep_ratio in (1e-5, 0.001, 0.3, 1.0):
+        PruningSchedule.every(30, keep_ratio=front_loaded(keep_ratio, 9))
+    assert front_loaded(1.0, 3) == (1.0, 1.0, 1.0)
+    for arguments, message in (((0.0, 3), "keep_ratio=0.0"), ((1.1, 3), "keep_ratio=1.1"), ((0.9, 3, 0), "power=0"),
+                               ((0.9, 3, 1.5), "power=1.5")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            front_loaded(*arguments)
 
 
 def test_block_counts_do_not_depend_on_what_follows():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtp_eval.paired import Pair, cache_bytes, in_turns, timed
 from sdtp_eval.provenance import describe_run
-from sdtp_eval.quality import KEEP_ALL, greedy
+from sdtp_eval.quality import KEEP_ALL, SHAPES, greedy, shaped
 
 if TYPE_CHECKING:
     import argparse
@@ -41,6 +41,7 @@ def add_command(subparsers: Any) -> None:
         help="a training-free scorer instead: attention (default with --model), recent, norm, random",
     )
     parser.add_argument("--keep", type=float, default=0.9, help="share of tokens that each stage keeps (%(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="even", help="of the schedule; see 'eval run' (%(default)s)")
     parser.add_argument(
         "--tokens", type=int, default=4096, help="length of the prompt, with the question (%(default)s)"
     )
@@ -221,14 +222,18 @@ def _method(args: argparse.Namespace, config: Any) -> tuple[Mapping[int, TokenPr
     from sdtp_eval.checkpoints import DEFAULT_PRUNERS, bundled_pruners
     from sdtp_kernels import PruningSchedule, load_pruners
 
-    settings = {"keep_ratio": args.keep, "budget": args.budget, "block_size": args.block_size}
     file = args.pruner
     if not (file or args.scorer or args.model):
         file = bundled_pruners()[DEFAULT_PRUNERS]
-    if file:
-        stack = load_pruners(file)
-        return stack, PruningSchedule(layers=tuple(sorted(stack)), **settings)
-    return args.scorer or "attention", PruningSchedule.every(config.num_hidden_layers, **settings)
+    stack = load_pruners(file) if file else None
+    layers = tuple(sorted(stack)) if stack else PruningSchedule.every(config.num_hidden_layers).layers
+    schedule = PruningSchedule(
+        layers=layers,
+        keep_ratio=shaped(args.keep, len(layers), args.shape),
+        budget=args.budget,
+        block_size=args.block_size,
+    )
+    return stack or args.scorer or "attention", schedule
 
 
 # ----------------------------------------------------------------------------------------------------- measuring

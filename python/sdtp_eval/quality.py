@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 RUNS = "runs.jsonl"
 LAYERS = "4:3"  # the paper's pattern: from layer 4, every third
+SHAPES = ("even", "early")  # how a ratio becomes those of the stages: as it is, or front_loaded
 DEFAULT_METHODS = ("random", "recent", "norm", "attention")
 # Keeps every token of up to a million, yet is less than 1: scorers run, and nothing is dropped.
 KEEP_ALL = 1 - 1e-8
@@ -109,6 +110,10 @@ def add_schedule_options(parser: argparse.ArgumentParser) -> None:
     how_much.add_argument(
         "--mean-keep", nargs="+", type=float, metavar="B",
         help="instead: find the ratio that keeps this share of the tokens on average over all layers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shape", nargs="+", choices=SHAPES, default=["even"],
+        help="even: the same ratio in each stage; early: front_loaded, to the same budget (default: even)",
     )  # fmt: skip
     parser.add_argument(
         "--layers", nargs="+", metavar="LAYERS",
@@ -231,44 +236,68 @@ def make_schedules(
         sizes = args.block_size if budget == "block" else [PruningSchedule.block_size]
         budgets += [(budget, size) for size in sizes]
     found = {}
-    for layers in patterns:
-        for budget, block_size in budgets:
-            base = PruningSchedule(
-                layers=layers, budget=budget, block_size=block_size, sink=args.sink, recent=args.recent
-            )
-            notes = [f"@{_show_layers(layers)}"]
-            notes += [f"block {block_size}"] if budget == "block" else []
-            notes += [f"sink {args.sink}"] if args.sink != PruningSchedule.sink else []
-            notes += [f"recent {args.recent:g}"] if args.recent != PruningSchedule.recent else []
-            for word in args.mean_keep or args.keep:
-                if args.mean_keep:
-                    schedule = schedule_for(base, word, num_layers, tokens)
-                    label = f"B {word:g}"
-                else:
-                    schedule, label = dataclasses.replace(base, keep_ratio=_parse_ratio(word)), str(word)
-                found[" ".join([label, *notes])] = schedule
+    for layers, (budget, block_size), shape in itertools.product(patterns, budgets, args.shape):
+        base = PruningSchedule(layers=layers, budget=budget, block_size=block_size, sink=args.sink, recent=args.recent)
+        notes = [f"@{_show_layers(layers)}"]
+        notes += ["early"] if shape == "early" else []
+        notes += [f"block {block_size}"] if budget == "block" else []
+        notes += [f"sink {args.sink}"] if args.sink != PruningSchedule.sink else []
+        notes += [f"recent {args.recent:g}"] if args.recent != PruningSchedule.recent else []
+        for word in args.mean_keep or args.keep:
+            if args.mean_keep:
+                schedule = schedule_for(base, word, num_layers, tokens, shape)
+                label = f"B {word:g}"
+            else:
+                ratio = _parse_ratio(word)
+                schedule, label = dataclasses.replace(base, keep_ratio=shaped(ratio, len(layers), shape)), str(word)
+            found[" ".join([label, *notes])] = schedule
     return found
 
 
-def schedule_for(base: PruningSchedule, mean_keep: float, num_layers: int, tokens: int) -> PruningSchedule:
-    """The schedule like `base` whose single keep ratio gives the mean kept share `mean_keep` at `tokens` tokens.
+def shaped(keep_ratio: float | tuple[float, ...], num_stages: int, shape: str) -> float | tuple[float, ...]:
+    """The keep ratio of a schedule of this shape, one of :data:`SHAPES`.
+
+    Raises
+    ------
+    ValueError
+        If there is a ratio for each stage already, and the shape is not even.
+    """
+    from sdtp_kernels import front_loaded
+
+    if shape == "even":
+        return keep_ratio
+    if isinstance(keep_ratio, tuple):
+        given = ",".join(map(str, keep_ratio))
+        raise ValueError(f"--keep {given}: there is a ratio for each stage already; leave out --shape {shape}")
+    return front_loaded(keep_ratio, num_stages)
+
+
+def schedule_for(
+    base: PruningSchedule, mean_keep: float, num_layers: int, tokens: int, shape: str = "even"
+) -> PruningSchedule:
+    """The schedule like `base` whose keep ratio, in this shape, gives the mean kept share `mean_keep` at `tokens`.
 
     Raises
     ------
     ValueError
         If no ratio does: the tokens that are always kept are too many, or pruning begins too late.
     """
-    low, high = 1, 100_000  # hundred-thousandths: B grows with the ratio
+
+    def at(hundred_thousandths: int) -> PruningSchedule:
+        ratio = shaped(hundred_thousandths / 100_000, base.num_stages, shape)
+        return dataclasses.replace(base, keep_ratio=ratio)
+
+    low, high = 1, 100_000  # B grows with the ratio
     while low < high:
         middle = (low + high) // 2
-        if dataclasses.replace(base, keep_ratio=middle / 100_000).mean_keep(tokens, num_layers) < mean_keep:
+        if at(middle).mean_keep(tokens, num_layers) < mean_keep:
             low = middle + 1
         else:
             high = middle
-    schedule = dataclasses.replace(base, keep_ratio=low / 100_000)
+    schedule = at(low)
     found = schedule.mean_keep(tokens, num_layers)
     if abs(found - mean_keep) > compare.SAME_BUDGET:
-        least = dataclasses.replace(base, keep_ratio=1e-5).mean_keep(tokens, num_layers)
+        least = at(1).mean_keep(tokens, num_layers)
         raise ValueError(
             f"--mean-keep {mean_keep:g}: stages at {base.layers} of {num_layers} layers keep between {least:.3f} and 1 "
             f"of {tokens} tokens; ask for more, or begin to prune earlier"
