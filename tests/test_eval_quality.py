@@ -303,6 +303,7 @@ def test_a_ratio_is_found_for_every_budget(budget: str, layers: str, shape: str)
     )
     ((label, schedule),) = quality.make_schedules(args, quality.Method("any"), 30, 1024).items()
     assert schedule.mean_keep(1024, 30) == pytest.approx(0.673, abs=0.002)
+    assert isinstance(schedule.keep_ratio, tuple) == (shape == "early")
     assert label.startswith("B 0.673 @")
 
 
