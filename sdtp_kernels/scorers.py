@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 ATTENTION_WINDOW = 32  # SnapKV's window of last queries
-QUESTION_WINDOW = 8  # that of a pruner's attention term: sharper on what is asked for
+QUESTION_WINDOW = 16  # that of a pruner's attention term: sharper on what is asked for
 ATTENTION_POOLING = 7  # and its max-pooling width, so that a hit keeps its neighbours
 
 
@@ -129,7 +129,7 @@ def _max_pool(values: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def question_attention(stage: StageInput) -> torch.Tensor:
-    """What :meth:`sdtp_kernels.TokenPruner.score_bias` takes: :func:`attention_score` of the last 8 queries."""
+    """What :meth:`sdtp_kernels.TokenPruner.score_bias` takes: :func:`attention_score` of the last 16 queries."""
     return attention_score(stage, QUESTION_WINDOW)
 
 

@@ -242,9 +242,9 @@ def test_flops_by_hand() -> None:
     # Queries 8*8 for the window of 32, logits 32 * n * 4 heads * 2; the keys are in the cache.
     attention = sum(2 * (32 * 64 + 32 * n * 8) for n in (100, 50))
     assert scoring_flops(config, schedule, 100, "attention") == attention
-    # As a term of a pruner: the last 8 queries.
+    # As a term of a pruner: the last 16 queries.
     both = {layer: TokenPruner(8, 3, attention=True) for layer in (1, 2)}
-    assert scoring_flops(config, schedule, 100, both) == (48 + 6) * 150 + attention // 4
+    assert scoring_flops(config, schedule, 100, both) == (48 + 6) * 150 + attention // 2
     # Blocks do not see the prompt's end: there a pruner scores by its MLP alone.
     blocks = PruningSchedule(layers=(1, 2), keep_ratio=0.5, sink=0, budget="block", block_size=40, min_prompt=1)
     assert scoring_flops(config, blocks, 100, both) == (48 + 6) * (100 + 2 * 20 + 20)
