@@ -345,7 +345,7 @@ def quality_readme(rows: Results) -> list[Table]:
             own, rival = (found.get((method, row["schedule"])) for method in (row["method"], "attention"))
             if own and rival and " block " not in row["schedule"]:
                 counts = (f"{round(r['exact']['mean'] * r['n'])} of {r['n']}" for r in (own, rival))
-                keep = row["schedule"].partition(" ")[0]
+                keep = " ".join(word for word in row["schedule"].split() if not word.startswith("@"))
                 cells.append((keep, number(row["mean_keep"], 3), interval(row["nll_increase"]), *counts))
         columns = (
             "keep per stage", "B", "loss of the next tokens, nats a token", "pass keys found",
