@@ -17,6 +17,7 @@ from sdtp_kernels import (
     explain_backends,
     gather_tokens,
     prune_tokens,
+    reference,
     score_tokens,
     select_tokens,
 )
@@ -81,9 +82,18 @@ def test_score(backend, dtype, rms_eps, tokens, hidden_size, intermediate_size):
 
 
 @backends
+@pytest.mark.parametrize("width", [1, 15, 48, 49, 70, 96, 97])
+def test_score_of_every_width(backend, width):
+    hidden_states, weights = pruner_inputs(21, 40, width)
+    got = score_tokens(hidden_states, *weights, rms_eps=1e-6, backend=backend)
+    torch.testing.assert_close(got, reference.score_tokens(hidden_states, *weights, rms_eps=1e-6), atol=1e-5, rtol=1e-5)
+
+
+@backends
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_score_does_not_depend_on_the_company(backend, dtype):
-    hidden_states, weights = pruner_inputs(700, 64, 16, dtype, batch=3)
+@pytest.mark.parametrize("intermediate_size", [16, 112])  # narrow pruners have a kernel of their own on some machines
+def test_a_score_does_not_depend_on_the_company(backend, dtype, intermediate_size):
+    hidden_states, weights = pruner_inputs(700, 64, intermediate_size, dtype, batch=3)
     together = score_tokens(hidden_states, *weights, rms_eps=1e-6, backend=backend)
     for row, length in ((0, 700), (1, 513), (2, 1), (1, 256), (0, 300)):  # rows are right-aligned
         alone = score_tokens(hidden_states[row : row + 1, 700 - length :], *weights, rms_eps=1e-6, backend=backend)
@@ -91,8 +101,9 @@ def test_a_score_does_not_depend_on_the_company(backend, dtype):
 
 
 @backends
-def test_score_layouts_and_nan(backend):
-    hidden_states, weights = pruner_inputs(600, 64, 16, batch=2)
+@pytest.mark.parametrize("intermediate_size", [16, 112])
+def test_score_layouts_and_nan(backend, intermediate_size):
+    hidden_states, weights = pruner_inputs(600, 64, intermediate_size, batch=2)
     expected = score_tokens(hidden_states, *weights, backend=backend)
     strided = torch.full((2, 1200, 130), torch.nan)[:, ::2, :128:2].copy_(hidden_states)
     transposed = hidden_states.transpose(1, 2).contiguous().transpose(1, 2)

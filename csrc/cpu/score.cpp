@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/ops.h"
+#include "cpu/score_narrow.h"
 #include "cpu/score_tile.h"
 
 namespace sdtp::cpu {
@@ -40,6 +41,7 @@ struct ScoreCall {
     int64_t hidden_size;
     const void* w1;  // [pruner_size, hidden_size], contiguous
     ScalarType matmul_dtype;
+    const float* packed;  // w1 for score_narrow; null where that does not serve
     Head head;
     std::optional<double> rms_eps;
     const float* score_bias;  // [B, num_tokens], contiguous; may be null
@@ -106,6 +108,12 @@ Tensor multiply(const Tensor& tile, const Tensor& w1) {
     return product;
 }
 
+void add_bias(const ScoreCall& call, int64_t row, int64_t start, int64_t count, float* scores) {
+    if (call.score_bias == nullptr) return;
+    const float* bias = call.score_bias + row * call.num_tokens + start;
+    for (int64_t token = 0; token < count; ++token) scores[token] += bias[token];
+}
+
 // Scores the tiles `begin:end`, counted through all batch rows. Tiles are cut from the end of a row, where left-padded
 // rows agree, and an incomplete one fills the end of its matmul: a token has the same place in the same matmul whatever
 // the padding before it. Rows of a matmul without a token are computed too and dropped.
@@ -127,6 +135,15 @@ void score_tiles(const ScoreCall& call, int64_t begin, int64_t end) {
         const int64_t unused = kTileTokens - count;
         const auto* tokens =
             static_cast<const Element*>(call.hidden_states) + row * call.batch_stride + start * call.token_stride;
+        float* scores = call.scores + row * call.num_tokens + start;
+        if constexpr (std::is_same_v<Element, float>) {
+            if (call.packed != nullptr) {
+                score_narrow(tokens, call.token_stride, count, hidden_size, call.packed, call.head,
+                             call.rms_eps ? &*call.rms_eps : nullptr, scores);
+                add_bias(call, row, start, count, scores);
+                continue;
+            }
+        }
         const MatmulElement* tile = nullptr;
         if constexpr (std::is_same_v<Element, MatmulElement>) {
             const bool is_aligned = reinterpret_cast<uintptr_t>(tokens) % kAlignment == 0;
@@ -147,11 +164,8 @@ void score_tiles(const ScoreCall& call, int64_t begin, int64_t end) {
         }
         const Tensor products = multiply(dense_view(tile, kTileTokens, hidden_size, call.matmul_dtype), w1);
         const auto* products_data = static_cast<const MatmulElement*>(products.const_data_ptr());
-        float* scores = call.scores + row * call.num_tokens + start;
-        finish_tile(products_data + unused * pruner_size, inv_rms_data, count, call.head, scores);
-        if (call.score_bias == nullptr) continue;
-        const float* bias = call.score_bias + row * call.num_tokens + start;
-        for (int64_t token = 0; token < count; ++token) scores[token] += bias[token];
+        finish_tile(products_data + unused * pruner_size, pruner_size, inv_rms_data, count, call.head, scores);
+        add_bias(call, row, start, count, scores);
     }
 }
 
@@ -195,6 +209,13 @@ Tensor score_tokens(const Tensor& hidden_states, const Tensor& w1, const Tensor&
     call.matmul_dtype = matmul_dtype;
     call.head = {b1_values.const_data_ptr<float>(), w2_values.const_data_ptr<float>(), *b2.const_data_ptr<float>(),
                  w1.size(0)};
+    std::optional<Tensor> packed;
+    if (dtype == ScalarType::Float && is_narrow(w1.size(0))) {
+        const std::array<int64_t, 1> size{call.hidden_size * padded_size(w1.size(0))};
+        packed = stable::empty(IntHeaderOnlyArrayRef(size), dtype, std::nullopt, stable::Device(DeviceType::CPU));
+        pack_narrow(weights.const_data_ptr<float>(), w1.size(0), call.hidden_size, packed->mutable_data_ptr<float>());
+        call.packed = packed->const_data_ptr<float>();
+    }
     call.rms_eps = rms_eps;
     call.score_bias = bias ? bias->const_data_ptr<float>() : nullptr;
     call.scores = scores.mutable_data_ptr<float>();

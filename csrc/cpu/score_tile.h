@@ -25,9 +25,11 @@ struct Head {
     int64_t pruner_size;
 };
 
-// scores = w2 . GELU(products * inv_rms + b1) + b2 for `num_tokens` rows of the dense `products`. A null `inv_rms`
-// is 1.
-void finish_tile(const float* products, const float* inv_rms, int64_t num_tokens, const Head& head, float* scores);
-void finish_tile(const BFloat16* products, const float* inv_rms, int64_t num_tokens, const Head& head, float* scores);
+// scores = w2 . GELU(products * inv_rms + b1) + b2 for `num_tokens` rows of `products`, `stride` elements apart. A null
+// `inv_rms` is 1.
+void finish_tile(const float* products, int64_t stride, const float* inv_rms, int64_t num_tokens, const Head& head,
+                 float* scores);
+void finish_tile(const BFloat16* products, int64_t stride, const float* inv_rms, int64_t num_tokens, const Head& head,
+                 float* scores);
 
 }  // namespace sdtp::cpu
