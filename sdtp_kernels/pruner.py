@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 FORMAT = "sdtp-pruners"
 FORMAT_VERSION = 1
 
-DISTANCE_KNOTS = 18  # distances up to 2^17 - 1
+DISTANCE_KNOTS = 18
+FARTHEST = 2 ** (DISTANCE_KNOTS - 1) - 1  # what is farther counts as this
 ATTENTION_FLOOR = 1e-9  # below every probability that matters, so that a logarithm of 0 stays finite
 
 
@@ -140,14 +141,18 @@ class TokenPruner(nn.Module):
         if self.attention:
             if attention is None:
                 raise ValueError("this pruner weighs the last-window attention: pass `attention` as well")
-            weight = torch.ones_like(bias) if is_valid is None else is_valid.float()
-            value = torch.log(attention.float() + ATTENTION_FLOOR)
-            # Standardised in its own row, so that one weight fits every prompt length.
-            count = weight.sum(-1, keepdim=True).clamp(min=1)
-            centred = value - (value * weight).sum(-1, keepdim=True) / count
-            spread = ((centred.square() * weight).sum(-1, keepdim=True) / count).sqrt()
-            bias = bias + self.attention_weight.float() * centred / (spread + 1e-6)
+            bias = bias + self.attention_term(attention, is_valid)
         return bias
+
+    def attention_term(self, attention: torch.Tensor, is_valid: torch.Tensor | None = None) -> torch.Tensor:
+        """The part of :meth:`score_bias` that follows from the attention."""
+        value = torch.log(attention.float() + ATTENTION_FLOOR)
+        weight = torch.ones_like(value) if is_valid is None else is_valid.float()
+        # Standardised in its own row, so that one weight fits every prompt length.
+        count = weight.sum(-1, keepdim=True).clamp(min=1)
+        centred = value - (value * weight).sum(-1, keepdim=True) / count
+        spread = ((centred.square() * weight).sum(-1, keepdim=True) / count).sqrt()
+        return self.attention_weight.float() * centred / (spread + 1e-6)
 
     def distance_term(self, distance: torch.Tensor) -> torch.Tensor:
         """The part of :meth:`score_bias` that follows from the distance to the prompt's end alone."""

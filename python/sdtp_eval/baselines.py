@@ -199,7 +199,7 @@ def pruner_score(pruner: Any, stage: StageInput) -> torch.Tensor:
     from sdtp_kernels.models.scoring import Fused
 
     scores = pruner(stage.hidden_states)
-    bias = Fused(pruner, pruner.weights(), None).score_bias(stage)
+    bias = Fused.of(pruner, pruner.w1.dtype).score_bias(stage)
     return scores if bias is None else scores + bias  # type: ignore[no-any-return]
 
 

@@ -137,7 +137,7 @@ def _scorers(
         if not isinstance(pruner, TokenPruner):
             return pruner  # type: ignore[no-any-return]
         pruner = pruner.to(model.device)
-        fused = Fused(pruner, pruner.weights(model.dtype), pruner.rms_eps if pruner.rms_norm else None)
+        fused = Fused.of(pruner, model.dtype)
 
         def score(stage: StageInput) -> torch.Tensor:
             nonlocal opinion
