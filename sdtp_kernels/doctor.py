@@ -172,7 +172,7 @@ def _check_backend(backend: str, device: str) -> None:
     """Compare one backend with the reference on small inputs; AssertionError says what differs."""
     import torch
 
-    from sdtp_kernels import gather_tokens, prune_tokens, score_tokens, select_tokens
+    from sdtp_kernels import gather_tokens, prune_tokens, score_tokens, select_tokens, window_attention
 
     def expect_equal(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
         if not torch.equal(got.cpu(), expected.cpu()):
@@ -216,6 +216,15 @@ def _check_backend(backend: str, device: str) -> None:
         expect_equal("prune_tokens", pruned.indices, indices)
         expect_equal("prune_tokens", pruned.hidden_states, rows[0])
         expect_equal("prune_tokens", pruned.tensors[0], rows[1])
+
+        query = torch.randn(batch, 6, 5, 8, generator=generator).to(device, dtype)
+        weight = torch.ones(batch, 5, device=device)
+        scores, expected = (
+            window_attention(query, heads, positions[:, -5:], positions, weight, scaling=0.3, pooling=7, backend=name)
+            for name in (backend, "reference")
+        )
+        if not torch.allclose(scores, expected, rtol=0, atol=tolerance):
+            raise AssertionError(f"window_attention is off by {(scores - expected).abs().max().item():.3g} in {dtype}")
 
 
 def _describe(error: BaseException) -> str:

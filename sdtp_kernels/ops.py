@@ -1,6 +1,6 @@
 """The operators: schema, shapes, gradients and the public functions.
 
-``torch.ops.sdtp`` holds four ops. They are opaque to ``torch.compile``; the backend is chosen inside them. All are
+``torch.ops.sdtp`` holds five ops. They are opaque to ``torch.compile``; the backend is chosen inside them. All are
 functional, none reads a tensor's value on the host, and output shapes follow from input shapes and ``num_keep`` alone.
 """
 
@@ -16,7 +16,7 @@ from .reference import token_dim
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["PrunedTokens", "gather_tokens", "prune_tokens", "score_tokens", "select_tokens"]
+__all__ = ["PrunedTokens", "gather_tokens", "prune_tokens", "score_tokens", "select_tokens", "window_attention"]
 
 _PRUNER = "Tensor w1, Tensor b1, Tensor w2, Tensor b2"
 _SELECTION = (
@@ -29,6 +29,8 @@ _SCHEMAS = (
     'gather_tokens(Tensor[] tensors, Tensor indices, str backend="auto") -> Tensor[]',
     f"prune_tokens(Tensor hidden_states, Tensor[] tensors, {_PRUNER}, {_SELECTION}, {_SCORING}, "
     'str backend="auto") -> (Tensor, Tensor[], Tensor)',
+    "window_attention(Tensor query, Tensor key, Tensor query_index, Tensor key_index, Tensor query_weight, "
+    'float scaling, int pooling=1, str backend="auto") -> Tensor',
 )
 
 # Module-level: a Library takes its definitions with it when it is collected.
@@ -232,6 +234,60 @@ def prune_tokens(
     )  # fmt: skip
 
 
+def window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_index: torch.Tensor,
+    key_index: torch.Tensor,
+    query_weight: torch.Tensor,
+    *,
+    scaling: float,
+    pooling: int = 1,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The attention that a window of queries pays each key, SnapKV's measure (arXiv 2404.14469).
+
+    Softmax per query over the keys that it sees, weighted sum over the queries, max-pooling per head, mean over the
+    heads. A key is seen where ``0 <= key_index <= query_index``. A query that sees none, or whose weight is 0, has no
+    say.
+
+    Parameters
+    ----------
+    query : Tensor [B, H, w, d]
+        Rotated, not scaled. float32, bfloat16, float16 (or float64, reference backend only).
+    key : Tensor [B, KV, n, d]
+        In the dtype of `query`; each of the KV heads serves H / KV query heads, in order.
+    query_index : Tensor [B, w], int64
+    key_index : Tensor [B, n], int64
+        Positions in the row's own text; negative for padding.
+    query_weight : Tensor [B, w], float32
+        Not negative.
+    scaling : float
+        Factor of the logits.
+    pooling : int, default 1
+        Odd width of the max-pooling, in keys.
+    backend : str, default "auto"
+        As in :func:`score_tokens`.
+
+    Returns
+    -------
+    Tensor [B, n], float32
+        Equal across backends up to rounding (of 16-bit inputs, some round the logits to 16 bits). On a CPU a row's
+        result does not depend on the other rows of the batch, nor on padding before it, to the last bit. It has
+        no gradient.
+
+    Raises
+    ------
+    ValueError
+        If shapes, dtypes or devices do not fit.
+    BackendUnavailableError
+        If the named backend cannot run on these inputs.
+    """
+    return torch.ops.sdtp.window_attention(  # type: ignore[no-any-return]
+        query, key, query_index, key_index, query_weight, scaling, pooling, backend
+    )
+
+
 # ---------------------------------------------------------------------------------------------- argument checks
 
 
@@ -283,6 +339,13 @@ def _check_pruner(
         )
 
 
+def _check_pooling(pooling: int) -> None:
+    _check(
+        pooling >= 1 and pooling % 2 == 1,
+        f"pooling={pooling}: expected an odd number of tokens, or 1 for none: a token and as many on either side",
+    )
+
+
 def _check_selection(
     shape: torch.Size,
     device: torch.device,
@@ -294,10 +357,7 @@ def _check_selection(
     pooling: int,
 ) -> None:
     batch, length = shape[0], shape[1]
-    _check(
-        pooling >= 1 and pooling % 2 == 1,
-        f"pooling={pooling}: expected an odd number of tokens, or 1 for none: a token and as many on either side",
-    )
+    _check_pooling(pooling)
     _check(
         min(sink, recent) >= 0 and (block_size is None or block_size >= 1),
         f"sink={sink}, recent={recent}, block_size={block_size}: expected counts >= 0, blocks of at least one token",
@@ -344,6 +404,42 @@ def _check_gather(tensors: Sequence[torch.Tensor], indices: torch.Tensor) -> Non
             f"tensors[{i}]: expected [B, N], [B, N, D] or [B, heads, N, D] with B={indices.shape[0]} on "
             f"{indices.device}, got {_describe(tensor)}; expand a shared batch dimension first",
         )
+
+
+def _check_window(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_index: torch.Tensor,
+    key_index: torch.Tensor,
+    query_weight: torch.Tensor,
+    pooling: int,
+) -> None:
+    # Not _check: its messages, put together for nothing, would take a tenth of the op's time.
+    if query.dim() != 4 or query.dtype not in _FLOATS:
+        raise ValueError(f"query: expected [B, H, w, d] of a floating dtype, got {_describe(query)}")
+    batch, heads, window, head_dim = query.shape
+    if key.dim() != 4 or (key.shape[0], key.shape[3], key.dtype) != (batch, head_dim, query.dtype):
+        raise ValueError(
+            f"key: expected [{batch}, KV, n, {head_dim}] in the dtype of query, {query.dtype}, got {_describe(key)}"
+        )
+    if key.shape[1] == 0 or heads % key.shape[1] != 0:
+        raise ValueError(f"key: got {key.shape[1]} heads, expected a divisor of the {heads} heads of query")
+    for name, tensor, length, dtype in (
+        ("query_index", query_index, window, torch.int64),
+        ("key_index", key_index, key.shape[2], torch.int64),
+        ("query_weight", query_weight, window, torch.float32),
+    ):
+        if tensor.shape != (batch, length) or tensor.dtype != dtype:
+            raise ValueError(f"{name}: expected {[batch, length]} {dtype}, got {_describe(tensor)}")
+    for name, tensor in (
+        ("key", key),
+        ("query_index", query_index),
+        ("key_index", key_index),
+        ("query_weight", query_weight),
+    ):
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move one of them")
+    _check_pooling(pooling)
 
 
 # ----------------------------------------------------------------------------------------------- implementations
@@ -421,11 +517,28 @@ def _prune(
     )
 
 
+def _window(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_index: torch.Tensor,
+    key_index: torch.Tensor,
+    query_weight: torch.Tensor,
+    scaling: float,
+    pooling: int = 1,
+    backend: str = "auto",
+) -> torch.Tensor:
+    _check_window(query, key, query_index, key_index, query_weight, pooling)
+    chosen = backends.choose(backend, query.device, query.dtype)
+    with torch.no_grad():
+        return chosen.window_attention(query, key, query_index, key_index, query_weight, scaling, pooling)
+
+
 for _name, _implementation in (
     ("score_tokens", _score),
     ("select_tokens", _select),
     ("gather_tokens", _gather),
     ("prune_tokens", _prune),
+    ("window_attention", _window),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
 
@@ -461,6 +574,11 @@ def _prune_fake(
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     indices = hidden_states.new_empty((hidden_states.shape[0], num_keep), dtype=torch.int64)
     return _empty_rows(hidden_states, num_keep), [_empty_rows(tensor, num_keep) for tensor in tensors], indices
+
+
+@torch.library.register_fake("sdtp::window_attention", lib=_library)
+def _window_fake(query: torch.Tensor, key: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty((query.shape[0], key.shape[2]), dtype=torch.float32)
 
 
 def _empty_rows(tensor: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -535,5 +653,6 @@ def _prune_backward(
 torch.library.register_autograd("sdtp::score_tokens", _score_backward, setup_context=_score_setup, lib=_library)
 torch.library.register_autograd("sdtp::gather_tokens", _gather_backward, setup_context=_gather_setup, lib=_library)
 torch.library.register_autograd("sdtp::prune_tokens", _prune_backward, setup_context=_prune_setup, lib=_library)
-# A selection has no gradient; its int64 output says so to autograd by itself.
+# These two have no gradient: autograd passes them by, at no cost. Int64 output says so by itself, _window sees to it.
 _library.impl("select_tokens", torch.library.fallthrough_kernel, "Autograd")
+_library.impl("window_attention", torch.library.fallthrough_kernel, "Autograd")

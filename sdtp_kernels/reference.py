@@ -119,6 +119,46 @@ def prune_tokens(
     return kept_hidden_states, kept, indices
 
 
+def window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_index: torch.Tensor,
+    key_index: torch.Tensor,
+    query_weight: torch.Tensor,
+    scaling: float,
+    pooling: int = 1,
+) -> torch.Tensor:
+    """Softmax per query, weighted sum over queries, max-pooling per head, mean over heads, as in SnapKV.
+
+    The product is in the dtype of `query` and the rest in float32: GPU backends run this as it stands.
+    """
+    # Query heads that share a key head side by side, [B, kv_heads, groups * window, n]: one product for all of them.
+    group, window = query.shape[1] // key.shape[1], query.shape[2]
+    grouped = (query * scaling).unflatten(1, (-1, group)).flatten(2, 3)
+    logits = (grouped @ key.transpose(-1, -2)).float().unflatten(2, (group, window)).flatten(1, 2)
+
+    index = key_index[:, None]
+    is_seen = (index >= 0) & (index <= query_index[..., None]) & (query_weight[..., None] != 0)
+    # Not -inf: a query that sees nothing must not become NaN; it has no say in the sum.
+    logits = logits.masked_fill(~is_seen[:, None], torch.finfo(torch.float32).min)
+    weight = query_weight * is_seen.any(-1)
+    per_head = (weight[:, None, None] @ logits.softmax(-1)).squeeze(2)
+    return _max_pool(per_head, pooling).mean(1)
+
+
+def _max_pool(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Maximum of each value, none negative, and its `width` - 1 neighbours along the last dimension."""
+    # Not F.max_pool1d, which would tie a compiled graph to one length; nor by unfolding, which takes 4 to 7 times as
+    # long: the maximum of two maxima reaches twice as far.
+    pooled = F.pad(values, (width // 2,) * 2)
+    reach = 1
+    while reach < width:
+        step = min(reach, width - reach)
+        pooled = torch.maximum(pooled[..., :-step], pooled[..., step:])
+        reach += step
+    return pooled
+
+
 def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why this backend cannot run there; it always can."""
     return None

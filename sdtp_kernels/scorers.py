@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
+from . import ops
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch.distributed import ProcessGroup
 
 ATTENTION_WINDOW = 32  # SnapKV's window of last queries
@@ -38,10 +38,10 @@ class StageInput(NamedTuple):
     """Its input, ``[B, n, D]``; ``None`` where some tokens have waited for others (see :func:`block_local`)."""
     keys_below: torch.Tensor | None = None
     """The keys it cached, ``[B, kv_heads, n, head_dim]``; ``None`` without a cache, and where some tokens waited."""
-    is_padded: bool = True
-    """False where no row can have padding."""
     group: ProcessGroup | None = None
     """The processes that share the model's heads; each sees all tokens. ``None`` for one process alone."""
+    backend: str = "auto"
+    """Who runs the ops that a scorer calls."""
 
 
 def block_local(scorer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -98,34 +98,12 @@ def attention_score(stage: StageInput, window: int = ATTENTION_WINDOW) -> torch.
 
     query = project(attention.q_proj, slice(end - window, end))
     key = project(attention.k_proj, slice(None)) if stage.keys_below is None else stage.keys_below
-    # Query heads that share a key head side by side: [B, kv_heads, groups * window, n]. What has this size is touched
-    # as few times as can be: the products are few, so the time is that of the memory.
-    grouped = (query * attention.scaling).unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    logits = (grouped @ key.transpose(-1, -2)).float().unflatten(2, (-1, window)).flatten(1, 2)
     index, window_index = stage.token_index, stage.token_index[:, end - window : end]
-    # Before the window every query sees everything but padding. Not -inf: a query that is padding sees nothing, and
-    # must not become NaN; it has no say in the sum.
-    lowest = torch.finfo(torch.float32).min
-    hidden_ahead = index[:, None, end - window :] > window_index[:, :, None]
-    logits[..., end - window :].masked_fill_(hidden_ahead[:, None], lowest)
-    if stage.is_padded:
-        logits.masked_fill_((index < 0)[:, None, None], lowest)
-    weight = (window_index >= 0).float()
-    per_head = (weight[:, None, None] @ logits.softmax(-1)).squeeze(2)
-    return mean_over(_max_pool(per_head, ATTENTION_POOLING).mean(1), stage.group)
-
-
-def _max_pool(values: torch.Tensor, width: int) -> torch.Tensor:
-    """Maximum of each value, none negative, and its `width` - 1 neighbours along the last dimension."""
-    # Not F.max_pool1d, which would tie a compiled graph to one length; nor by unfolding, which takes 4 to 7 times as
-    # long: the maximum of two maxima reaches twice as far.
-    pooled = F.pad(values, (width // 2,) * 2)
-    reach = 1
-    while reach < width:
-        step = min(reach, width - reach)
-        pooled = torch.maximum(pooled[..., :-step], pooled[..., step:])
-        reach += step
-    return pooled
+    scores = ops.window_attention(
+        query, key, window_index, index, (window_index >= 0).float(),
+        scaling=attention.scaling, pooling=ATTENTION_POOLING, backend=stage.backend,
+    )  # fmt: skip
+    return mean_over(scores, stage.group)
 
 
 def question_attention(stage: StageInput) -> torch.Tensor:

@@ -20,6 +20,7 @@ from sdtp_kernels import (
     reference,
     score_tokens,
     select_tokens,
+    window_attention,
 )
 
 BACKENDS = ("reference", "cpu")
@@ -27,6 +28,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative to the spread of the scores: float32 is a different order of summation, bfloat16 and float16 inputs are
 # exact in float32, and a bfloat16 matmul may round the pre-activation once.
 SCORE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-2}
+
+OPS = ("score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "window_attention")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -274,6 +277,184 @@ def test_prune_equals_the_composition(backend, dtype, budget, padded):
         assert (got.indices >= 0).sum(-1).tolist() == [schedule.num_keep(n, 1) for n in lengths.tolist()]
 
 
+# ------------------------------------------------------------------------------------------------- window attention
+
+# Relative to the highest result: the reference multiplies in the dtype given.
+WINDOW_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def window_inputs(
+    keys=300, window=5, heads=6, key_heads=2, head_dim=24, dtype=torch.float32, padding=(0, 7), requires_grad=False
+):
+    """Query, key, query_index, key_index, query_weight: the last tokens of left-padded texts, of which some dropped."""
+    batch = len(padding)
+    query = torch.randn(batch, heads, window, head_dim).to(dtype).requires_grad_(requires_grad)
+    key = (2 * torch.randn(batch, key_heads, keys, head_dim)).to(dtype).requires_grad_(requires_grad)
+    key_index = torch.randint(1, 4, (batch, keys)).cumsum(-1)
+    key_index = (key_index - key_index.gather(1, torch.tensor(padding).unsqueeze(-1))).clamp(min=-1)
+    query_index = torch.nn.functional.pad(key_index, (max(window - keys, 0), 0), value=-1)[:, -window:]
+    query_weight = torch.rand(batch, window) * (query_index >= 0)
+    return query, key, query_index, key_index, query_weight
+
+
+def naive_window(query, key, query_index, key_index, query_weight, scaling, pooling):
+    (batch, heads, window, _), keys = query.shape, key.shape[2]
+    result = torch.zeros(batch, keys, dtype=torch.double)
+    for row in range(batch):
+        for head in range(heads):
+            sums = torch.zeros(keys, dtype=torch.double)
+            for i in range(window):
+                seen = (key_index[row] >= 0) & (key_index[row] <= query_index[row, i])
+                if query_weight[row, i] and seen.any():
+                    logits = key[row, head * key.shape[1] // heads].double() @ query[row, head, i].double()
+                    sums[seen] += query_weight[row, i] * (scaling * logits[seen]).softmax(0)
+            for j in range(keys):
+                result[row, j] += sums[max(j - pooling // 2, 0) : j + pooling // 2 + 1].max() / heads
+    return result
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pooling", [1, 7])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"keys": 1, "window": 1, "padding": (0,)},
+        {"keys": 600, "window": 8, "heads": 9, "key_heads": 3, "head_dim": 64},
+        {"keys": 257, "window": 32, "heads": 4, "key_heads": 4, "padding": (250, 256)},
+        {"keys": 5, "window": 9, "padding": (0, 3)},
+        {"keys": 300, "window": 1, "heads": 3, "key_heads": 1, "head_dim": 7},
+        {"keys": 256, "window": 3, "heads": 1, "key_heads": 1, "padding": (0, 100, 200)},
+    ],
+)
+def test_window_attention(backend, dtype, pooling, shape):
+    inputs = window_inputs(**shape, dtype=dtype)
+    expected = naive_window(*inputs, 0.25, pooling)
+    got = window_attention(*inputs, scaling=0.25, pooling=pooling, backend=backend)
+    assert got.dtype == torch.float32
+    tolerance = WINDOW_TOLERANCE[torch.float32 if backend == "cpu" else dtype]
+    torch.testing.assert_close(got.double(), expected, atol=tolerance * expected.max().item(), rtol=0)
+
+
+@backends
+def test_window_attention_of_steep_logits(backend):
+    """Keys far below the best of their neighbours, or of the row, and logits whose powers no float holds."""
+    query, key, *rest = window_inputs(keys=600, head_dim=8)
+    key[:, :, 100] *= 300
+    key[:, :, 400:] *= 30
+    expected = naive_window(query, key, *rest, 1.0, 1)
+    got = window_attention(query, key, *rest, scaling=1.0, backend=backend)
+    torch.testing.assert_close(got.double(), expected, atol=1e-4 * expected.max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_window_attention_does_not_depend_on_the_company(dtype):
+    """On a CPU, bit for bit: not on rows, padding and what stands in it, nor on threads."""
+    length, lengths = 700, (700, 513, 3, 1, 256, 300)
+    inputs = window_inputs(length, window=8, dtype=dtype, padding=[length - n for n in lengths])
+    for row, n in enumerate(lengths):
+        inputs[1][row, :, : length - n] = torch.nan
+        inputs[0][row, :, : max(8 - n, 0)] = torch.nan
+    together = window_attention(*inputs, scaling=0.3, pooling=7)
+    for row, n in enumerate(lengths):
+        query, key, query_index, key_index, query_weight = (t[row : row + 1] for t in inputs)
+        window = min(8, n)
+        own = (query[:, :, 8 - window :], key[:, :, length - n :])
+        own += (query_index[:, 8 - window :], key_index[:, length - n :], query_weight[:, 8 - window :])
+        alone = window_attention(*own, scaling=0.3, pooling=7, backend="cpu")
+        assert torch.equal(alone[0], together[row, length - n :])
+        # Padding takes part in nothing but the pooling of its neighbours.
+        assert together[row, : max(length - n - 3, 0)].eq(0).all()
+    threads = torch.get_num_threads()
+    try:
+        for num in (1, 2, 3):
+            torch.set_num_threads(num)
+            assert torch.equal(window_attention(*inputs, scaling=0.3, pooling=7), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@backends
+def test_window_attention_of_queries_without_a_say(backend):
+    """Weight 0, or no key to see: as if they were not there, whatever stands in them."""
+    query, key, query_index, key_index, query_weight = window_inputs(keys=70, window=4)
+    query_index[0, 1] = -1
+    query_weight[:, 2] = 0
+    query[:, :, 2] = torch.nan
+    for weight in (query_weight, torch.zeros_like(query_weight)):
+        inputs = (query, key, query_index, key_index, weight)
+        got = window_attention(*inputs, scaling=0.3, pooling=3, backend=backend)
+        torch.testing.assert_close(got.double(), naive_window(*inputs, 0.3, 3), atol=1e-5, rtol=0)
+
+
+@backends
+def test_window_attention_of_nothing(backend):
+    query, key, query_index, key_index, query_weight = window_inputs(keys=70)
+    for window, keys in ((0, 70), (5, 0), (0, 0)):
+        inputs = (query[:, :, :window], key[:, :, :keys], query_index[:, :window], key_index[:, :keys])
+        got = window_attention(*inputs, query_weight[:, :window], scaling=0.3, pooling=7, backend=backend)
+        assert torch.equal(got, torch.zeros(2, keys))
+
+
+@backends
+def test_window_attention_layouts_and_nan(backend):
+    def same(*tensors):
+        got = window_attention(*tensors, scaling=0.3, pooling=7, backend=backend)
+        return torch.equal(got, expected) if backend == "cpu" else torch.allclose(got, expected, atol=1e-6)
+
+    query, key, query_index, key_index, query_weight = inputs = window_inputs(padding=(0, 0))
+    expected = window_attention(*inputs, scaling=0.3, pooling=7, backend=backend)
+    cache = torch.full((2, 2, 500, 24), torch.nan)
+    cache[:, :, :300] = key
+    strided = torch.full((2, 6, 5, 48), torch.nan)[..., ::2].copy_(query)
+    by_token = query.transpose(1, 2).contiguous().transpose(1, 2)
+    assert same(query, cache[:, :, :300], query_index, key_index, query_weight)
+    assert same(strided, key.transpose(2, 3).contiguous().transpose(2, 3), query_index, key_index, query_weight)
+    assert same(by_token, key, *(t.t().contiguous().t() for t in inputs[2:]))
+    for spoilt in (query[1, 2, 3], key[1, 0, 40]):
+        right = spoilt.clone()
+        spoilt.fill_(torch.nan)
+        got = window_attention(*inputs, scaling=0.3, pooling=7, backend=backend)
+        assert got[1].isnan().all()
+        assert torch.equal(got[0], expected[0])
+        spoilt.copy_(right)
+
+
+def test_window_attention_compiles_for_all_lengths():
+    """The op, and the reference, of which GPUs compile every step: two graphs, for one query and for several."""
+    for function in (window_attention, reference.window_attention):
+        torch._dynamo.reset()
+        graphs = torch._dynamo.testing.CompileCounter()
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=graphs)
+        for keys in (300, 257, 40):
+            inputs = window_inputs(keys)
+            torch.testing.assert_close(
+                compiled(*inputs, scaling=0.3, pooling=7), function(*inputs, scaling=0.3, pooling=7)
+            )
+        assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.ones(2, 5, 24)}, r"query: expected \[B, H, w, d\]"),
+        ({"query": torch.ones(2, 6, 5, 24, dtype=torch.int32)}, "of a floating dtype"),
+        ({"key": torch.ones(2, 2, 300, 23)}, r"key: expected \[2, KV, n, 24\]"),
+        ({"key": torch.ones(2, 2, 300, 24, dtype=torch.bfloat16)}, "in the dtype of query, torch.float32"),
+        ({"key": torch.ones(2, 4, 300, 24)}, "got 4 heads, expected a divisor of the 6"),
+        ({"query_index": torch.ones(2, 4, dtype=torch.int64)}, r"query_index: expected \[2, 5\] torch.int64"),
+        ({"key_index": torch.ones(1, 300, dtype=torch.int64)}, r"key_index: expected \[2, 300\]"),
+        ({"query_weight": torch.ones(2, 5, dtype=torch.int64)}, r"query_weight: expected \[2, 5\] torch.float32"),
+        ({"pooling": 2}, "an odd number of tokens"),
+    ],
+)
+def test_bad_arguments_of_window_attention(change, message):
+    names = ("query", "key", "query_index", "key_index", "query_weight")
+    arguments = {**dict(zip(names, window_inputs(), strict=True)), "scaling": 0.3, **change}
+    with pytest.raises(ValueError, match=message):
+        window_attention(**arguments)
+
+
 # --------------------------------------------------------------------------------------- tracing, gradients, no sync
 
 
@@ -291,18 +472,19 @@ def op_inputs(requires_grad=False):
         "select_tokens": (torch.randn(2, 40), *selection),
         "gather_tokens": ([hidden_states, other, torch.arange(80).view(2, 40)], indices),
         "prune_tokens": (hidden_states, [other], *weights, *selection, None, 1e-6),
+        "window_attention": (*window_inputs(requires_grad=requires_grad), 0.3, 7),
     }
 
 
 @backends
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("name", ["score_tokens", "select_tokens", "gather_tokens", "prune_tokens"])
+@pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, requires_grad, backend):
     op = getattr(torch.ops.sdtp, name).default
     torch.library.opcheck(op, op_inputs(requires_grad)[name], {"backend": backend})
 
 
-@pytest.mark.parametrize("name", ["score_tokens", "select_tokens", "gather_tokens", "prune_tokens"])
+@pytest.mark.parametrize("name", OPS)
 def test_fake_layouts_are_the_real_ones(name):
     """opcheck compares sizes and dtypes; strides matter to compiled code just as much."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -363,6 +545,12 @@ def test_gradients_of_prune(backend):
         prune_tokens(hidden_states, [], *weights, 20, backend=backend)
 
 
+@backends
+def test_window_attention_has_no_gradient(backend):
+    inputs = window_inputs(requires_grad=True)
+    assert not window_attention(*inputs, scaling=0.3, backend=backend).requires_grad
+
+
 class NoHostSync(TorchDispatchMode):
     """Fails where a value travels to the host: what ``.item()``, ``.tolist()`` and boolean indexing come down to.
 
@@ -382,7 +570,7 @@ class NoHostSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["score_tokens", "select_tokens", "gather_tokens", "prune_tokens"])
+@pytest.mark.parametrize("name", OPS)
 def test_no_host_sync(name):
     with NoHostSync():
         getattr(torch.ops.sdtp, name)(*op_inputs()[name], backend="reference")

@@ -10,6 +10,7 @@ from oracle import MaskedDense, naive_select
 from transformers import DynamicCache
 
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
+from sdtp_kernels.backends import cpu
 from sdtp_kernels.models.cache import PrunedState
 from sdtp_kernels.scorers import SCORERS
 
@@ -388,6 +389,15 @@ def test_scorers_score_what_their_names_say(tiny_model):
     assert kept["attention"] == naive_select(pooled.tolist(), 100, sink=4, recent=20)
     hidden = eager(prompt(), output_hidden_states=True).hidden_states[1][0]
     assert kept["norm"] == naive_select(hidden.norm(dim=-1).tolist(), 100, sink=4, recent=20)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["scorer", "term"])
+def test_a_scorer_runs_on_the_backend_named(tiny_model, monkeypatch, attention):
+    monkeypatch.setattr(cpu, "window_attention", lambda *_: pytest.fail("the backend named is another"))
+    pruners = "attention" if attention == "scorer" else {1: TokenPruner(64, attention=True)}
+    with apply_sdtp(tiny_model, pruners, PruningSchedule(layers=(1,), keep_ratio=0.5), "reference"):
+        tiny_model(prompt())
 
 
 @torch.no_grad()

@@ -518,27 +518,33 @@ def test_prune_many_tensors(launches):
 # ------------------------------------------------------------------------------- tracing, models, errors, coverage
 
 
+OPS = ("score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "window_attention")
+
+
 def op_inputs(requires_grad):
     hidden_states, weights = pruner_inputs(40, batch=2)
     hidden_states.requires_grad_(requires_grad)
     other = torch.randn(2, 2, 40, 3, requires_grad=requires_grad)
     selection = (20, 2, 4, None, torch.tensor([[40, 20, 4], [30, 16, 3]]), 3)
+    index = torch.arange(40).expand(2, -1)
+    window = (torch.randn(2, 4, 5, 8), torch.randn(2, 2, 40, 8), index[:, 35:], index)
     return {
         "score_tokens": (hidden_states, *weights, torch.randn(2, 40), 1e-6),
         "select_tokens": (torch.randn(2, 40), *selection),
         "gather_tokens": ([hidden_states, other, torch.arange(80).view(2, 40)], torch.tensor([[0, 2, 39], [-1, 4, 9]])),
         "prune_tokens": (hidden_states, [other], *weights, *selection, None, 1e-6),
+        "window_attention": (*window, torch.ones(2, 5), 0.3, 7),
     }
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("name", ["score_tokens", "select_tokens", "gather_tokens", "prune_tokens"])
+@pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, requires_grad):
     op = getattr(torch.ops.sdtp, name).default
     torch.library.opcheck(op, op_inputs(requires_grad)[name], {"backend": "triton"})
 
 
-@pytest.mark.parametrize("name", ["score_tokens", "select_tokens", "gather_tokens", "prune_tokens"])
+@pytest.mark.parametrize("name", OPS)
 def test_fake_layouts_are_the_real_ones(name):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

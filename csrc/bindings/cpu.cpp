@@ -11,4 +11,5 @@ STABLE_TORCH_LIBRARY_IMPL(sdtp_native, CPU, m) {
     m.impl("select_tokens", TORCH_BOX(&sdtp::cpu::select_tokens));
     m.impl("gather_tokens", TORCH_BOX(&sdtp::cpu::gather_tokens));
     m.impl("prune_tokens", TORCH_BOX(&sdtp::cpu::prune_tokens));
+    m.impl("window_attention", TORCH_BOX(&sdtp::cpu::window_attention));
 }

@@ -1,4 +1,4 @@
-// The four ops on CPU tensors.
+// The five ops on CPU tensors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -28,5 +28,8 @@ std::tuple<std::vector<Tensor>, Tensor> prune_tokens(const std::vector<Tensor>& 
                                                      const std::optional<Tensor>& rows, int64_t pooling,
                                                      const std::optional<Tensor>& score_bias,
                                                      std::optional<double> rms_eps);
+
+Tensor window_attention(const Tensor& query, const Tensor& key, const Tensor& query_index, const Tensor& key_index,
+                        const Tensor& query_weight, double scaling, int64_t pooling);
 
 }  // namespace sdtp::cpu

@@ -27,6 +27,8 @@ for _schema in (
     f"select_tokens(Tensor scores, {_SELECTION}) -> Tensor",
     "gather_tokens(Tensor[] tensors, Tensor indices) -> Tensor[]",
     f"prune_tokens(Tensor[] tensors, {_PRUNER}, {_SELECTION}, {_SCORING}) -> (Tensor[], Tensor)",
+    "window_attention(Tensor query, Tensor key, Tensor query_index, Tensor key_index, Tensor query_weight, "
+    "float scaling, int pooling) -> Tensor",
 ):
     _library.define(_schema)
 

@@ -70,3 +70,17 @@ def prune_tokens(
         num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps,
     )  # fmt: skip
     return kept[0], kept[1:], indices
+
+
+def window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_index: torch.Tensor,
+    key_index: torch.Tensor,
+    query_weight: torch.Tensor,
+    scaling: float,
+    pooling: int = 1,
+) -> torch.Tensor:
+    return torch.ops.sdtp_native.window_attention(  # type: ignore[no-any-return]
+        query, key, query_index, key_index, query_weight, scaling, pooling
+    )

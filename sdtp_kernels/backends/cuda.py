@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import reference
 from . import limits
 from ._native import build_info, load_error
 
@@ -111,3 +112,7 @@ def prune_tokens(
         num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps,
     )  # fmt: skip
     return kept[0], kept[1:], indices
+
+
+# No kernel of its own: a product of torch and a few small steps.
+window_attention = reference.window_attention

@@ -247,8 +247,8 @@ class Prompt:
             self.decoder.layers[layer_idx - 1],
             None if below is None or (stage == 1 and self.earlier is not None) else below.to(device),
             None if self.earlier is not None else cached_keys(self.cache, layer_idx - 1, hidden_states.shape[1]),
-            is_padded=self.piece.is_ragged,
             group=group,
+            backend=backend,
         )
         # Every row has positions of its own from here on.
         batch = hidden_states.shape[0]

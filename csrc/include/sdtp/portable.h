@@ -7,5 +7,12 @@
 #define SDTP_HOST_DEVICE
 #endif
 
-// A helper must be inlined to be compiled for its caller's target (score_tile.cpp clones functions for several).
+// A portable build runs everywhere and still uses wide vectors where they are: the loader picks the clone.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+#define SDTP_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SDTP_VECTOR_CLONES
+#endif
+
+// A helper must be inlined to be compiled for its caller's target.
 #define SDTP_INLINE inline __attribute__((always_inline))

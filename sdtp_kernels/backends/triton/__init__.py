@@ -9,6 +9,7 @@ import os
 
 import torch
 
+from sdtp_kernels import reference
 from sdtp_kernels.backends import limits
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -110,3 +111,7 @@ def prune_tokens(
             hidden_states, tensors, w1, b1, w2, b2,
             num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps,
         )  # fmt: skip
+
+
+# No kernel of its own: a product of torch and a few small steps.
+window_attention = reference.window_attention
