@@ -1,6 +1,9 @@
 """The op contract, for every backend that this machine can run."""
 
 import math
+import os
+import subprocess
+import sys
 import traceback
 
 import pytest
@@ -118,6 +121,14 @@ def test_score_layouts_and_nan(backend, intermediate_size):
     scores = score_tokens(hidden_states, *weights, backend=backend)
     assert scores.isnan().nonzero().tolist() == [[1, 40]]
     assert torch.equal(scores[0], expected[0])
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_score_on_lesser_processors(capability):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "score and not lesser"]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------- select

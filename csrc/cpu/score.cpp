@@ -41,7 +41,7 @@ struct ScoreCall {
     int64_t hidden_size;
     const void* w1;  // [pruner_size, hidden_size], contiguous
     ScalarType matmul_dtype;
-    const float* packed;  // w1 for score_narrow; null where that does not serve
+    const Lanes* packed;  // w1 for score_narrow; null where that does not serve
     Head head;
     std::optional<double> rms_eps;
     const float* score_bias;  // [B, num_tokens], contiguous; may be null
@@ -49,6 +49,9 @@ struct ScoreCall {
 
     int64_t tiles_per_row() const { return (num_tokens + kTileTokens - 1) / kTileTokens; }
 };
+
+// A call through torch's dispatcher takes some microseconds, so it is spared where it would change nothing.
+Tensor make_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : stable::contiguous(tensor); }
 
 Tensor empty_tile(int64_t columns, ScalarType dtype) {
     const std::array<int64_t, 2> shape{kTileTokens, columns};
@@ -193,10 +196,10 @@ Tensor score_tokens(const Tensor& hidden_states, const Tensor& w1, const Tensor&
 
     // Named, so that what the pointers below refer to outlives the call.
     const Tensor tokens = hidden_states.stride(2) == 1 ? hidden_states : stable::contiguous(hidden_states);
-    const Tensor weights = stable::contiguous(stable::to(w1, matmul_dtype));
-    const Tensor b1_values = stable::contiguous(b1);
-    const Tensor w2_values = stable::contiguous(w2);
-    const std::optional<Tensor> bias = score_bias ? std::optional(stable::contiguous(*score_bias)) : std::nullopt;
+    const Tensor weights = make_contiguous(w1.scalar_type() == matmul_dtype ? w1 : stable::to(w1, matmul_dtype));
+    const Tensor b1_values = make_contiguous(b1);
+    const Tensor w2_values = make_contiguous(w2);
+    const std::optional<Tensor> bias = score_bias ? std::optional(make_contiguous(*score_bias)) : std::nullopt;
     Tensor scores = stable::new_empty(hidden_states, IntHeaderOnlyArrayRef(shape), ScalarType::Float);
 
     ScoreCall call{};
@@ -209,12 +212,10 @@ Tensor score_tokens(const Tensor& hidden_states, const Tensor& w1, const Tensor&
     call.matmul_dtype = matmul_dtype;
     call.head = {b1_values.const_data_ptr<float>(), w2_values.const_data_ptr<float>(), *b2.const_data_ptr<float>(),
                  w1.size(0)};
-    std::optional<Tensor> packed;
+    std::vector<Lanes> packed;
     if (dtype == ScalarType::Float && is_narrow(w1.size(0))) {
-        const std::array<int64_t, 1> size{call.hidden_size * padded_size(w1.size(0))};
-        packed = stable::empty(IntHeaderOnlyArrayRef(size), dtype, std::nullopt, stable::Device(DeviceType::CPU));
-        pack_narrow(weights.const_data_ptr<float>(), w1.size(0), call.hidden_size, packed->mutable_data_ptr<float>());
-        call.packed = packed->const_data_ptr<float>();
+        packed = pack_narrow(weights.const_data_ptr<float>(), w1.size(0), call.hidden_size);
+        call.packed = packed.data();
     }
     call.rms_eps = rms_eps;
     call.score_bias = bias ? bias->const_data_ptr<float>() : nullptr;
