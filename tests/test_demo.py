@@ -95,7 +95,9 @@ def test_the_pruners_that_come_along_fit_the_default_model() -> None:
     assert (stack.header.hidden_size, stack.header.num_hidden_layers) == (576, 30)
     assert sorted(stack) == list(range(4, 30, 3))
     assert stack.header.training["saliency"]["model"]["name"] == DEFAULT_NAME
-    args = argparse.Namespace(pruner=None, scorer=None, model=None, keep=0.9, budget="global", block_size=512)
+    args = argparse.Namespace(
+        pruner=None, scorer=None, model=None, keep=0.9, shape="even", budget="global", block_size=512
+    )
     assert demo._method(args, None)[0].header == stack.header
     args.scorer = "recent"
     assert demo._method(args, argparse.Namespace(num_hidden_layers=30))[0] == "recent"
