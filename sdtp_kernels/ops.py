@@ -289,11 +289,7 @@ def window_attention(
 
 
 # ---------------------------------------------------------------------------------------------- argument checks
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+# Messages are put together where a check fails, and nowhere else: they take longer than many a call.
 
 
 def _describe(tensor: torch.Tensor) -> str:
@@ -308,42 +304,34 @@ def _check_pruner(
     b2: torch.Tensor,
     score_bias: torch.Tensor | None,
 ) -> None:
-    _check(
-        hidden_states.dim() == 3 and hidden_states.dtype in _FLOATS,
-        f"hidden_states: expected [B, N, D] of a floating dtype, got {_describe(hidden_states)}",
-    )
+    if not (hidden_states.dim() == 3 and hidden_states.dtype in _FLOATS):
+        raise ValueError(f"hidden_states: expected [B, N, D] of a floating dtype, got {_describe(hidden_states)}")
     hidden_size = hidden_states.shape[2]
-    _check(
-        w1.dim() == 2 and w1.shape[1] == hidden_size and w1.dtype == hidden_states.dtype,
-        f"w1: expected [H, {hidden_size}] in the dtype of hidden_states, {hidden_states.dtype}, got {_describe(w1)}; "
-        "TokenPruner.weights(dtype) casts it",
-    )
+    if not (w1.dim() == 2 and w1.shape[1] == hidden_size and w1.dtype == hidden_states.dtype):
+        raise ValueError(
+            f"w1: expected [H, {hidden_size}] in the dtype of hidden_states, {hidden_states.dtype}, got "
+            f"{_describe(w1)}; TokenPruner.weights(dtype) casts it"
+        )
     wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     for name, tensor, shape in (("b1", b1, [w1.shape[0]]), ("w2", w2, [w1.shape[0]]), ("b2", b2, [])):
-        _check(
-            list(tensor.shape) == shape and tensor.dtype == wide,
-            f"{name}: expected {shape} {wide}, got {_describe(tensor)}",
-        )
+        if not (list(tensor.shape) == shape and tensor.dtype == wide):
+            raise ValueError(f"{name}: expected {shape} {wide}, got {_describe(tensor)}")
     tensors = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
     if score_bias is not None:
         shape = list(hidden_states.shape[:2])
-        _check(
-            list(score_bias.shape) == shape and score_bias.dtype == torch.float32,
-            f"score_bias: expected {shape} torch.float32, got {_describe(score_bias)}",
-        )
+        if not (list(score_bias.shape) == shape and score_bias.dtype == torch.float32):
+            raise ValueError(f"score_bias: expected {shape} torch.float32, got {_describe(score_bias)}")
         tensors["score_bias"] = score_bias
     for name, tensor in tensors.items():
-        _check(
-            tensor.device == hidden_states.device,
-            f"{name} is on {tensor.device}, hidden_states on {hidden_states.device}: move one of them",
-        )
+        if tensor.device != hidden_states.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden_states on {hidden_states.device}: move one of them")
 
 
 def _check_pooling(pooling: int) -> None:
-    _check(
-        pooling >= 1 and pooling % 2 == 1,
-        f"pooling={pooling}: expected an odd number of tokens, or 1 for none: a token and as many on either side",
-    )
+    if pooling < 1 or pooling % 2 == 0:
+        raise ValueError(
+            f"pooling={pooling}: expected an odd number of tokens, or 1 for none: a token and as many on either side"
+        )
 
 
 def _check_selection(
@@ -358,52 +346,47 @@ def _check_selection(
 ) -> None:
     batch, length = shape[0], shape[1]
     _check_pooling(pooling)
-    _check(
-        min(sink, recent) >= 0 and (block_size is None or block_size >= 1),
-        f"sink={sink}, recent={recent}, block_size={block_size}: expected counts >= 0, blocks of at least one token",
-    )
-    _check(0 <= num_keep <= length, f"num_keep={num_keep}: expected 0 to {length}, the number of tokens")
-    if rows is not None:
-        _check(
-            list(rows.shape) == [batch, 3] and rows.dtype == torch.int64 and rows.device == device,
-            f"rows: expected [{batch}, 3] torch.int64 on {device}, got {_describe(rows)}",
+    if not (min(sink, recent) >= 0 and (block_size is None or block_size >= 1)):
+        raise ValueError(
+            f"sink={sink}, recent={recent}, block_size={block_size}: expected counts >= 0, blocks of at least one token"
         )
+    if not 0 <= num_keep <= length:
+        raise ValueError(f"num_keep={num_keep}: expected 0 to {length}, the number of tokens")
+    if rows is not None:
+        if not (list(rows.shape) == [batch, 3] and rows.dtype == torch.int64 and rows.device == device):
+            raise ValueError(f"rows: expected [{batch}, 3] torch.int64 on {device}, got {_describe(rows)}")
         return
     before_tail = length - recent
-    _check(before_tail >= 0, f"recent={recent}: more than the {length} tokens there are")
+    if before_tail < 0:
+        raise ValueError(f"recent={recent}: more than the {length} tokens there are")
     if block_size is None:
         forced = min(sink, before_tail) + recent
-        _check(num_keep >= forced, f"num_keep={num_keep}: less than the {forced} forced tokens (sink and recent)")
+        if num_keep < forced:
+            raise ValueError(f"num_keep={num_keep}: less than the {forced} forced tokens (sink and recent)")
         return
     num_blocks = before_tail // block_size
-    _check(
-        num_blocks * block_size == before_tail,
-        f"{before_tail} tokens before the last {recent} do not fill whole blocks of {block_size}: pass recent="
-        f"{length % block_size}, or another multiple",
-    )
+    if num_blocks * block_size != before_tail:
+        raise ValueError(
+            f"{before_tail} tokens before the last {recent} do not fill whole blocks of {block_size}: pass recent="
+            f"{length % block_size}, or another multiple"
+        )
     per_block = (num_keep - recent) // max(num_blocks, 1)
-    _check(
-        per_block * num_blocks == num_keep - recent,
-        f"num_keep={num_keep}: expected recent={recent} plus a multiple of the {num_blocks} blocks",
-    )
+    if per_block * num_blocks != num_keep - recent:
+        raise ValueError(f"num_keep={num_keep}: expected recent={recent} plus a multiple of the {num_blocks} blocks")
     forced = min(sink + 1, block_size)
-    _check(
-        num_blocks == 0 or forced <= per_block <= block_size,
-        f"num_keep={num_keep}: {per_block} tokens a block, expected {forced} (forced) to {block_size}",
-    )
+    if not (num_blocks == 0 or forced <= per_block <= block_size):
+        raise ValueError(f"num_keep={num_keep}: {per_block} tokens a block, expected {forced} (forced) to {block_size}")
 
 
 def _check_gather(tensors: Sequence[torch.Tensor], indices: torch.Tensor) -> None:
-    _check(
-        indices.dim() == 2 and indices.dtype == torch.int64,
-        f"indices: expected [B, K] torch.int64, got {_describe(indices)}",
-    )
+    if not (indices.dim() == 2 and indices.dtype == torch.int64):
+        raise ValueError(f"indices: expected [B, K] torch.int64, got {_describe(indices)}")
     for i, tensor in enumerate(tensors):
-        _check(
-            2 <= tensor.dim() <= 4 and tensor.shape[0] == indices.shape[0] and tensor.device == indices.device,
-            f"tensors[{i}]: expected [B, N], [B, N, D] or [B, heads, N, D] with B={indices.shape[0]} on "
-            f"{indices.device}, got {_describe(tensor)}; expand a shared batch dimension first",
-        )
+        if not (2 <= tensor.dim() <= 4 and tensor.shape[0] == indices.shape[0] and tensor.device == indices.device):
+            raise ValueError(
+                f"tensors[{i}]: expected [B, N], [B, N, D] or [B, heads, N, D] with B={indices.shape[0]} on "
+                f"{indices.device}, got {_describe(tensor)}; expand a shared batch dimension first"
+            )
 
 
 def _check_window(
@@ -414,7 +397,6 @@ def _check_window(
     query_weight: torch.Tensor,
     pooling: int,
 ) -> None:
-    # Not _check: its messages, put together for nothing, would take a tenth of the op's time.
     if query.dim() != 4 or query.dtype not in _FLOATS:
         raise ValueError(f"query: expected [B, H, w, d] of a floating dtype, got {_describe(query)}")
     batch, heads, window, head_dim = query.shape
@@ -470,10 +452,8 @@ def _select(
     pooling: int = 1,
     backend: str = "auto",
 ) -> torch.Tensor:
-    _check(
-        scores.dim() == 2 and scores.dtype == torch.float32,
-        f"scores: expected [B, N] torch.float32, got {_describe(scores)}",
-    )
+    if not (scores.dim() == 2 and scores.dtype == torch.float32):
+        raise ValueError(f"scores: expected [B, N] torch.float32, got {_describe(scores)}")
     _check_selection(scores.shape, scores.device, num_keep, sink, recent, block_size, rows, pooling)
     chosen = backends.choose(backend, scores.device)
     return chosen.select_tokens(scores, num_keep, sink, recent, block_size, rows, pooling)
@@ -504,13 +484,15 @@ def _prune(
     _check_pruner(hidden_states, w1, b1, w2, b2, score_bias)
     _check_selection(hidden_states.shape, hidden_states.device, num_keep, sink, recent, block_size, rows, pooling)
     for i, tensor in enumerate(tensors):
-        _check(
+        if not (
             2 <= tensor.dim() <= 4
             and tensor.device == hidden_states.device
-            and (tensor.shape[0], tensor.shape[token_dim(tensor)]) == tuple(hidden_states.shape[:2]),
-            f"tensors[{i}]: expected the batch and tokens of hidden_states {_describe(hidden_states)}, got "
-            f"{_describe(tensor)}; expand a shared batch dimension first",
-        )
+            and (tensor.shape[0], tensor.shape[token_dim(tensor)]) == tuple(hidden_states.shape[:2])
+        ):
+            raise ValueError(
+                f"tensors[{i}]: expected the batch and tokens of hidden_states {_describe(hidden_states)}, got "
+                f"{_describe(tensor)}; expand a shared batch dimension first"
+            )
     chosen = backends.choose(backend, hidden_states.device, hidden_states.dtype)
     return chosen.prune_tokens(
         hidden_states, tensors, w1, b1, w2, b2, num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps

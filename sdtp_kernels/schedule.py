@@ -55,9 +55,11 @@ def front_loaded(keep_ratio: float, num_stages: int, power: float = EARLY_POWER)
         raise ValueError(f"keep_ratio={keep_ratio}: expected a share in (0, 1]; 1.0 keeps every token")
     if not 0 < power <= 1:
         raise ValueError(f"power={power}: expected a number in (0, 1]; 1 is the same ratio in every stage")
+    if num_stages < 1:
+        raise ValueError(f"num_stages={num_stages}: expected at least 1")
     stages = range(1, num_stages + 1)
     wanted = sum(keep_ratio**stage for stage in stages)
-    # Where all shares are keep_ratio the sum is too large, where they fall as fast as stage by stage it is too small.
+    # With c = 0 nothing is dropped; with the last share's logarithm every share is at most the last of the even ones.
     low, high = 0.0, -math.log(keep_ratio) * num_stages
     for _ in range(60):
         middle = (low + high) / 2

@@ -94,7 +94,7 @@ def test_front_loaded_is_a_schedule_for_every_ratio():
         PruningSchedule.every(30, keep_ratio=front_loaded(keep_ratio, 9))
     assert front_loaded(1.0, 3) == (1.0, 1.0, 1.0)
     for arguments, message in (((0.0, 3), "keep_ratio=0.0"), ((1.1, 3), "keep_ratio=1.1"), ((0.9, 3, 0), "power=0"),
-                               ((0.9, 3, 1.5), "power=1.5")):  # fmt: skip
+                               ((0.9, 3, 1.5), "power=1.5"), ((0.9, 0), "num_stages=0")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             front_loaded(*arguments)
 
