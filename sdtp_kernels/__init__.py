@@ -5,7 +5,15 @@ __version__ = "0.1.0"
 try:
     from .backends import BackendStatus, BackendUnavailableError, explain_backends
     from .models import PrefillReport, SdtpHandle, apply_sdtp
-    from .ops import PrunedTokens, gather_tokens, prune_tokens, score_tokens, select_tokens, window_attention
+    from .ops import (
+        PrunedTokens,
+        gather_tokens,
+        prune_tokens,
+        score_prompt,
+        score_tokens,
+        select_tokens,
+        window_attention,
+    )
     from .pruner import PrunerStack, TokenPruner, load_pruners, save_pruners
     from .schedule import PruningSchedule, StagePlan, front_loaded
 except (ImportError, OSError) as error:
@@ -35,6 +43,7 @@ __all__ = [
     "load_pruners",
     "prune_tokens",
     "save_pruners",
+    "score_prompt",
     "score_tokens",
     "select_tokens",
     "window_attention",

@@ -218,9 +218,8 @@ def _check_backend(backend: str, device: str) -> None:
         expect_equal("prune_tokens", pruned.tensors[0], rows[1])
 
         query = torch.randn(batch, 6, 5, 8, generator=generator).to(device, dtype)
-        weight = torch.ones(batch, 5, device=device)
         scores, expected = (
-            window_attention(query, heads, positions[:, -5:], positions, weight, scaling=0.3, pooling=7, backend=name)
+            window_attention(query, heads, positions[:, -5:], positions, scaling=0.3, pooling=7, backend=name)
             for name in (backend, "reference")
         )
         if not torch.allclose(scores, expected, rtol=0, atol=tolerance):

@@ -1,6 +1,6 @@
 """The operators: schema, shapes, gradients and the public functions.
 
-``torch.ops.sdtp`` holds five ops. They are opaque to ``torch.compile``; the backend is chosen inside them. All are
+``torch.ops.sdtp`` holds six ops. They are opaque to ``torch.compile``; the backend is chosen inside them. All are
 functional, none reads a tensor's value on the host, and output shapes follow from input shapes and ``num_keep`` alone.
 """
 
@@ -16,7 +16,16 @@ from .reference import token_dim
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["PrunedTokens", "gather_tokens", "prune_tokens", "score_tokens", "select_tokens", "window_attention"]
+__all__ = [
+    "PromptScores",
+    "PrunedTokens",
+    "gather_tokens",
+    "prune_tokens",
+    "score_prompt",
+    "score_tokens",
+    "select_tokens",
+    "window_attention",
+]
 
 _PRUNER = "Tensor w1, Tensor b1, Tensor w2, Tensor b2"
 _SELECTION = (
@@ -29,8 +38,12 @@ _SCHEMAS = (
     'gather_tokens(Tensor[] tensors, Tensor indices, str backend="auto") -> Tensor[]',
     f"prune_tokens(Tensor hidden_states, Tensor[] tensors, {_PRUNER}, {_SELECTION}, {_SCORING}, "
     'str backend="auto") -> (Tensor, Tensor[], Tensor)',
-    "window_attention(Tensor query, Tensor key, Tensor query_index, Tensor key_index, Tensor query_weight, "
+    "window_attention(Tensor query, Tensor key, Tensor query_index, Tensor key_index, Tensor? cos, Tensor? sin, "
     'float scaling, int pooling=1, str backend="auto") -> Tensor',
+    f"score_prompt(Tensor hidden_states, {_PRUNER}, float? rms_eps, Tensor token_index, SymInt keep_last, "
+    "Tensor distance_table, Tensor? mean_score=None, int num_scores=0, Tensor? attention=None, "
+    "float attention_weight=0., Tensor? query=None, Tensor? key=None, Tensor? cos=None, Tensor? sin=None, "
+    'float scaling=1., int pooling=1, str backend="auto") -> (Tensor, Tensor)',
 )
 
 # Module-level: a Library takes its definitions with it when it is collected.
@@ -51,6 +64,15 @@ class PrunedTokens(NamedTuple):
     """The further tensors, with K tokens each."""
     indices: torch.Tensor
     """``[B, K]`` int64, ascending, -1 where a row has fewer than K tokens."""
+
+
+class PromptScores(NamedTuple):
+    """Result of :func:`score_prompt`."""
+
+    scores: torch.Tensor
+    """``[B, n]`` float32, what tokens are ranked by."""
+    mean_score: torch.Tensor
+    """``[B, n]`` float32, of the MLP alone, this stage included."""
 
 
 def score_tokens(
@@ -99,7 +121,7 @@ def score_tokens(
     BackendUnavailableError
         If the named backend cannot run on these inputs.
     """
-    return torch.ops.sdtp.score_tokens(  # type: ignore[no-any-return]
+    return torch.ops.sdtp.score_tokens.default(  # type: ignore[no-any-return]
         hidden_states, w1, b1, w2, b2, score_bias, rms_eps, backend
     )
 
@@ -155,7 +177,7 @@ def select_tokens(
     BackendUnavailableError
         If the named backend cannot run on these inputs.
     """
-    return torch.ops.sdtp.select_tokens(  # type: ignore[no-any-return]
+    return torch.ops.sdtp.select_tokens.default(  # type: ignore[no-any-return]
         scores, num_keep, sink, recent, block_size, rows, pooling, backend
     )
 
@@ -187,7 +209,7 @@ def gather_tokens(
     BackendUnavailableError
         If the named backend cannot run on these inputs.
     """
-    return torch.ops.sdtp.gather_tokens(list(tensors), indices, backend)  # type: ignore[no-any-return]
+    return torch.ops.sdtp.gather_tokens.default(list(tensors), indices, backend)  # type: ignore[no-any-return]
 
 
 def prune_tokens(
@@ -227,7 +249,7 @@ def prune_tokens(
         or train through :meth:`TokenPruner.forward`.
     """
     return PrunedTokens(
-        *torch.ops.sdtp.prune_tokens(
+        *torch.ops.sdtp.prune_tokens.default(
             hidden_states, list(tensors), w1, b1, w2, b2,
             num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps, backend,
         )
@@ -239,29 +261,30 @@ def window_attention(
     key: torch.Tensor,
     query_index: torch.Tensor,
     key_index: torch.Tensor,
-    query_weight: torch.Tensor,
     *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
     scaling: float,
     pooling: int = 1,
     backend: str = "auto",
 ) -> torch.Tensor:
     """The attention that a window of queries pays each key, SnapKV's measure (arXiv 2404.14469).
 
-    Softmax per query over the keys that it sees, weighted sum over the queries, max-pooling per head, mean over the
-    heads. A key is seen where ``0 <= key_index <= query_index``. A query that sees none, or whose weight is 0, has no
-    say.
+    Softmax per query over the keys that it sees, sum over the queries, max-pooling per head, mean over the heads. A key
+    is seen where ``0 <= key_index <= query_index``. A query that sees none has no say.
 
     Parameters
     ----------
     query : Tensor [B, H, w, d]
-        Rotated, not scaled. float32, bfloat16, float16 (or float64, reference backend only).
+        Not scaled. float32, bfloat16, float16 (or float64, reference backend only).
     key : Tensor [B, KV, n, d]
         In the dtype of `query`; each of the KV heads serves H / KV query heads, in order.
     query_index : Tensor [B, w], int64
     key_index : Tensor [B, n], int64
         Positions in the row's own text; negative for padding.
-    query_weight : Tensor [B, w], float32
-        Not negative.
+    cos, sin : Tensor [B or 1, w, d], optional
+        Rotary embeddings of the queries' positions, in their dtype: the queries are rotated first, in halves of the
+        head as in Llama and Qwen2. Without them they are rotated already.
     scaling : float
         Factor of the logits.
     pooling : int, default 1
@@ -283,9 +306,86 @@ def window_attention(
     BackendUnavailableError
         If the named backend cannot run on these inputs.
     """
-    return torch.ops.sdtp.window_attention(  # type: ignore[no-any-return]
-        query, key, query_index, key_index, query_weight, scaling, pooling, backend
+    return torch.ops.sdtp.window_attention.default(  # type: ignore[no-any-return]
+        query, key, query_index, key_index, cos, sin, scaling, pooling, backend
     )
+
+
+def score_prompt(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    token_index: torch.Tensor,
+    distance_table: torch.Tensor,
+    *,
+    keep_last: int = 0,
+    mean_score: torch.Tensor | None = None,
+    num_scores: int = 0,
+    attention: torch.Tensor | None = None,
+    attention_weight: float = 0.0,
+    query: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    pooling: int = 1,
+    rms_eps: float | None = None,
+    backend: str = "auto",
+) -> PromptScores:
+    """All that a pruner makes of a prompt in one call: :func:`score_tokens`, and what the hidden states do not hold.
+
+    ``mean of the MLP's scores + distance_table[distance] + attention_weight * z(log(attention + 1e-9))``, where the
+    distance is that to the prompt's last token, and z gives each row mean 0 and standard deviation 1 over its valid
+    tokens: those that are neither padding nor behind the prompt. Others have their mean score alone.
+
+    Parameters
+    ----------
+    hidden_states, w1, b1, w2, b2, rms_eps
+        As in :func:`score_tokens`.
+    token_index : Tensor [B, n], int64
+        Positions in the row's own prompt; negative for padding.
+    distance_table : Tensor [M], float32
+        The distance term of every distance below M, not empty; what is farther counts as M - 1.
+    keep_last : int, default 0
+        Tokens that stand behind the prompt.
+    mean_score : Tensor [B, n], float32, optional
+        Mean of the MLP's scores at `num_scores` stages before this one, to be averaged with its own.
+    num_scores : int, default 0
+    attention : Tensor [B, n], float32, optional
+        Last-window attention, not negative, where :func:`window_attention` is not to be computed here.
+    attention_weight : float, default 0
+    query : Tensor [B, H, w, d], optional
+        Of the last `w` tokens of the prompt: the attention is :func:`window_attention` of these.
+    key : Tensor [B, KV, n, d]
+        With `query`.
+    cos, sin : Tensor [B or 1, n, d], optional
+        Rotary embeddings of all tokens, where the queries are not rotated yet.
+    scaling, pooling
+        As in :func:`window_attention`.
+    backend : str, default "auto"
+        As in :func:`score_tokens`.
+
+    Returns
+    -------
+    PromptScores
+        Equal across backends up to rounding; on a CPU a row's scores do not depend on other rows or on padding, to the
+        last bit. They have no gradient.
+
+    Raises
+    ------
+    ValueError
+        If shapes, dtypes or devices do not fit.
+    BackendUnavailableError
+        If the named backend cannot run on these inputs.
+    """
+    return PromptScores(
+        *torch.ops.sdtp.score_prompt(
+            hidden_states, w1, b1, w2, b2, rms_eps, token_index, keep_last, distance_table, mean_score, num_scores,
+            attention, attention_weight, query, key, cos, sin, scaling, pooling, backend,
+        )
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- argument checks
@@ -389,39 +489,105 @@ def _check_gather(tensors: Sequence[torch.Tensor], indices: torch.Tensor) -> Non
             )
 
 
-def _check_window(
+def _check_attention(
     query: torch.Tensor,
     key: torch.Tensor,
-    query_index: torch.Tensor,
-    key_index: torch.Tensor,
-    query_weight: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    num_rotary: int,
     pooling: int,
 ) -> None:
+    """What :func:`window_attention` and :func:`score_prompt` have in common; `num_rotary` tokens in cos and sin."""
     if query.dim() != 4 or query.dtype not in _FLOATS:
         raise ValueError(f"query: expected [B, H, w, d] of a floating dtype, got {_describe(query)}")
-    batch, heads, window, head_dim = query.shape
+    batch, heads, _, head_dim = query.shape
     if key.dim() != 4 or (key.shape[0], key.shape[3], key.dtype) != (batch, head_dim, query.dtype):
         raise ValueError(
             f"key: expected [{batch}, KV, n, {head_dim}] in the dtype of query, {query.dtype}, got {_describe(key)}"
         )
     if key.shape[1] == 0 or heads % key.shape[1] != 0:
         raise ValueError(f"key: got {key.shape[1]} heads, expected a divisor of the {heads} heads of query")
-    for name, tensor, length, dtype in (
-        ("query_index", query_index, window, torch.int64),
-        ("key_index", key_index, key.shape[2], torch.int64),
-        ("query_weight", query_weight, window, torch.float32),
-    ):
-        if tensor.shape != (batch, length) or tensor.dtype != dtype:
-            raise ValueError(f"{name}: expected {[batch, length]} {dtype}, got {_describe(tensor)}")
-    for name, tensor in (
-        ("key", key),
-        ("query_index", query_index),
-        ("key_index", key_index),
-        ("query_weight", query_weight),
-    ):
-        if tensor.device != query.device:
+    if (cos is None) != (sin is None) or (cos is not None and head_dim % 2 != 0):
+        raise ValueError(f"cos and sin: expected both, and queries of even size, got {_describe(query)}")
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        if tensor is not None and (
+            tensor.shape not in ((batch, num_rotary, head_dim), (1, num_rotary, head_dim))
+            or tensor.dtype != query.dtype
+        ):
+            raise ValueError(
+                f"{name}: expected {[batch, num_rotary, head_dim]}, or a first dimension of 1, in the dtype of query, "
+                f"{query.dtype}, got {_describe(tensor)}"
+            )
+    for name, tensor in (("key", key), ("cos", cos), ("sin", sin)):
+        if tensor is not None and tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move one of them")
     _check_pooling(pooling)
+
+
+def _check_window(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_index: torch.Tensor,
+    key_index: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    pooling: int,
+) -> None:
+    _check_attention(query, key, cos, sin, query.shape[2] if query.dim() == 4 else 0, pooling)
+    batch, _, window, _ = query.shape
+    for name, tensor, length in (("query_index", query_index, window), ("key_index", key_index, key.shape[2])):
+        if tensor.shape != (batch, length) or tensor.dtype != torch.int64:
+            raise ValueError(f"{name}: expected {[batch, length]} torch.int64, got {_describe(tensor)}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move one of them")
+
+
+def _check_terms(
+    hidden_states: torch.Tensor,
+    token_index: torch.Tensor,
+    keep_last: int,
+    distance_table: torch.Tensor,
+    mean_score: torch.Tensor | None,
+    num_scores: int,
+    attention: torch.Tensor | None,
+    query: torch.Tensor | None,
+    key: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    pooling: int,
+) -> None:
+    batch, length = hidden_states.shape[:2]
+    if token_index.shape != (batch, length) or token_index.dtype != torch.int64:
+        raise ValueError(f"token_index: expected {[batch, length]} torch.int64, got {_describe(token_index)}")
+    if not 0 <= keep_last <= length:
+        raise ValueError(f"keep_last={keep_last}: expected 0 to {length}, the number of tokens")
+    if distance_table.dim() != 1 or distance_table.shape[0] == 0 or distance_table.dtype != torch.float32:
+        raise ValueError(
+            f"distance_table: expected [M] torch.float32 with at least one entry, got {_describe(distance_table)}"
+        )
+    for name, tensor in (("mean_score", mean_score), ("attention", attention)):
+        if tensor is not None and (tensor.shape != (batch, length) or tensor.dtype != torch.float32):
+            raise ValueError(f"{name}: expected {[batch, length]} torch.float32, got {_describe(tensor)}")
+    if num_scores < 0 or (mean_score is None) != (num_scores == 0):
+        raise ValueError(f"num_scores={num_scores}: expected how many scores mean_score is the mean of, 0 without one")
+    if query is not None:
+        if key is None or attention is not None:
+            raise ValueError("query: expected a key with it, and no attention, which it is there to compute")
+        _check_attention(query, key, cos, sin, length, pooling)
+        if query.shape[0] != batch or query.shape[2] > length - keep_last or key.shape[2] != length:
+            raise ValueError(
+                f"query, key: expected at most the prompt's {length - keep_last} tokens and all {length}, in {batch} "
+                f"rows, got {_describe(query)} and {_describe(key)}"
+            )
+    for name, tensor in (
+        ("token_index", token_index),
+        ("distance_table", distance_table),
+        ("mean_score", mean_score),
+        ("attention", attention),
+        ("query", query),
+    ):
+        if tensor is not None and tensor.device != hidden_states.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden_states on {hidden_states.device}: move one of them")
 
 
 # ----------------------------------------------------------------------------------------------- implementations
@@ -504,15 +670,51 @@ def _window(
     key: torch.Tensor,
     query_index: torch.Tensor,
     key_index: torch.Tensor,
-    query_weight: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     scaling: float,
     pooling: int = 1,
     backend: str = "auto",
 ) -> torch.Tensor:
-    _check_window(query, key, query_index, key_index, query_weight, pooling)
+    _check_window(query, key, query_index, key_index, cos, sin, pooling)
     chosen = backends.choose(backend, query.device, query.dtype)
     with torch.no_grad():
-        return chosen.window_attention(query, key, query_index, key_index, query_weight, scaling, pooling)
+        return chosen.window_attention(query, key, query_index, key_index, cos, sin, scaling, pooling)
+
+
+def _prompt(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    rms_eps: float | None,
+    token_index: torch.Tensor,
+    keep_last: int,
+    distance_table: torch.Tensor,
+    mean_score: torch.Tensor | None = None,
+    num_scores: int = 0,
+    attention: torch.Tensor | None = None,
+    attention_weight: float = 0.0,
+    query: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    pooling: int = 1,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_pruner(hidden_states, w1, b1, w2, b2, None)
+    _check_terms(
+        hidden_states, token_index, keep_last, distance_table, mean_score, num_scores, attention, query, key, cos, sin,
+        pooling,
+    )  # fmt: skip
+    chosen = backends.choose(backend, hidden_states.device, hidden_states.dtype)
+    with torch.no_grad():
+        return chosen.score_prompt(
+            hidden_states, w1, b1, w2, b2, rms_eps, token_index, keep_last, distance_table, mean_score, num_scores,
+            attention, attention_weight, query, key, cos, sin, scaling, pooling,
+        )  # fmt: skip
 
 
 for _name, _implementation in (
@@ -521,6 +723,7 @@ for _name, _implementation in (
     ("gather_tokens", _gather),
     ("prune_tokens", _prune),
     ("window_attention", _window),
+    ("score_prompt", _prompt),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
 
@@ -561,6 +764,11 @@ def _prune_fake(
 @torch.library.register_fake("sdtp::window_attention", lib=_library)
 def _window_fake(query: torch.Tensor, key: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty((query.shape[0], key.shape[2]), dtype=torch.float32)
+
+
+@torch.library.register_fake("sdtp::score_prompt", lib=_library)
+def _prompt_fake(hidden_states: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _score_fake(hidden_states), _score_fake(hidden_states)
 
 
 def _empty_rows(tensor: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -635,6 +843,8 @@ def _prune_backward(
 torch.library.register_autograd("sdtp::score_tokens", _score_backward, setup_context=_score_setup, lib=_library)
 torch.library.register_autograd("sdtp::gather_tokens", _gather_backward, setup_context=_gather_setup, lib=_library)
 torch.library.register_autograd("sdtp::prune_tokens", _prune_backward, setup_context=_prune_setup, lib=_library)
-# These two have no gradient: autograd passes them by, at no cost. Int64 output says so by itself, _window sees to it.
+# These have no gradient: autograd passes them by, at no cost. Int64 output says so by itself; the implementations of
+# the others see to it.
 _library.impl("select_tokens", torch.library.fallthrough_kernel, "Autograd")
 _library.impl("window_attention", torch.library.fallthrough_kernel, "Autograd")
+_library.impl("score_prompt", torch.library.fallthrough_kernel, "Autograd")

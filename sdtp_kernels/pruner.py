@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .reference import standardized_log
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -25,7 +27,6 @@ FORMAT_VERSION = 1
 
 DISTANCE_KNOTS = 18
 FARTHEST = 2 ** (DISTANCE_KNOTS - 1) - 1  # what is farther counts as this
-ATTENTION_FLOOR = 1e-9  # below every probability that matters, so that a logarithm of 0 stays finite
 
 
 class PrunerWeights(NamedTuple):
@@ -141,18 +142,8 @@ class TokenPruner(nn.Module):
         if self.attention:
             if attention is None:
                 raise ValueError("this pruner weighs the last-window attention: pass `attention` as well")
-            bias = bias + self.attention_term(attention, is_valid)
+            bias = bias + self.attention_weight.float() * standardized_log(attention, is_valid)
         return bias
-
-    def attention_term(self, attention: torch.Tensor, is_valid: torch.Tensor | None = None) -> torch.Tensor:
-        """The part of :meth:`score_bias` that follows from the attention."""
-        value = torch.log(attention.float() + ATTENTION_FLOOR)
-        weight = torch.ones_like(value) if is_valid is None else is_valid.float()
-        # Standardised in its own row, so that one weight fits every prompt length.
-        count = weight.sum(-1, keepdim=True).clamp(min=1)
-        centred = value - (value * weight).sum(-1, keepdim=True) / count
-        spread = ((centred.square() * weight).sum(-1, keepdim=True) / count).sqrt()
-        return self.attention_weight.float() * centred / (spread + 1e-6)
 
     def distance_term(self, distance: torch.Tensor) -> torch.Tensor:
         """The part of :meth:`score_bias` that follows from the distance to the prompt's end alone."""

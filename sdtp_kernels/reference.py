@@ -6,8 +6,12 @@ backend sees them. Everything here is tensor arithmetic, so it runs on any devic
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+
+ATTENTION_FLOOR = 1e-9  # below every probability that matters, so that a logarithm of 0 stays finite
 
 
 def score_tokens(
@@ -124,26 +128,103 @@ def window_attention(
     key: torch.Tensor,
     query_index: torch.Tensor,
     key_index: torch.Tensor,
-    query_weight: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     scaling: float,
     pooling: int = 1,
 ) -> torch.Tensor:
-    """Softmax per query, weighted sum over queries, max-pooling per head, mean over heads, as in SnapKV.
+    """Softmax per query, sum over queries, max-pooling per head, mean over heads, as in SnapKV.
 
-    The product is in the dtype of `query` and the rest in float32: GPU backends run this as it stands.
+    Rotation and product are in the dtype of `query` and the rest in float32: GPU backends run this as it stands.
     """
+    if cos is not None and sin is not None:
+        query = rotate(query, cos, sin)
     # Query heads that share a key head side by side, [B, kv_heads, groups * window, n]: one product for all of them.
     group, window = query.shape[1] // key.shape[1], query.shape[2]
     grouped = (query * scaling).unflatten(1, (-1, group)).flatten(2, 3)
     logits = (grouped @ key.transpose(-1, -2)).float().unflatten(2, (group, window)).flatten(1, 2)
 
     index = key_index[:, None]
-    is_seen = (index >= 0) & (index <= query_index[..., None]) & (query_weight[..., None] != 0)
+    is_seen = (index >= 0) & (index <= query_index[..., None])
     # Not -inf: a query that sees nothing must not become NaN; it has no say in the sum.
     logits = logits.masked_fill(~is_seen[:, None], torch.finfo(torch.float32).min)
-    weight = query_weight * is_seen.any(-1)
-    per_head = (weight[:, None, None] @ logits.softmax(-1)).squeeze(2)
+    has_a_say = is_seen.any(-1)[:, None, :, None]
+    per_head = logits.softmax(-1).where(has_a_say, 0).sum(2)
     return _max_pool(per_head, pooling).mean(1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of ``[B, heads, n, d]`` by ``[B or 1, n, d]``, in halves of the head."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
+
+
+def score_prompt(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    rms_eps: float | None,
+    *terms: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`score_tokens`, then :func:`add_terms`."""
+    return add_terms(score_tokens(hidden_states, w1, b1, w2, b2, None, rms_eps), *terms)
+
+
+def add_terms(
+    scores: torch.Tensor,
+    token_index: torch.Tensor,
+    keep_last: int,
+    distance_table: torch.Tensor,
+    mean_score: torch.Tensor | None = None,
+    num_scores: int = 0,
+    attention: torch.Tensor | None = None,
+    attention_weight: float = 0.0,
+    query: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    pooling: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a pruner's score is made of beside its MLP; GPU backends run this as it stands."""
+    if mean_score is not None:
+        scores = torch.lerp(mean_score, scores, 1 / (num_scores + 1))
+    end = token_index.shape[1] - keep_last
+    if query is not None and key is not None:
+        last = slice(end - query.shape[2], end)
+        cos, sin = (None if t is None else t[:, last] for t in (cos, sin))
+        attention = window_attention(query, key, token_index[:, last], token_index, cos, sin, scaling, pooling)
+    distance = token_index[:, end - 1 : end] - token_index if end > 0 else torch.full_like(token_index, -1)
+    is_valid = (token_index >= 0) & (distance >= 0)
+    bias = distance_table.take(distance.clamp(0, distance_table.shape[0] - 1))
+    if attention is not None:
+        bias = bias + attention_weight * standardized_log(attention, is_valid)
+    return scores + bias.masked_fill(~is_valid, 0), scores
+
+
+def standardized_log(attention: torch.Tensor, is_valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Logarithms with mean 0 and standard deviation 1 in each row, so that one weight fits every prompt length.
+
+    Parameters
+    ----------
+    attention : Tensor [B, n]
+        Not negative.
+    is_valid : bool Tensor [B, n], optional
+        The tokens that mean and deviation are taken over; all by default.
+
+    Returns
+    -------
+    Tensor [B, n], float32
+        Differentiable.
+    """
+    value = torch.log(attention.float() + ATTENTION_FLOOR)
+    weight = torch.ones_like(value) if is_valid is None else is_valid.float()
+    count = weight.sum(-1, keepdim=True).clamp(min=1)
+    centred = value - (value * weight).sum(-1, keepdim=True) / count
+    spread = ((centred.square() * weight).sum(-1, keepdim=True) / count).sqrt()
+    return centred / (spread + 1e-6)
 
 
 def _max_pool(values: torch.Tensor, width: int) -> torch.Tensor:

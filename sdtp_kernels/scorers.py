@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import ops
+from .reference import rotate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +37,9 @@ class StageInput(NamedTuple):
     """The decoder layer that has just run, on the same tokens."""
     hidden_states_below: torch.Tensor | None
     """Its input, ``[B, n, D]``; ``None`` where some tokens have waited for others (see :func:`block_local`)."""
+    queries_below: torch.Tensor | None = None
+    """The queries it projected for the prompt's last tokens, as many as the scorer looks at or as there are, not
+    rotated yet, ``[B, w, heads * head_dim]``; ``None`` in compiled code, and where some tokens waited."""
     keys_below: torch.Tensor | None = None
     """The keys it cached, ``[B, kv_heads, n, head_dim]``; ``None`` without a cache, and where some tokens waited."""
     group: ProcessGroup | None = None
@@ -75,33 +79,51 @@ def norm_score(stage: StageInput) -> torch.Tensor:
     return stage.hidden_states.float().square().sum(-1).sqrt()
 
 
-def attention_score(stage: StageInput, window: int = ATTENTION_WINDOW) -> torch.Tensor:
-    """Attention of the prompt's last queries in the layer below, as in SnapKV (arXiv 2404.14469).
+def window_of(stage: StageInput, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries of the prompt's last tokens in the layer below, and its keys.
 
-    Softmax per query, sum over the last `window` queries, max-pooling over 7 neighbours, mean over heads. The layer
-    below has its keys in the cache already, so only the window's queries are projected.
+    The layer has projected both already: its keys are in the cache, its last queries were taken on the way.
+
+    Returns
+    -------
+    query : Tensor [B, heads, w, head_dim]
+        Not rotated yet; of `window` tokens, or as many as the prompt has.
+    key : Tensor [B, kv_heads, n, head_dim]
+        Rotated.
     """
-    from transformers.models.qwen2.modeling_qwen2 import rotate_half
-
-    from .models.devices import mean_over
-
     layer, attention, hidden_states_below = stage.layer_below, stage.layer_below.self_attn, stage.hidden_states_below
     assert hidden_states_below is not None, "the prompt's end is not known while it comes in pieces"
     end = stage.hidden_states.shape[1] - stage.keep_last
     window = min(window, end)
 
     def project(projection: Any, tokens: slice) -> torch.Tensor:
-        normed = layer.input_layernorm(hidden_states_below[:, tokens])
-        x = projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        cos, sin = (t[:, None, tokens] for t in stage.position_embeddings)
-        return x * cos + rotate_half(x) * sin  # type: ignore[no-any-return]
+        return projection(layer.input_layernorm(hidden_states_below[:, tokens]))  # type: ignore[no-any-return]
 
-    query = project(attention.q_proj, slice(end - window, end))
-    key = project(attention.k_proj, slice(None)) if stage.keys_below is None else stage.keys_below
-    index, window_index = stage.token_index, stage.token_index[:, end - window : end]
+    def by_head(x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:2], -1, attention.head_dim).transpose(1, 2)
+
+    taken, key = stage.queries_below, stage.keys_below
+    if taken is None or taken.shape[1] < window:
+        taken = project(attention.q_proj, slice(end - window, end))
+    if key is None:
+        key = rotate(by_head(project(attention.k_proj, slice(None))), *stage.position_embeddings)
+    return by_head(taken[:, taken.shape[1] - window :]), key
+
+
+def attention_score(stage: StageInput, window: int = ATTENTION_WINDOW) -> torch.Tensor:
+    """Attention of the prompt's last queries in the layer below, as in SnapKV (arXiv 2404.14469).
+
+    Softmax per query, sum over the last `window` queries, max-pooling over 7 neighbours, mean over heads.
+    """
+    from .models.devices import mean_over
+
+    query, key = window_of(stage, window)
+    end = stage.hidden_states.shape[1] - stage.keep_last
+    last = slice(end - query.shape[2], end)
+    index, (cos, sin) = stage.token_index, (t[:, last] for t in stage.position_embeddings)
     scores = ops.window_attention(
-        query, key, window_index, index, (window_index >= 0).float(),
-        scaling=attention.scaling, pooling=ATTENTION_POOLING, backend=stage.backend,
+        query, key, index[:, last], index,
+        cos=cos, sin=sin, scaling=stage.layer_below.self_attn.scaling, pooling=ATTENTION_POOLING, backend=stage.backend,
     )  # fmt: skip
     return mean_over(scores, stage.group)
 

@@ -21,6 +21,7 @@ from sdtp_kernels import (
     gather_tokens,
     prune_tokens,
     reference,
+    score_prompt,
     score_tokens,
     select_tokens,
     window_attention,
@@ -32,7 +33,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # exact in float32, and a bfloat16 matmul may round the pre-activation once.
 SCORE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-2}
 
-OPS = ("score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "window_attention")
+OPS = ("score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "window_attention", "score_prompt")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -297,18 +298,17 @@ WINDOW_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e
 def window_inputs(
     keys=300, window=5, heads=6, key_heads=2, head_dim=24, dtype=torch.float32, padding=(0, 7), requires_grad=False
 ):
-    """Query, key, query_index, key_index, query_weight: the last tokens of left-padded texts, of which some dropped."""
+    """Query, key, query_index, key_index: the last tokens of left-padded texts, of which some dropped."""
     batch = len(padding)
     query = torch.randn(batch, heads, window, head_dim).to(dtype).requires_grad_(requires_grad)
     key = (2 * torch.randn(batch, key_heads, keys, head_dim)).to(dtype).requires_grad_(requires_grad)
     key_index = torch.randint(1, 4, (batch, keys)).cumsum(-1)
     key_index = (key_index - key_index.gather(1, torch.tensor(padding).unsqueeze(-1))).clamp(min=-1)
     query_index = torch.nn.functional.pad(key_index, (max(window - keys, 0), 0), value=-1)[:, -window:]
-    query_weight = torch.rand(batch, window) * (query_index >= 0)
-    return query, key, query_index, key_index, query_weight
+    return query, key, query_index, key_index
 
 
-def naive_window(query, key, query_index, key_index, query_weight, scaling, pooling):
+def naive_window(query, key, query_index, key_index, scaling, pooling):
     (batch, heads, window, _), keys = query.shape, key.shape[2]
     result = torch.zeros(batch, keys, dtype=torch.double)
     for row in range(batch):
@@ -316,9 +316,9 @@ def naive_window(query, key, query_index, key_index, query_weight, scaling, pool
             sums = torch.zeros(keys, dtype=torch.double)
             for i in range(window):
                 seen = (key_index[row] >= 0) & (key_index[row] <= query_index[row, i])
-                if query_weight[row, i] and seen.any():
+                if seen.any():
                     logits = key[row, head * key.shape[1] // heads].double() @ query[row, head, i].double()
-                    sums[seen] += query_weight[row, i] * (scaling * logits[seen]).softmax(0)
+                    sums[seen] += (scaling * logits[seen]).softmax(0)
             for j in range(keys):
                 result[row, j] += sums[max(j - pooling // 2, 0) : j + pooling // 2 + 1].max() / heads
     return result
@@ -368,10 +368,10 @@ def test_window_attention_does_not_depend_on_the_company(dtype):
         inputs[0][row, :, : max(8 - n, 0)] = torch.nan
     together = window_attention(*inputs, scaling=0.3, pooling=7)
     for row, n in enumerate(lengths):
-        query, key, query_index, key_index, query_weight = (t[row : row + 1] for t in inputs)
+        query, key, query_index, key_index = (t[row : row + 1] for t in inputs)
         window = min(8, n)
         own = (query[:, :, 8 - window :], key[:, :, length - n :])
-        own += (query_index[:, 8 - window :], key_index[:, length - n :], query_weight[:, 8 - window :])
+        own += (query_index[:, 8 - window :], key_index[:, length - n :])
         alone = window_attention(*own, scaling=0.3, pooling=7, backend="cpu")
         assert torch.equal(alone[0], together[row, length - n :])
         # Padding takes part in nothing but the pooling of its neighbours.
@@ -387,23 +387,43 @@ def test_window_attention_does_not_depend_on_the_company(dtype):
 
 @backends
 def test_window_attention_of_queries_without_a_say(backend):
-    """Weight 0, or no key to see: as if they were not there, whatever stands in them."""
-    query, key, query_index, key_index, query_weight = window_inputs(keys=70, window=4)
+    """No key to see: as if they were not there."""
+    query, key, query_index, key_index = window_inputs(keys=70, window=4)
     query_index[0, 1] = -1
-    query_weight[:, 2] = 0
-    query[:, :, 2] = torch.nan
-    for weight in (query_weight, torch.zeros_like(query_weight)):
-        inputs = (query, key, query_index, key_index, weight)
+    query_index[:, 2] = -1
+    for index in (query_index, torch.full_like(query_index, -1)):
+        inputs = (query, key, index, key_index)
         got = window_attention(*inputs, scaling=0.3, pooling=3, backend=backend)
         torch.testing.assert_close(got.double(), naive_window(*inputs, 0.3, 3), atol=1e-5, rtol=0)
 
 
+def rotary(*shape, dtype=torch.float32):
+    angles = torch.rand((*shape[:-1], shape[-1] // 2)).repeat(1, 1, 2) * 7
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_window_attention_rotates_queries(backend, dtype, batch):
+    """As transformers does, with angles for each row or for all."""
+    from transformers.models.qwen2.modeling_qwen2 import rotate_half
+
+    query, *rest = window_inputs(dtype=dtype)
+    cos, sin = rotary(batch, 5, 24, dtype=dtype)
+    rotated = query * cos[:, None] + rotate_half(query) * sin[:, None]
+    expected = window_attention(rotated, *rest, scaling=0.3, backend="reference")
+    got = window_attention(query, *rest, cos=cos, sin=sin, scaling=0.3, backend=backend)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(got, expected, atol=tolerance * expected.max().item(), rtol=0)
+
+
 @backends
 def test_window_attention_of_nothing(backend):
-    query, key, query_index, key_index, query_weight = window_inputs(keys=70)
+    query, key, query_index, key_index = window_inputs(keys=70)
     for window, keys in ((0, 70), (5, 0), (0, 0)):
         inputs = (query[:, :, :window], key[:, :, :keys], query_index[:, :window], key_index[:, :keys])
-        got = window_attention(*inputs, query_weight[:, :window], scaling=0.3, pooling=7, backend=backend)
+        got = window_attention(*inputs, scaling=0.3, pooling=7, backend=backend)
         assert torch.equal(got, torch.zeros(2, keys))
 
 
@@ -413,14 +433,14 @@ def test_window_attention_layouts_and_nan(backend):
         got = window_attention(*tensors, scaling=0.3, pooling=7, backend=backend)
         return torch.equal(got, expected) if backend == "cpu" else torch.allclose(got, expected, atol=1e-6)
 
-    query, key, query_index, key_index, query_weight = inputs = window_inputs(padding=(0, 0))
+    query, key, query_index, key_index = inputs = window_inputs(padding=(0, 0))
     expected = window_attention(*inputs, scaling=0.3, pooling=7, backend=backend)
     cache = torch.full((2, 2, 500, 24), torch.nan)
     cache[:, :, :300] = key
     strided = torch.full((2, 6, 5, 48), torch.nan)[..., ::2].copy_(query)
     by_token = query.transpose(1, 2).contiguous().transpose(1, 2)
-    assert same(query, cache[:, :, :300], query_index, key_index, query_weight)
-    assert same(strided, key.transpose(2, 3).contiguous().transpose(2, 3), query_index, key_index, query_weight)
+    assert same(query, cache[:, :, :300], query_index, key_index)
+    assert same(strided, key.transpose(2, 3).contiguous().transpose(2, 3), query_index, key_index)
     assert same(by_token, key, *(t.t().contiguous().t() for t in inputs[2:]))
     for spoilt in (query[1, 2, 3], key[1, 0, 40]):
         right = spoilt.clone()
@@ -440,7 +460,8 @@ def test_window_attention_compiles_for_all_lengths():
         for keys in (300, 257, 40):
             inputs = window_inputs(keys)
             torch.testing.assert_close(
-                compiled(*inputs, scaling=0.3, pooling=7), function(*inputs, scaling=0.3, pooling=7)
+                compiled(*inputs, cos=None, sin=None, scaling=0.3, pooling=7),
+                function(*inputs, cos=None, sin=None, scaling=0.3, pooling=7),
             )
         assert graphs.frame_count == 1
 
@@ -455,15 +476,125 @@ def test_window_attention_compiles_for_all_lengths():
         ({"key": torch.ones(2, 4, 300, 24)}, "got 4 heads, expected a divisor of the 6"),
         ({"query_index": torch.ones(2, 4, dtype=torch.int64)}, r"query_index: expected \[2, 5\] torch.int64"),
         ({"key_index": torch.ones(1, 300, dtype=torch.int64)}, r"key_index: expected \[2, 300\]"),
-        ({"query_weight": torch.ones(2, 5, dtype=torch.int64)}, r"query_weight: expected \[2, 5\] torch.float32"),
+        ({"cos": torch.ones(2, 5, 24)}, "cos and sin: expected both"),
+        (
+            {"cos": torch.ones(2, 4, 24), "sin": torch.ones(2, 5, 24)},
+            r"cos: expected \[2, 5, 24\], or a first dimension",
+        ),
+        ({"cos": torch.ones(1, 5, 24), "sin": torch.ones(1, 5, 24).double()}, "sin: .* in the dtype of query"),
         ({"pooling": 2}, "an odd number of tokens"),
     ],
 )
 def test_bad_arguments_of_window_attention(change, message):
-    names = ("query", "key", "query_index", "key_index", "query_weight")
+    names = ("query", "key", "query_index", "key_index")
     arguments = {**dict(zip(names, window_inputs(), strict=True)), "scaling": 0.3, **change}
     with pytest.raises(ValueError, match=message):
         window_attention(**arguments)
+
+
+# ---------------------------------------------------------------------------------------------- a pruner's whole score
+
+
+def prompt_inputs(lengths=(300, 300), keep_last=0, dtype=torch.float32):
+    """Arguments of score_prompt for left-padded prompts, of which some tokens dropped."""
+    batch, width = len(lengths), max(lengths)
+    hidden_states, weights = pruner_inputs(width, batch=batch, dtype=dtype)
+    _, key, _, token_index = window_inputs(width, padding=[width - n for n in lengths], dtype=dtype)
+    cos, sin = rotary(batch, width, 24, dtype=dtype)
+    return {
+        **dict(zip(("hidden_states", "w1", "b1", "w2", "b2"), (hidden_states, *weights), strict=True)),
+        "token_index": token_index, "distance_table": torch.randn(250), "keep_last": keep_last,
+        "mean_score": torch.randn(batch, width), "num_scores": 2, "attention_weight": 0.7,
+        "query": torch.randn(batch, 6, 5, 24).to(dtype), "key": key, "cos": cos, "sin": sin, "scaling": 0.3,
+        "pooling": 3, "rms_eps": 1e-6,
+    }  # fmt: skip
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep_last", [0, 7])
+def test_score_prompt(backend, dtype, keep_last):
+    """By hand from the other ops: opinions averaged, a distance, and logarithms standardised over valid tokens."""
+    inputs = prompt_inputs((300, 211), keep_last, dtype)
+    hidden_states, w1, b1, w2, b2, index = list(inputs.values())[:6]
+    own = score_tokens(hidden_states, w1, b1, w2, b2, rms_eps=1e-6, backend=backend)
+    mean_score = (2 * inputs["mean_score"] + own) / 3
+    end = 300 - keep_last
+    last = slice(end - 5, end)
+    attention = window_attention(
+        inputs["query"], inputs["key"], index[:, last], index, cos=inputs["cos"][:, last], sin=inputs["sin"][:, last],
+        scaling=0.3, pooling=3, backend=backend,
+    )  # fmt: skip
+    expected = mean_score.double()
+    for row in range(2):
+        valid = (index[row] >= 0) & (torch.arange(300) < end)
+        logs = (attention[row, valid].double() + 1e-9).log()
+        distance = index[row, end - 1] - index[row, valid]
+        expected[row, valid] += inputs["distance_table"][distance.clamp(max=249)]
+        expected[row, valid] += 0.7 * (logs - logs.mean()) / logs.std(correction=0)
+    got = score_prompt(**inputs, backend=backend)
+    torch.testing.assert_close(got.mean_score, mean_score, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.scores.double(), expected, atol=2e-4, rtol=1e-4)
+    given = {name: value for name, value in inputs.items() if name not in ("query", "key", "cos", "sin")}
+    given = score_prompt(**given, attention=attention, backend=backend)
+    torch.testing.assert_close(given.scores, got.scores, atol=1e-5, rtol=1e-5)
+
+
+@backends
+def test_score_prompt_of_an_mlp_alone(backend):
+    inputs = prompt_inputs()
+    weights = [inputs[name] for name in ("hidden_states", "w1", "b1", "w2", "b2")]
+    expected = score_tokens(*weights, backend=backend)
+    for keep_last in (0, 300):  # all of it may stand behind the prompt
+        got = score_prompt(*weights, inputs["token_index"], torch.zeros(1), keep_last=keep_last, backend=backend)
+        assert torch.equal(got.scores, expected)
+        assert torch.equal(got.mean_score, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_score_prompt_does_not_depend_on_the_company(dtype):
+    """On a CPU, bit for bit: not on rows, nor on padding and what stands in it."""
+    lengths = (300, 211, 9)
+    inputs = prompt_inputs(lengths, 2, dtype)
+    for row, n in enumerate(lengths):
+        for name in ("hidden_states", "mean_score"):
+            inputs[name][row, : 300 - n] = torch.nan
+        inputs["key"][row, :, : 300 - n] = torch.nan
+    together = score_prompt(**inputs)
+    for row, n in enumerate(lengths):
+        own = {}
+        for name, value in inputs.items():
+            is_by_row = isinstance(value, torch.Tensor) and value.dim() > 1 and name != "w1"
+            own[name] = value[row : row + 1] if is_by_row else value
+        for name in ("hidden_states", "token_index", "mean_score", "cos", "sin"):
+            own[name] = own[name][:, 300 - n :]
+        own["key"] = own["key"][:, :, 300 - n :]
+        alone = score_prompt(**own, backend="cpu")
+        assert torch.equal(alone.scores[0], together.scores[row, 300 - n :])
+        assert torch.equal(alone.mean_score[0], together.mean_score[row, 300 - n :])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_index": torch.ones(2, 299, dtype=torch.int64)}, r"token_index: expected \[2, 300\] torch.int64"),
+        ({"keep_last": 301}, "keep_last=301: expected 0 to 300"),
+        ({"distance_table": torch.ones(0)}, "distance_table: .* at least one entry"),
+        ({"mean_score": torch.ones(2, 300).double()}, r"mean_score: expected \[2, 300\] torch.float32"),
+        ({"num_scores": 0}, "num_scores=0: expected how many scores mean_score is the mean of"),
+        ({"mean_score": None}, "num_scores=2: expected how many scores"),
+        ({"attention": torch.ones(2, 300)}, "no attention, which it is there to compute"),
+        ({"key": None}, "query: expected a key with it"),
+        ({"key": torch.ones(2, 3, 299, 24)}, "query, key: expected at most the prompt's 300 tokens and all 300"),
+        ({"keep_last": 296}, "at most the prompt's 4 tokens"),
+        ({"cos": torch.ones(2, 5, 24)}, r"cos: expected \[2, 300, 24\]"),
+        ({"pooling": 2}, "an odd number of tokens"),
+        ({"w1": torch.ones(3, 3)}, "w1: expected"),
+    ],
+)
+def test_bad_arguments_of_score_prompt(change, message):
+    with pytest.raises(ValueError, match=message):
+        score_prompt(**{**prompt_inputs(), **change})
 
 
 # --------------------------------------------------------------------------------------- tracing, gradients, no sync
@@ -483,7 +614,24 @@ def op_inputs(requires_grad=False):
         "select_tokens": (torch.randn(2, 40), *selection),
         "gather_tokens": ([hidden_states, other, torch.arange(80).view(2, 40)], indices),
         "prune_tokens": (hidden_states, [other], *weights, *selection, None, 1e-6),
-        "window_attention": (*window_inputs(requires_grad=requires_grad), 0.3, 7),
+        "window_attention": (*window_inputs(requires_grad=requires_grad), *rotary(2, 5, 24), 0.3, 7),
+        "score_prompt": (
+            hidden_states,
+            *weights,
+            1e-6,
+            torch.arange(40).repeat(2, 1),
+            3,
+            torch.randn(9),
+            torch.randn(2, 40),
+            2,
+            None,
+            0.5,
+            torch.randn(2, 6, 5, 8, requires_grad=requires_grad),
+            torch.randn(2, 3, 40, 8),
+            *rotary(1, 40, 8),
+            0.3,
+            7,
+        ),
     }
 
 
@@ -560,6 +708,13 @@ def test_gradients_of_prune(backend):
 def test_window_attention_has_no_gradient(backend):
     inputs = window_inputs(requires_grad=True)
     assert not window_attention(*inputs, scaling=0.3, backend=backend).requires_grad
+
+
+@backends
+def test_score_prompt_has_no_gradient(backend):
+    inputs = prompt_inputs()
+    inputs["hidden_states"].requires_grad_()
+    assert not any(t.requires_grad for t in score_prompt(**inputs, backend=backend))
 
 
 class NoHostSync(TorchDispatchMode):

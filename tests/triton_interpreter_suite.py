@@ -518,7 +518,7 @@ def test_prune_many_tensors(launches):
 # ------------------------------------------------------------------------------- tracing, models, errors, coverage
 
 
-OPS = ("score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "window_attention")
+OPS = ("score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "window_attention", "score_prompt")
 
 
 def op_inputs(requires_grad):
@@ -533,7 +533,20 @@ def op_inputs(requires_grad):
         "select_tokens": (torch.randn(2, 40), *selection),
         "gather_tokens": ([hidden_states, other, torch.arange(80).view(2, 40)], torch.tensor([[0, 2, 39], [-1, 4, 9]])),
         "prune_tokens": (hidden_states, [other], *weights, *selection, None, 1e-6),
-        "window_attention": (*window, torch.ones(2, 5), 0.3, 7),
+        "window_attention": (*window, None, None, 0.3, 7),
+        "score_prompt": (
+            hidden_states,
+            *weights,
+            1e-6,
+            index,
+            3,
+            torch.randn(9),
+            torch.randn(2, 40),
+            2,
+            None,
+            0.5,
+            *window[:2],
+        ),
     }
 
 

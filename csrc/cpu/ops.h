@@ -1,4 +1,4 @@
-// The five ops on CPU tensors.
+// The six ops on CPU tensors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -30,6 +30,21 @@ std::tuple<std::vector<Tensor>, Tensor> prune_tokens(const std::vector<Tensor>& 
                                                      std::optional<double> rms_eps);
 
 Tensor window_attention(const Tensor& query, const Tensor& key, const Tensor& query_index, const Tensor& key_index,
-                        const Tensor& query_weight, double scaling, int64_t pooling);
+                        const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, double scaling,
+                        int64_t pooling);
+
+// The same, where the window's tokens are columns `first` on of `query_index`, `cos` and `sin`.
+Tensor window_attention_from(int64_t first, const Tensor& query, const Tensor& key, const Tensor& query_index,
+                             const Tensor& key_index, const std::optional<Tensor>& cos,
+                             const std::optional<Tensor>& sin, double scaling, int64_t pooling);
+
+std::tuple<Tensor, Tensor> score_prompt(const Tensor& hidden_states, const Tensor& w1, const Tensor& b1,
+                                        const Tensor& w2, const Tensor& b2, std::optional<double> rms_eps,
+                                        const Tensor& token_index, int64_t keep_last, const Tensor& distance_table,
+                                        const std::optional<Tensor>& mean_score, int64_t num_scores,
+                                        const std::optional<Tensor>& attention, double attention_weight,
+                                        const std::optional<Tensor>& query, const std::optional<Tensor>& key,
+                                        const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                                        double scaling, int64_t pooling);
 
 }  // namespace sdtp::cpu

@@ -9,9 +9,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/narrow.h"
 #include "cpu/ops.h"
-#include "cpu/score_narrow.h"
 #include "cpu/score_tile.h"
+#include "cpu/tensors.h"
 
 namespace sdtp::cpu {
 namespace {
@@ -41,7 +42,7 @@ struct ScoreCall {
     int64_t hidden_size;
     const void* w1;  // [pruner_size, hidden_size], contiguous
     ScalarType matmul_dtype;
-    const Lanes* packed;  // w1 for score_narrow; null where that does not serve
+    const Lanes* packed;  // w1 for multiply_units, of narrow pruners; null otherwise
     Head head;
     std::optional<double> rms_eps;
     const float* score_bias;  // [B, num_tokens], contiguous; may be null
@@ -49,9 +50,6 @@ struct ScoreCall {
 
     int64_t tiles_per_row() const { return (num_tokens + kTileTokens - 1) / kTileTokens; }
 };
-
-// A call through torch's dispatcher takes some microseconds, so it is spared where it would change nothing.
-Tensor make_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : stable::contiguous(tensor); }
 
 Tensor empty_tile(int64_t columns, ScalarType dtype) {
     const std::array<int64_t, 2> shape{kTileTokens, columns};
@@ -117,6 +115,28 @@ void add_bias(const ScoreCall& call, int64_t row, int64_t start, int64_t count, 
     for (int64_t token = 0; token < count; ++token) scores[token] += bias[token];
 }
 
+// A pruner of at most so many units is narrow; wider ones gain nothing.
+constexpr int64_t kNarrow = 96;
+// So many tokens go through norm, product and GELU while they are near; whole blocks of multiply_units.
+constexpr int64_t kNarrowTokens = 24;
+
+void score_narrow(const ScoreCall& call, const float* tokens, int64_t num_tokens, float* scores) {
+    constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
+    const int64_t width = (call.head.pruner_size + kLanes - 1) / kLanes * kLanes;
+    alignas(sizeof(Lanes)) float products[(kNarrowTokens + kSpareProducts) * kNarrow];
+    float inv_rms[kNarrowTokens];
+    for (int64_t begin = 0; begin < num_tokens; begin += kNarrowTokens) {
+        const int64_t count = std::min(kNarrowTokens, num_tokens - begin);
+        const float* rows = tokens + begin * call.token_stride;
+        for (int64_t i = 0; call.rms_eps && i < count; ++i) {
+            inverse_rms(rows + i * call.token_stride, 1, call.hidden_size, static_cast<float>(*call.rms_eps),
+                        &inv_rms[i]);
+        }
+        multiply_units(rows, call.token_stride, count, call.hidden_size, call.packed, width, products);
+        finish_tile(products, width, call.rms_eps ? inv_rms : nullptr, count, call.head, scores + begin);
+    }
+}
+
 // Scores the tiles `begin:end`, counted through all batch rows. Tiles are cut from the end of a row, where left-padded
 // rows agree, and an incomplete one fills the end of its matmul: a token has the same place in the same matmul whatever
 // the padding before it. Rows of a matmul without a token are computed too and dropped.
@@ -141,8 +161,7 @@ void score_tiles(const ScoreCall& call, int64_t begin, int64_t end) {
         float* scores = call.scores + row * call.num_tokens + start;
         if constexpr (std::is_same_v<Element, float>) {
             if (call.packed != nullptr) {
-                score_narrow(tokens, call.token_stride, count, hidden_size, call.packed, call.head,
-                             call.rms_eps ? &*call.rms_eps : nullptr, scores);
+                score_narrow(call, tokens, count, scores);
                 add_bias(call, row, start, count, scores);
                 continue;
             }
@@ -213,8 +232,8 @@ Tensor score_tokens(const Tensor& hidden_states, const Tensor& w1, const Tensor&
     call.head = {b1_values.const_data_ptr<float>(), w2_values.const_data_ptr<float>(), *b2.const_data_ptr<float>(),
                  w1.size(0)};
     std::vector<Lanes> packed;
-    if (dtype == ScalarType::Float && is_narrow(w1.size(0))) {
-        packed = pack_narrow(weights.const_data_ptr<float>(), w1.size(0), call.hidden_size);
+    if (dtype == ScalarType::Float && has_wide_registers() && w1.size(0) <= kNarrow) {
+        packed = pack_units(weights.const_data_ptr<float>(), w1.size(0), call.hidden_size);
         call.packed = packed.data();
     }
     call.rms_eps = rms_eps;

@@ -198,9 +198,8 @@ def pruner_score(pruner: Any, stage: StageInput) -> torch.Tensor:
     """The score of a :class:`~sdtp_kernels.TokenPruner` as a scorer: what the fused op computes, in plain PyTorch."""
     from sdtp_kernels.models.scoring import Fused
 
-    scores = pruner(stage.hidden_states)
-    bias = Fused.of(pruner, pruner.w1.dtype).score_bias(stage)
-    return scores if bias is None else scores + bias  # type: ignore[no-any-return]
+    scores, _ = Fused.of(pruner, stage.hidden_states.dtype).score(stage, None, "reference")
+    return scores
 
 
 def _heads(stage: StageInput, attention: Any, name: str) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Who can run the ops, why not, and the choice.
 
-A backend is a module with the five ops of :mod:`sdtp_kernels.reference` and ``unavailable_reason(device, dtype)``. It
+A backend is a module with the six ops of :mod:`sdtp_kernels.reference` and ``unavailable_reason(device, dtype)``. It
 is imported when it is first asked for. The choice is made inside the ops, where Dynamo does not look.
 """
 
@@ -40,6 +40,7 @@ class Backend(Protocol):
     gather_tokens: Callable[..., list[torch.Tensor]]
     prune_tokens: Callable[..., tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]]
     window_attention: Callable[..., torch.Tensor]
+    score_prompt: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     unavailable_reason: Callable[..., str | None]
 
 
@@ -84,6 +85,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend={name!r} does not exist; known: {', '.join(BACKEND_NAMES)}")
 
 
+@functools.cache  # of an answer; an error is looked into again
 def choose(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Backend:
     """The backend called `name`, or the best that can run where it is ``"auto"``.
 

@@ -27,8 +27,11 @@ for _schema in (
     f"select_tokens(Tensor scores, {_SELECTION}) -> Tensor",
     "gather_tokens(Tensor[] tensors, Tensor indices) -> Tensor[]",
     f"prune_tokens(Tensor[] tensors, {_PRUNER}, {_SELECTION}, {_SCORING}) -> (Tensor[], Tensor)",
-    "window_attention(Tensor query, Tensor key, Tensor query_index, Tensor key_index, Tensor query_weight, "
+    "window_attention(Tensor query, Tensor key, Tensor query_index, Tensor key_index, Tensor? cos, Tensor? sin, "
     "float scaling, int pooling) -> Tensor",
+    f"score_prompt(Tensor hidden_states, {_PRUNER}, float? rms_eps, Tensor token_index, int keep_last, "
+    "Tensor distance_table, Tensor? mean_score, int num_scores, Tensor? attention, float attention_weight, "
+    "Tensor? query, Tensor? key, Tensor? cos, Tensor? sin, float scaling, int pooling) -> (Tensor, Tensor)",
 ):
     _library.define(_schema)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ._native import load_error
@@ -26,7 +28,7 @@ def score_tokens(
     score_bias: torch.Tensor | None = None,
     rms_eps: float | None = None,
 ) -> torch.Tensor:
-    return torch.ops.sdtp_native.score_tokens(  # type: ignore[no-any-return]
+    return torch.ops.sdtp_native.score_tokens.default(  # type: ignore[no-any-return]
         hidden_states, w1, b1, w2, b2, score_bias, rms_eps
     )
 
@@ -40,13 +42,13 @@ def select_tokens(
     rows: torch.Tensor | None = None,
     pooling: int = 1,
 ) -> torch.Tensor:
-    return torch.ops.sdtp_native.select_tokens(  # type: ignore[no-any-return]
+    return torch.ops.sdtp_native.select_tokens.default(  # type: ignore[no-any-return]
         scores, num_keep, sink, recent, block_size, rows, pooling
     )
 
 
 def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[torch.Tensor]:
-    return torch.ops.sdtp_native.gather_tokens(tensors, indices)  # type: ignore[no-any-return]
+    return torch.ops.sdtp_native.gather_tokens.default(tensors, indices)  # type: ignore[no-any-return]
 
 
 def prune_tokens(
@@ -65,7 +67,7 @@ def prune_tokens(
     score_bias: torch.Tensor | None = None,
     rms_eps: float | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    kept, indices = torch.ops.sdtp_native.prune_tokens(
+    kept, indices = torch.ops.sdtp_native.prune_tokens.default(
         [hidden_states, *tensors], w1, b1, w2, b2,
         num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps,
     )  # fmt: skip
@@ -77,10 +79,25 @@ def window_attention(
     key: torch.Tensor,
     query_index: torch.Tensor,
     key_index: torch.Tensor,
-    query_weight: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     scaling: float,
     pooling: int = 1,
 ) -> torch.Tensor:
-    return torch.ops.sdtp_native.window_attention(  # type: ignore[no-any-return]
-        query, key, query_index, key_index, query_weight, scaling, pooling
+    return torch.ops.sdtp_native.window_attention.default(  # type: ignore[no-any-return]
+        query, key, query_index, key_index, cos, sin, scaling, pooling
+    )
+
+
+def score_prompt(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    rms_eps: float | None,
+    *terms: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.sdtp_native.score_prompt(  # type: ignore[no-any-return]
+        hidden_states, w1, b1, w2, b2, rms_eps, *terms
     )

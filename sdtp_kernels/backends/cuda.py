@@ -114,5 +114,17 @@ def prune_tokens(
     return kept[0], kept[1:], indices
 
 
-# No kernel of its own: a product of torch and a few small steps.
+# No kernels of their own: a product of torch, and a few small steps.
 window_attention = reference.window_attention
+
+
+def score_prompt(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    rms_eps: float | None,
+    *terms: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.add_terms(score_tokens(hidden_states, w1, b1, w2, b2, None, rms_eps), *terms)

@@ -11,7 +11,15 @@ from torch import nn
 
 from .. import ops
 from ..pruner import FARTHEST, PrunerStack, PrunerWeights, TokenPruner, check_finite
-from ..scorers import SCORERS, StageInput, question_attention
+from ..scorers import (
+    ATTENTION_POOLING,
+    ATTENTION_WINDOW,
+    QUESTION_WINDOW,
+    SCORERS,
+    StageInput,
+    question_attention,
+    window_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +43,7 @@ class Plain(NamedTuple):
     name: str
     is_block_local: bool
     pooling: int = 1
+    num_queries: int = ATTENTION_WINDOW
 
     def score(self, stage: StageInput, opinion: Opinion | None, backend: str) -> tuple[torch.Tensor, None]:
         """Scores ``[B, n]``; nothing that a later stage would want to know."""
@@ -47,21 +56,29 @@ class Fused(NamedTuple):
     pruner: TokenPruner
     weights: PrunerWeights
     rms_eps: float | None
-    sees_prompt_end: bool = True
-    distance_table: torch.Tensor | None = None
-    """The distance term of every distance, looked up in place of a dozen small operations."""
+    distance_table: torch.Tensor
+    """The distance term of every distance: a single 0 without one."""
+    num_queries: int
+    """How many of the last queries it looks at; 0 without an attention term."""
+    attention_weight: float
+    is_alone: bool
+    """Whether the MLP is all there is."""
     name: str = "TokenPruner"
-    is_block_local: bool = True  # by itself, and with what sees_prompt_end says
+    is_block_local: bool = True  # by itself, and with what the schedule's sees_prompt_end says
 
     @classmethod
     def of(cls, pruner: TokenPruner, dtype: torch.dtype, sees_prompt_end: bool = True) -> Fused:
         """For hidden states in `dtype`, where the pruner is."""
-        table = None
-        if pruner.distance and sees_prompt_end:
+        has_distance, has_attention = pruner.distance and sees_prompt_end, pruner.attention and sees_prompt_end
+        table = pruner.w1.new_zeros(1, dtype=torch.float32)
+        if has_distance:
             with torch.no_grad():
                 table = pruner.distance_term(torch.arange(FARTHEST + 1, device=pruner.w1.device))
         rms_eps = pruner.rms_eps if pruner.rms_norm else None
-        return cls(pruner, pruner.weights(dtype), rms_eps, sees_prompt_end, table)
+        num_queries = QUESTION_WINDOW if has_attention else 0
+        weight = pruner.attention_weight.item() if has_attention else 0.0
+        is_alone = not (has_distance or has_attention or pruner.averaging)
+        return cls(pruner, pruner.weights(dtype), rms_eps, table, num_queries, weight, is_alone)
 
     @property
     def pooling(self) -> int:
@@ -69,27 +86,23 @@ class Fused(NamedTuple):
 
     def score(self, stage: StageInput, opinion: Opinion | None, backend: str) -> tuple[torch.Tensor, Opinion | None]:
         """Scores ``[B, n]``, and where the pruner averages, the opinion that the next stage goes on with."""
-        scores = ops.score_tokens(stage.hidden_states, *self.weights, rms_eps=self.rms_eps, backend=backend)
-        if self.pruner.averaging:
-            if opinion is not None:
-                before, number = opinion
-                scores = torch.lerp(before.to(scores.device), scores, 1 / (number + 1))
-            opinion = Opinion(scores, 1 if opinion is None else opinion.number + 1)
-        bias = self.score_bias(stage)
-        return scores if bias is None else scores + bias, opinion if self.pruner.averaging else None
-
-    def score_bias(self, stage: StageInput) -> torch.Tensor | None:
-        """What the pruner adds to the scores beside the hidden states, if anything."""
-        if not self.sees_prompt_end or not (self.pruner.distance or self.pruner.attention):
-            return None
-        last = stage.token_index.shape[1] - stage.keep_last - 1
-        distance = stage.token_index[:, last : last + 1] - stage.token_index
-        bias = None if self.distance_table is None else self.distance_table.take(distance.clamp(0, FARTHEST))
-        if self.pruner.attention:
-            is_valid = (stage.token_index >= 0) & (distance >= 0)
-            term = self.pruner.attention_term(question_attention(stage), is_valid)
-            bias = term if bias is None else bias + term
-        return bias
+        terms: dict[str, Any] = {}
+        if opinion is not None:
+            terms = {"mean_score": opinion.mean_score.to(stage.hidden_states.device), "num_scores": opinion.number}
+        if self.num_queries and stage.group is None:
+            query, key = window_of(stage, self.num_queries)
+            cos, sin = stage.position_embeddings
+            terms |= {"query": query, "key": key, "cos": cos, "sin": sin, "pooling": ATTENTION_POOLING}
+            terms |= {"scaling": stage.layer_below.self_attn.scaling, "attention_weight": self.attention_weight}
+        elif self.num_queries:  # a process has some of the heads only
+            terms |= {"attention": question_attention(stage), "attention_weight": self.attention_weight}
+        scores, mean_score = ops.score_prompt(
+            stage.hidden_states, *self.weights, stage.token_index, self.distance_table,
+            keep_last=stage.keep_last, rms_eps=self.rms_eps, backend=backend, **terms,
+        )  # fmt: skip
+        if not self.pruner.averaging:
+            return scores, None
+        return scores, Opinion(mean_score, 1 if opinion is None else opinion.number + 1)
 
 
 Scorer = Plain | Fused

@@ -6,6 +6,7 @@ A prompt enters every layer through :class:`Prompt`, which prunes where a stage 
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
@@ -81,6 +82,23 @@ class Piece(NamedTuple):
     """Whether this piece's logits are wanted, rather than the cache alone."""
 
 
+class LastQueries:
+    """What a layer's ``q_proj`` makes of some of the tokens of its next call, in this thread.
+
+    A scorer that looks at the layer below wants its last queries: to project them anew is to read the weights again.
+    """
+
+    def __init__(self, q_proj: torch.nn.Module, tokens: slice) -> None:
+        self.value: torch.Tensor | None = None
+        self._tokens, self._thread = tokens, threading.get_ident()
+        self._handle = q_proj.register_forward_hook(self)
+
+    def __call__(self, q_proj: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if threading.get_ident() == self._thread:
+            self._handle.remove()
+            self.value = output[:, self._tokens].detach().clone()  # not a view, which would hold all of them
+
+
 class Prompt:
     """A piece of a prompt on its way through the stages; :mod:`~sdtp_kernels.models.cache` says how pieces join."""
 
@@ -115,6 +133,7 @@ class Prompt:
         self.waiting: Waiting | None = None
         self.indices: torch.Tensor | None = None
         self.hidden_states_below: torch.Tensor | None = None
+        self.queries_below: LastQueries | None = None
         self.recorder = None
         is_captured = inputs_embeds.is_cuda and torch.cuda.is_current_stream_capturing()
         if not (torch.compiler.is_compiling() or is_captured):  # a graph has no clock
@@ -153,8 +172,14 @@ class Prompt:
             segment = segment._replace(visibility=self._see(layer_idx, hidden_states, segment, layer))
         if self.recorder:
             self.recorder.layer(tokens_in, hidden_states.shape[1], begin, end)
-        # Held over one layer, and only where a stage follows that may look at it.
-        self.hidden_states_below = hidden_states if layer_idx + 1 in schedule.layers else None
+        # Held over one layer, and only where a stage follows that may look at them.
+        self.hidden_states_below = self.queries_below = None
+        if layer_idx + 1 in schedule.layers:
+            self.hidden_states_below = hidden_states
+            end, wanted = hidden_states.shape[1] - self.piece.keep_last, self.pruning.scorers[layer_idx + 1].num_queries
+            if wanted and end > 0 and not torch.compiler.is_compiling():
+                q_proj = self.decoder.layers[layer_idx].self_attn.q_proj
+                self.queries_below = LastQueries(q_proj, slice(max(end - wanted, 0), end))
         return hidden_states, segment
 
     def leave(self) -> None:
@@ -233,7 +258,8 @@ class Prompt:
         self, layer_idx: int, stage: int, hidden_states: torch.Tensor, segment: Segment
     ) -> tuple[torch.Tensor, Segment]:
         backend, scorer, group = self.pruning.backend, self.pruning.scorers[layer_idx], self.pruning.group
-        device, below = hidden_states.device, self.hidden_states_below
+        device, below, queries = hidden_states.device, self.hidden_states_below, self.queries_below
+        has_waited = stage == 1 and self.earlier is not None
         cos, sin = (t.to(device) for t in segment.position_embeddings)
         index = segment.token_index.to(device)
         if segment.is_protected is not None:
@@ -245,7 +271,8 @@ class Prompt:
             index,
             self.piece.keep_last,
             self.decoder.layers[layer_idx - 1],
-            None if below is None or (stage == 1 and self.earlier is not None) else below.to(device),
+            None if below is None or has_waited else below.to(device),
+            None if queries is None or queries.value is None or has_waited else queries.value.to(device),
             None if self.earlier is not None else cached_keys(self.cache, layer_idx - 1, hidden_states.shape[1]),
             group=group,
             backend=backend,
@@ -257,11 +284,11 @@ class Prompt:
             carried.append(segment.is_protected)
         is_simple = not self.piece.is_ragged or (self.earlier is None and segment.is_protected is None)
         is_simple = is_simple and group is None and len(self.groups) == 1
-        if isinstance(scorer, Fused) and not scorer.pruner.averaging and is_simple:
+        if isinstance(scorer, Fused) and scorer.is_alone and is_simple:
             num_keep, selection = self._plan(self.schedule, stage, device)
             hidden_states, (cos, sin, index), indices = ops.prune_tokens(
                 hidden_states, carried, *scorer.weights, num_keep, **selection, pooling=scorer.pooling,
-                score_bias=scorer.score_bias(stage_input), rms_eps=scorer.rms_eps, backend=backend,
+                rms_eps=scorer.rms_eps, backend=backend,
             )  # fmt: skip
             is_protected, opinion = None, None
         else:
