@@ -27,7 +27,7 @@ COPIED = (
 WORKERS = os.cpu_count() or 1
 # A machine whose processor has no such registers does not run what needs them.
 CPUINFO = Path("/proc/cpuinfo")
-UNUSED = set() if CPUINFO.is_file() and "avx2" in CPUINFO.read_text() else {"csrc/cpu/score_narrow.cpp"}
+UNUSED = set() if CPUINFO.is_file() and "avx2" in CPUINFO.read_text() else {"csrc/cpu/narrow.cpp"}
 # A test that fails, or one that a wild address ends: anything else is a broken run and proves nothing.
 CAUGHT = (1, -signal.SIGSEGV)
 FORKS = get_context("forkserver")
@@ -113,17 +113,10 @@ MUTANTS = [
         "test_ops.py::test_window_attention",
     ),
     Mutant(
-        "a query without weight makes NaN",
-        "sdtp_kernels/reference.py",
-        " & (query_weight[..., None] != 0)",
-        "",
-        "test_ops.py::test_window_attention_of_queries_without_a_say",
-    ),
-    Mutant(
         "a query that sees nothing sees everything",
         "sdtp_kernels/reference.py",
-        "query_weight * is_seen.any(-1)",
-        "query_weight",
+        "has_a_say, 0).sum(2)",
+        "has_a_say | True, 0).sum(2)",
         "test_ops.py::test_window_attention_of_queries_without_a_say",
     ),
     Mutant(
@@ -141,23 +134,16 @@ MUTANTS = [
         "test_ops.py::test_window_attention",
     ),
     Mutant(
-        "empty slots are seen",
-        CPU + "window_attention.cpp",
-        "start + slot < 0 ? -1 :",
-        "start + slot < 0 ? 0 :",
-        "test_ops.py::test_window_attention",
-    ),
-    Mutant(
         "padding in a chunk is seen",
         CPU + "window_attention.cpp",
-        "*lowest < 0 || *latest",
-        "*latest",
+        "lowest >= 0 && latest",
+        "latest",
         "test_ops.py::test_window_attention_does_not_depend_on_the_company",
     ),
     Mutant(
         "keys ahead in a chunk are seen",
         CPU + "window_attention.cpp",
-        " || index[slot] > last_seen",
+        " || index[j] > last_seen[i]",
         "",
         "test_ops.py::test_window_attention",
     ),
@@ -171,7 +157,7 @@ MUTANTS = [
     Mutant(
         "powers of steep logits wrap around",
         CPU + "window_attention.cpp",
-        "return t >= 126.0f ? 0.0f : exp2_negative(t);",
+        "return t >= 50.0f ? 0.0f : exp2_negative(t);",
         "return exp2_negative(t);",
         "test_ops.py::test_window_attention_of_steep_logits",
     ),
@@ -190,17 +176,10 @@ MUTANTS = [
         "test_ops.py::test_window_attention_layouts_and_nan",
     ),
     Mutant(
-        "a query without weight sees keys",
-        CPU + "window_attention.cpp",
-        "call.query_weight[in_window] == 0.0f ? -1 : ",
-        "",
-        "test_ops.py::test_window_attention_of_queries_without_a_say",
-    ),
-    Mutant(
         "query heads on the wrong key head",
         CPU + "window_attention.cpp",
-        "key_head * call.group() + i / call.window",
-        "i / call.window * call.key_heads + key_head",
+        "(key_head * call.group() + member) * head_stride",
+        "(member * call.key_heads + key_head) * head_stride",
         "test_ops.py::test_window_attention",
     ),
     Mutant(
@@ -216,6 +195,104 @@ MUTANTS = [
         "    with torch.no_grad():\n        return chosen.window",
         "    with torch.enable_grad():\n        return chosen.window",
         "test_ops.py::test_window_attention_has_no_gradient",
+    ),
+    Mutant(
+        "queries rotated the other way",
+        CPU + "window_attention.cpp",
+        "first * to_float(cos[d]) - second",
+        "first * to_float(cos[d]) + second",
+        "test_ops.py::test_window_attention_rotates_queries",
+    ),
+    Mutant(
+        "every row rotated as the first",
+        CPU + "window_attention.cpp",
+        "row * call.rotary_stride",
+        "0 * call.rotary_stride",
+        "test_ops.py::test_window_attention_rotates_queries",
+    ),
+    Mutant(
+        "a prompt's last queries rotated as its first tokens",
+        CPU + "window_attention.cpp",
+        "(call.first_rotary + i)",
+        "i",
+        "test_ops.py::test_score_prompt",
+    ),
+    Mutant(
+        "opinions not averaged in C++",
+        CPU + "score_prompt.cpp",
+        "old[i] + share * (mean[i] - old[i])",
+        "mean[i]",
+        "test_ops.py::test_score_prompt",
+    ),
+    Mutant(
+        "opinions not averaged",
+        "sdtp_kernels/reference.py",
+        "1 / (num_scores + 1)",
+        "1",
+        "test_ops.py::test_score_prompt",
+    ),
+    Mutant(
+        "attention standardised with padding",
+        CPU + "score_prompt.cpp",
+        "token_index[i] >= 0 && ",
+        "",
+        "test_ops.py::test_score_prompt_does_not_depend_on_the_company",
+    ),
+    Mutant(
+        "attention standardised with what stands behind the prompt",
+        CPU + "score_prompt.cpp",
+        " && token_index[i] <= last_index",
+        "",
+        "test_ops.py::test_score_prompt",
+    ),
+    Mutant(
+        "logarithms not centred",
+        CPU + "score_prompt.cpp",
+        "mean = sum / count;",
+        "",
+        "test_ops.py::test_score_prompt",
+    ),
+    Mutant(
+        "a distance of each token to the end of all",
+        CPU + "score_prompt.cpp",
+        "end > 0 ? index[end - 1]",
+        "end > 0 ? index[num_tokens - 1]",
+        "test_ops.py::test_score_prompt",
+    ),
+    Mutant(
+        "terms of tokens that have none",
+        "sdtp_kernels/reference.py",
+        "bias.masked_fill(~is_valid, 0)",
+        "bias",
+        "test_ops.py::test_score_prompt",
+    ),
+    Mutant(
+        "a pruner's score differentiable",
+        "sdtp_kernels/ops.py",
+        "    with torch.no_grad():\n        return chosen.score_prompt",
+        "    with torch.enable_grad():\n        return chosen.score_prompt",
+        "test_ops.py::test_score_prompt_has_no_gradient",
+    ),
+    Mutant(
+        "queries of the layer below projected anew",
+        MODELS + "stages.py",
+        "if wanted and end > 0",
+        "if False and end > 0",
+        "test_qwen2.py::test_queries_come_from_the_layer_below",
+    ),
+    Mutant(
+        "queries of the first tokens taken",
+        MODELS + "stages.py",
+        "slice(max(end - wanted, 0), end)",
+        "slice(0, min(wanted, end))",
+        "test_qwen2.py::test_scorers_score_what_their_names_say",
+    ),
+    Mutant(
+        "queries of another thread taken",
+        MODELS + "stages.py",
+        "if threading.get_ident() == self._thread:",
+        "if self._thread:",
+        "test_qwen2.py::test_queries_of_another_thread_are_left",
     ),
     Mutant(
         "a scorer on another backend",
@@ -624,8 +701,8 @@ MUTANTS = [
     Mutant(
         "the opinion of earlier stages forgotten",
         MODELS + "scoring.py",
-        "torch.lerp(before.to(scores.device), scores, 1 / (number + 1))",
-        "scores",
+        "return scores, Opinion(mean_score, ",
+        "return scores, Opinion(mean_score * 0, ",
         "test_qwen2.py::test_prefill_equals_masked_dense",
     ),
     Mutant(
@@ -738,21 +815,21 @@ MUTANTS = [
     ),
     Mutant(
         "columns behind the first that fill the registers lost",
-        CPU + "score_narrow.cpp",
-        "weights += group * hidden_size;",
+        CPU + "narrow.cpp",
+        "units += group * size;",
         "",
         "test_ops.py::test_score_of_every_width",
     ),
     Mutant(
         "a block's last tokens read from its first",
-        CPU + "score_narrow.cpp",
-        "std::min(i, count - 1)",
-        "std::min(i, kTokens - 2)",
+        CPU + "narrow.cpp",
+        "std::min(begin + i, num_rows - 1)",
+        "std::min(begin + i, num_rows - 2)",
         "test_ops.py::test_score",
     ),
     Mutant(
         "weights packed for registers that are not there",
-        CPU + "score_narrow.cpp",
+        CPU + "narrow.cpp",
         "Avx512::kGroup : Avx2::kGroup)",
         "Avx512::kGroup : Avx512::kGroup)",
         "test_ops.py::test_score_on_lesser_processors",
@@ -960,8 +1037,8 @@ MUTANTS = [
     Mutant(
         "a block pruned with a term that sees the prompt's end",
         MODELS + "scoring.py",
-        "if not self.sees_prompt_end or not (",
-        "if not (",
+        "pruner.distance and sees_prompt_end",
+        "pruner.distance",
         "test_qwen2.py::test_pruner_with_distance_and_attention",
     ),
     Mutant(

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
 from sdtp_kernels.backends import cpu
 from sdtp_kernels.models.cache import PrunedState
+from sdtp_kernels.models.stages import LastQueries
 from sdtp_kernels.scorers import SCORERS
 
 LAYERS = (1, 3, 4)
@@ -389,6 +390,35 @@ def test_scorers_score_what_their_names_say(tiny_model):
     assert kept["attention"] == naive_select(pooled.tolist(), 100, sink=4, recent=20)
     hidden = eager(prompt(), output_hidden_states=True).hidden_states[1][0]
     assert kept["norm"] == naive_select(hidden.norm(dim=-1).tolist(), 100, sink=4, recent=20)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pruners", ["attention", {1: TokenPruner(64, attention=True)}])
+def test_queries_come_from_the_layer_below(tiny_model, pruners):
+    """Each layer projects its queries once, and nothing is left on the model."""
+    calls = []
+    projections = [layer.self_attn.q_proj for layer in tiny_model.model.layers]
+    hooks = [q_proj.register_forward_hook(lambda module, *_: calls.append(module)) for q_proj in projections]
+    with apply_sdtp(tiny_model, pruners, PruningSchedule(layers=(1,), keep_ratio=0.5)):
+        tiny_model(prompt())
+    assert calls == projections
+    for hook in hooks:
+        hook.remove()
+    assert not any(q_proj._forward_hooks for q_proj in projections)
+
+
+def test_queries_of_another_thread_are_left():
+    """A model may prefill in several threads at once: each takes its own."""
+    q_proj = torch.nn.Linear(4, 4)
+    queries = LastQueries(q_proj, slice(1, 3))
+    other = threading.Thread(target=q_proj, args=(torch.zeros(1, 5, 4),))
+    other.start()
+    other.join()
+    assert queries.value is None
+    own = q_proj(torch.ones(1, 5, 4))
+    assert torch.equal(queries.value, own[:, 1:3])
+    q_proj(torch.zeros(1, 5, 4))
+    assert torch.equal(queries.value, own[:, 1:3])
 
 
 @torch.no_grad()

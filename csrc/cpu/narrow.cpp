@@ -91,10 +91,13 @@ SDTP_INLINE void multiply_impl(const float* rows, int64_t stride, int64_t num_ro
         for (int64_t first = 0; first < num_lanes; first += Machine::kGroup) {
             const int64_t group = std::min<int64_t>(Machine::kGroup, num_lanes - first);
             float* to = products + begin * num_units + first * kLanes;
-            if (group == 1) multiply_block<Machine, 1>(block, block[0] + kRows * stride, step, size, units, to, num_units);
+            if (group == 1)
+                multiply_block<Machine, 1>(block, block[0] + kRows * stride, step, size, units, to, num_units);
             if constexpr (Machine::kGroup == 3) {
-                if (group == 2) multiply_block<Machine, 2>(block, block[0] + kRows * stride, step, size, units, to, num_units);
-                if (group == 3) multiply_block<Machine, 3>(block, block[0] + kRows * stride, step, size, units, to, num_units);
+                if (group == 2)
+                    multiply_block<Machine, 2>(block, block[0] + kRows * stride, step, size, units, to, num_units);
+                if (group == 3)
+                    multiply_block<Machine, 3>(block, block[0] + kRows * stride, step, size, units, to, num_units);
             }
             units += group * size;
         }

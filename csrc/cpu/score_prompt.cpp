@@ -88,8 +88,8 @@ std::tuple<Tensor, Tensor> score_prompt(const Tensor& hidden_states, const Tenso
     std::optional<Tensor> attentions;
     if (attention.has_value()) attentions = make_contiguous(*attention);
     if (query.has_value()) {
-        attentions = window_attention_from(end - query->size(2), *query, *key, indices, indices, cos, sin, scaling,
-                                           pooling);
+        attentions =
+            window_attention_from(end - query->size(2), *query, *key, indices, indices, cos, sin, scaling, pooling);
     }
     Tensor output = stable::new_empty(means, IntHeaderOnlyArrayRef({batch, num_tokens}), ScalarType::Float);
     for (int64_t row = 0; row < batch; ++row) {

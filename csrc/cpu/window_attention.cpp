@@ -72,8 +72,8 @@ struct WindowCall {
 // Keeps `value` where `other` is NaN.
 SDTP_INLINE float larger(float other, float value) { return other > value ? other : value; }
 
-// 2^-t, or nothing where that is next to nothing: the product of two of them is still a normal number, and processors are
-// slow with others.
+// 2^-t, or nothing where that is next to nothing: the product of two of them is still a normal number, and processors
+// are slow with others.
 SDTP_INLINE float exp2_or_zero(float t) { return t >= 50.0f ? 0.0f : exp2_negative(t); }
 
 // The queries of one key head, rotated and scaled.
@@ -272,17 +272,18 @@ void compute(const WindowCall& call) {
     const auto nothing = [] { return 0; };
     for_each(call.batch * key_heads, num_queries * call.head_dim * 4, nothing,
              [&](int64_t i, int) { load_queries<Element>(call, i / key_heads, i % key_heads); });
-    for_each(call.batch * key_heads * chunks, num_queries * kChunk * call.head_dim / 16,
-             [] { return std::vector<float>(); },
-             [&](int64_t i, std::vector<float>& keys) {
-                 attend<Element>(call, i / chunks / key_heads, i / chunks % key_heads, i % chunks, keys);
-             });
+    for_each(
+        call.batch * key_heads * chunks, num_queries * kChunk * call.head_dim / 16, [] { return std::vector<float>(); },
+        [&](int64_t i, std::vector<float>& keys) {
+            attend<Element>(call, i / chunks / key_heads, i / chunks % key_heads, i % chunks, keys);
+        });
     for_each(call.batch * key_heads, num_queries * chunks * 32, nothing,
              [&](int64_t i, int) { combine(call, i / key_heads, i % key_heads); });
-    for_each(call.batch * key_heads * chunks, num_queries * kChunk, [&] { return SumWorkspace(call); },
-             [&](int64_t i, SumWorkspace& workspace) {
-                 sum_window(call, i / chunks / key_heads, i / chunks % key_heads, i % chunks, workspace);
-             });
+    for_each(
+        call.batch * key_heads * chunks, num_queries * kChunk, [&] { return SumWorkspace(call); },
+        [&](int64_t i, SumWorkspace& workspace) {
+            sum_window(call, i / chunks / key_heads, i / chunks % key_heads, i % chunks, workspace);
+        });
     for_each(call.batch * chunks, call.heads * call.pooling * kChunk, nothing,
              [&](int64_t i, int) { pool(call, i / chunks, i % chunks); });
 }
@@ -353,8 +354,7 @@ Tensor window_attention_from(int64_t first, const Tensor& query, const Tensor& k
     const auto highest = room(places * call.num_queries());
     const auto factors = room(places * call.num_queries());
     const auto sums = room(call.batch * call.heads * call.num_keys);
-    Tensor output =
-        stable::new_empty(query, IntHeaderOnlyArrayRef({call.batch, call.num_keys}), ScalarType::Float);
+    Tensor output = stable::new_empty(query, IntHeaderOnlyArrayRef({call.batch, call.num_keys}), ScalarType::Float);
     call.queries = packed.data();
     call.last_seen = last_seen.data();
     call.powers = powers[0].values;
