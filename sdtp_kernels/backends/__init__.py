@@ -85,7 +85,6 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend={name!r} does not exist; known: {', '.join(BACKEND_NAMES)}")
 
 
-@functools.cache  # of an answer; an error is looked into again
 def choose(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Backend:
     """The backend called `name`, or the best that can run where it is ``"auto"``.
 

@@ -67,16 +67,19 @@ class Fused(NamedTuple):
     is_block_local: bool = True  # by itself, and with what the schedule's sees_prompt_end says
 
     @classmethod
-    def of(cls, pruner: TokenPruner, dtype: torch.dtype, sees_prompt_end: bool = True) -> Fused:
-        """For hidden states in `dtype`, where the pruner is."""
+    def of(
+        cls, pruner: TokenPruner, dtype: torch.dtype, sees_prompt_end: bool = True, device: torch.device | None = None
+    ) -> Fused:
+        """For hidden states in `dtype`, where the pruner is, or on `device`, where it is moved to."""
         has_distance, has_attention = pruner.distance and sees_prompt_end, pruner.attention and sees_prompt_end
+        weight = pruner.attention_weight.item() if has_attention else 0.0
+        pruner = pruner.to(device)
         table = pruner.w1.new_zeros(1, dtype=torch.float32)
         if has_distance:
             with torch.no_grad():
                 table = pruner.distance_term(torch.arange(FARTHEST + 1, device=pruner.w1.device))
         rms_eps = pruner.rms_eps if pruner.rms_norm else None
         num_queries = QUESTION_WINDOW if has_attention else 0
-        weight = pruner.attention_weight.item() if has_attention else 0.0
         is_alone = not (has_distance or has_attention or pruner.averaging)
         return cls(pruner, pruner.weights(dtype), rms_eps, table, num_queries, weight, is_alone)
 
@@ -146,8 +149,8 @@ def _resolve_pruner(
                 f"pruner of layer {layer} has hidden_size={pruner.hidden_size}, the model {config.hidden_size}"
             )
         # A copy: the model keeps the weights it was given, whatever becomes of the module.
-        pruner = copy.deepcopy(pruner).to(device).requires_grad_(False)
-        return Fused.of(pruner, dtype, schedule.sees_prompt_end)
+        pruner = copy.deepcopy(pruner).requires_grad_(False)
+        return Fused.of(pruner, dtype, schedule.sees_prompt_end, device)
     if isinstance(pruner, nn.Module):
         return Plain(lambda stage: pruner(stage.hidden_states), type(pruner).__name__, is_block_local=True)
     if callable(pruner):
