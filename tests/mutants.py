@@ -1570,6 +1570,13 @@ MUTANTS = [
         "test_bench_report.py::test_stale_tables_are_found",
     ),
     Mutant(
+        "claims from a run without rivals",
+        BENCH + "report/results.py",
+        '- {"dense"}) > 1',
+        '- {"dense"}) > 0',
+        "test_bench_report.py::test_runs_are_not_mixed",
+    ),
+    Mutant(
         "means of different samples side by side",
         BENCH + "report/results.py",
         'if readers[row["id"]] == everyone]',

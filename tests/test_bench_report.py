@@ -405,6 +405,15 @@ def test_runs_are_not_mixed(tmp_path: Path) -> None:
     (excerpt,) = tables.quality_readme(read)
     assert column(excerpt, "loss of the next tokens, nats a token") == ["0.054 [0.052, 0.057]"]
     assert excerpt.source.commands == ("sdtp eval run --toy",)
+    # Of those with rivals: one in which the pruners stand alone may have more.
+    methods = {row["method"] for row in samples if row["method"].startswith("mine")} | {"dense"}
+    alone = [
+        row | {"id": f"{i} {row['id']}", "nll_increase": 5.0} for i in range(2) for row in samples
+        if row["task"] == "nll" and row["method"] in methods
+    ]  # fmt: skip
+    files |= {"quality/alone/samples.jsonl": alone, "quality/alone/runs.jsonl": runs}
+    (again,) = tables.quality_readme(results.read(write(tmp_path / "more", files)))
+    assert again.rows == excerpt.rows
 
 
 def test_the_demo_stands_in_for_rows_of_prefills() -> None:

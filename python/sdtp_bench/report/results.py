@@ -139,11 +139,16 @@ class Results(dict[str, list[Row]]):
 
     @functools.cached_property
     def learned(self) -> dict[tuple[str, str, int], Judged]:
-        """Of :attr:`quality` by task, protocol and length the run with learned pruners that has the most samples."""
+        """Of :attr:`quality` by task, protocol and length the run with learned pruners that has the most samples; one
+        with rivals before any without."""
         found: dict[tuple[str, str, int], Judged] = {}
+
+        def weight(judged: Judged) -> tuple[bool, int]:
+            return len({row["method"] for row in judged.samples} - {"dense"}) > 1, judged.learned[0]["n"]
+
         for question, judged in self.quality.items():
             known = found.get(question[:3])
-            if judged.learned and (known is None or judged.learned[0]["n"] > known.learned[0]["n"]):
+            if judged.learned and (known is None or weight(judged) > weight(known)):
                 found[question[:3]] = judged
         return found
 
