@@ -6,6 +6,7 @@ try:
     from .backends import BackendStatus, BackendUnavailableError, explain_backends
     from .models import PrefillReport, SdtpHandle, apply_sdtp
     from .ops import (
+        PromptScores,
         PrunedTokens,
         gather_tokens,
         prune_tokens,
@@ -30,6 +31,7 @@ __all__ = [
     "BackendStatus",
     "BackendUnavailableError",
     "PrefillReport",
+    "PromptScores",
     "PrunedTokens",
     "PrunerStack",
     "PruningSchedule",

@@ -172,7 +172,7 @@ def _check_backend(backend: str, device: str) -> None:
     """Compare one backend with the reference on small inputs; AssertionError says what differs."""
     import torch
 
-    from sdtp_kernels import gather_tokens, prune_tokens, score_tokens, select_tokens, window_attention
+    from sdtp_kernels import gather_tokens, prune_tokens, score_prompt, score_tokens, select_tokens, window_attention
 
     def expect_equal(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
         if not torch.equal(got.cpu(), expected.cpu()):
@@ -224,6 +224,17 @@ def _check_backend(backend: str, device: str) -> None:
         )
         if not torch.allclose(scores, expected, rtol=0, atol=tolerance):
             raise AssertionError(f"window_attention is off by {(scores - expected).abs().max().item():.3g} in {dtype}")
+
+        table = torch.linspace(1, 0, 50, device=device)
+        scores, expected = (
+            score_prompt(
+                hidden_states, w1, b1, w2, b2, positions, table, keep_last=3, mean_score=bias, num_scores=2,
+                query=query, key=heads, scaling=0.3, pooling=7, rms_eps=1e-6, backend=name,
+            ).scores
+            for name in (backend, "reference")
+        )  # fmt: skip
+        if not torch.allclose(scores, expected, rtol=tolerance, atol=tolerance):
+            raise AssertionError(f"score_prompt is off by {(scores - expected).abs().max().item():.3g} in {dtype}")
 
 
 def _describe(error: BaseException) -> str:

@@ -387,10 +387,11 @@ def test_window_attention_does_not_depend_on_the_company(dtype):
 
 @backends
 def test_window_attention_of_queries_without_a_say(backend):
-    """No key to see: as if they were not there."""
+    """No key to see: as if they were not there, whatever stands in them."""
     query, key, query_index, key_index = window_inputs(keys=70, window=4)
     query_index[0, 1] = -1
     query_index[:, 2] = -1
+    query[:, :, 2] = torch.nan
     for index in (query_index, torch.full_like(query_index, -1)):
         inputs = (query, key, index, key_index)
         got = window_attention(*inputs, scaling=0.3, pooling=3, backend=backend)

@@ -1,5 +1,5 @@
 // The product of many rows with so few units (a narrow pruner's, a window's queries) that what they multiply into fits
-// in registers: one pass over the rows, which no BLAS is as fast at.
+// in registers: one pass over the rows.
 #pragma once
 
 #include <cstdint>
