@@ -228,8 +228,8 @@ def _check_backend(backend: str, device: str) -> None:
         table = torch.linspace(1, 0, 50, device=device)
         scores, expected = (
             score_prompt(
-                hidden_states, w1, b1, w2, b2, positions, table, keep_last=3, mean_score=bias, num_scores=2, attention_weight=0.5,
-                query=query, key=heads, scaling=0.3, pooling=7, rms_eps=1e-6, backend=name,
+                hidden_states, w1, b1, w2, b2, positions, table, keep_last=3, mean_score=bias, num_scores=2,
+                attention_weight=0.5, query=query, key=heads, scaling=0.3, pooling=7, rms_eps=1e-6, backend=name,
             ).scores
             for name in (backend, "reference")
         )  # fmt: skip
