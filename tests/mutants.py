@@ -1,11 +1,12 @@
 """Tests of the tests: plants one bug at a time in a copy of the source and demands that the suite fails.
 
-Run with ``make test-mutants``. A bug that survives is a missing test; a bug whose text is no longer found is a stale
-entry of the list. Both fail the run.
+Run with ``make test-mutants``, or some by parts of their names with ``python tests/mutants.py NAME ...``. A bug that
+survives is a missing test; a bug whose text is no longer found is a stale entry of the list. Both fail the run.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -1716,13 +1717,13 @@ def try_mutant(mutant: Mutant) -> str | None:
         return None
 
 
-def control() -> str | None:
+def control(mutants: list[Mutant]) -> str | None:
     """The copy without a bug must pass, or failures would prove nothing."""
     with tempfile.TemporaryDirectory() as folder:
         copy_source(Path(folder))
         build(Path(folder))
-        tests = sorted({test for m in MUTANTS for test in m.tests.split()})
-        for some in ([t for t in tests if SUITE in t], [t for t in tests if SUITE not in t]):
+        tests = sorted({test for m in mutants for test in m.tests.split()})
+        for some in filter(None, ([t for t in tests if SUITE in t], [t for t in tests if SUITE not in t])):
             status, output = run_tests(Path(folder), " ".join(some))
             if status != 0:
                 return f"the copy fails without a bug (exit {status}):\n{output[-4000:]}"
@@ -1730,10 +1731,16 @@ def control() -> str | None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Plant bugs; the suite must catch each.")
+    parser.add_argument("names", nargs="*", default=[""], metavar="NAME", help="part of a bug's name; default: all")
+    names = parser.parse_args().names
+    mutants = [m for m in MUTANTS if m.file not in UNUSED and any(name in m.name for name in names)]
+    if not mutants:
+        parser.error(f"no bug has a name with {' or '.join(map(repr, names))} in it")
     os.environ["OMP_NUM_THREADS"] = "1"
     with ThreadPoolExecutor(WORKERS) as pool:
-        attempts = [("(no bug: must pass)", pool.submit(control))]
-        attempts += [(mutant.name, pool.submit(try_mutant, mutant)) for mutant in MUTANTS if mutant.file not in UNUSED]
+        attempts = [("(no bug: must pass)", pool.submit(control, mutants))]
+        attempts += [(mutant.name, pool.submit(try_mutant, mutant)) for mutant in mutants]
         failures = 0
         for name, attempt in attempts:
             reason = attempt.result()

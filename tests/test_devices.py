@@ -15,7 +15,7 @@ from test_qwen2 import LAYERS, SCHEDULES, TOKENS, generate, padded_batch, prompt
 from test_serving import DTYPES, PHASES, assert_same, make_models, of_both_dtypes, prompts, rows, schedules
 from test_serving import generate as generate_with_cache
 
-from sdtp_kernels import TokenPruner, apply_sdtp
+from sdtp_kernels import TokenPruner, apply_sdtp, ops
 from sdtp_kernels.models.cache import PrunedState
 from sdtp_kernels.models.devices import device_of
 from sdtp_kernels.scorers import block_local, random_score
@@ -130,8 +130,8 @@ def test_hooks_that_come_and_go_while_patched():
 
 @pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
 @torch.no_grad()
-def test_state_and_pruners_follow_the_layers(padded):
-    """With a second device, here that of tensors without data, which no other can be mixed with.
+def test_state_and_pruners_follow_the_layers(padded, monkeypatch):
+    """With a second device, here that of tensors without data: no op of torch mixes it with another, ours are watched.
 
     A stage runs where the layer below it does, and what it keeps lies there.
     """
@@ -143,11 +143,20 @@ def test_state_and_pruners_follow_the_layers(padded):
     for module in (model.model.norm, model.lm_head):
         accelerate.hooks.attach_execution_device_hook(module.to("meta"), "meta")
     assert [device_of(layer).type for layer in model.model.layers] == ["cpu"] * 3 + ["meta"] * 3
+    score_prompt, met = ops.score_prompt, []
+
+    def watched(*args, **terms):
+        tensors = [value for value in (*args, *terms.values()) if isinstance(value, torch.Tensor)]
+        met.append({tensor.device.type for tensor in tensors})
+        return score_prompt(*args, **terms)
+
+    monkeypatch.setattr(ops, "score_prompt", watched)
     inputs = padded_batch() if padded else {"input_ids": prompt()}
     with apply_sdtp(model, pruners, SCHEDULE):
         cache = model(**inputs, use_cache=True, logits_to_keep=1).cache
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1) if padded else None
         model(inputs["input_ids"][:, :2], attention_mask=mask, cache=cache)
+    assert met == [{"cpu"}, {"cpu"}, {"meta"}]
     assert [layer.keys.device.type for layer in cache.layers] == ["cpu"] * 3 + ["meta"] * 3
     kept_there = [layer.kept.device.type for layer in cache.layers[LAYERS[0] :]]
     # Layers 1 to 3 hold what stages 1 and 2 kept, behind layers 0 and 2; layers 4 and 5 what stage 3 kept.
