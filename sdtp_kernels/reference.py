@@ -6,10 +6,14 @@ backend sees them. Everything here is tensor arithmetic, so it runs on any devic
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ATTENTION_FLOOR = 1e-9  # below every probability that matters, so that a logarithm of 0 stays finite
 
@@ -159,7 +163,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
 
 
-def score_prompt(
+def score_prompt_by(
+    score_tokens: Callable[..., torch.Tensor],
     hidden_states: torch.Tensor,
     w1: torch.Tensor,
     b1: torch.Tensor,
@@ -168,8 +173,11 @@ def score_prompt(
     rms_eps: float | None,
     *terms: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`score_tokens`, then :func:`add_terms`."""
+    """The ``score_tokens`` of any backend, then :func:`add_terms`: for backends without a kernel for all of it."""
     return add_terms(score_tokens(hidden_states, w1, b1, w2, b2, None, rms_eps), *terms)
+
+
+score_prompt = functools.partial(score_prompt_by, score_tokens)
 
 
 def add_terms(
@@ -188,7 +196,7 @@ def add_terms(
     scaling: float = 1.0,
     pooling: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a pruner's score is made of beside its MLP; GPU backends run this as it stands."""
+    """What a pruner's score is made of beside its MLP."""
     if mean_score is not None:
         scores = torch.lerp(mean_score, scores, 1 / (num_scores + 1))
     end = token_index.shape[1] - keep_last

@@ -105,9 +105,11 @@ def window_of(stage: StageInput, window: int) -> tuple[torch.Tensor, torch.Tenso
     taken, key = stage.queries_below, stage.keys_below
     if taken is None or taken.shape[1] < window:
         taken = project(attention.q_proj, slice(end - window, end))
+    elif taken.shape[1] > window:
+        taken = taken[:, -window:]
     if key is None:
         key = rotate(by_head(project(attention.k_proj, slice(None))), *stage.position_embeddings)
-    return by_head(taken[:, taken.shape[1] - window :]), key
+    return by_head(taken), key
 
 
 def attention_score(stage: StageInput, window: int = ATTENTION_WINDOW) -> torch.Tensor:

@@ -64,6 +64,8 @@ def test_json_agrees_with_the_schedule(sdtp, tmp_path: Path, capsys: pytest.Capt
         assert len(seconds) == 3
         assert result["prefill_s"][kind] == sorted(seconds)[1] > 0
         assert isinstance(result["answers"][kind], str)
+    assert result["answer_kl"] > 0
+    assert 0 < result["answer_nll"]["dense"] != result["answer_nll"]["pruned"] > 0
     assert result["speedup"] == pytest.approx(result["prefill_s"]["dense"] / result["prefill_s"]["pruned"])
     assert result["ideal"] == pytest.approx(result["flops"]["dense"] / result["flops"]["pruned"])
     assert result["share_of_ideal"] == pytest.approx(result["speedup"] / result["ideal"])
@@ -72,11 +74,11 @@ def test_json_agrees_with_the_schedule(sdtp, tmp_path: Path, capsys: pytest.Capt
     assert [item.name for item in tmp_path.iterdir()] == ["result.json"]
 
     streams = capsys.readouterr()
-    for row_name in ("tokens in", "kept per stage", "speed-up", "share of the ideal", "KV cache", "answer"):
+    for row_name in ("tokens in", "kept per stage", "speed-up", "share of the ideal", "KV cache", "nats a token"):
         assert row_name in streams.out
     assert "320, 256" in streams.out
-    assert "answering" in streams.err
-    assert "answering" not in streams.out
+    assert "pruned, reading" in streams.err  # the last step
+    assert "reading" not in streams.out
 
 
 @pytest.mark.parametrize("scorer", ["random", "recent", "norm", "attention"])

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdtp_eval.paired import Pair, cache_bytes, in_turns, timed
 from sdtp_eval.provenance import describe_run
-from sdtp_eval.quality import KEEP_ALL, SHAPES, greedy, shaped
+from sdtp_eval.quality import KEEP_ALL, SHAPES, Method, Reader, greedy, shaped
+from sdtp_eval.tasks import INSIDE, Sample
 
 if TYPE_CHECKING:
     import argparse
@@ -79,8 +80,9 @@ def run(args: argparse.Namespace) -> int:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Prefill dense and pruned, alternating, and answer the question both ways.
 
-    Batch size 1, logits of the last token only. Nothing is timed before the patched model has been shown to equal the
-    unpatched one bit for bit where it keeps every token, and to keep the tokens the schedule says.
+    Nothing is timed before the patched model has been shown to equal the unpatched one bit for bit where it keeps every
+    token, and to keep the tokens the schedule says. Batch size 1, logits of the last token only. Both models also read
+    the dense one's answer: an answer of its own may turn where two tokens are all but equally probable.
 
     Parameters
     ----------
@@ -92,8 +94,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     dict
         What ``--json`` writes: ``tokens``, ``kept_per_stage``, ``mean_keep``, ``prefill_s`` (medians, seconds),
         ``prefill_s_all`` (every repetition, in order), ``speedup``, ``ideal`` (dense over pruned FLOPs),
-        ``share_of_ideal``, ``flops``, ``kv_bytes``, ``answers``, ``scorer``, ``backend``, ``note`` (why nothing was
-        pruned, or empty), ``notes``, ``settings``, and what :func:`describe_run` tells. Where both kinds exist the
+        ``share_of_ideal``, ``flops``, ``kv_bytes``, ``answers``, ``answer_nll`` (of the dense model's answer, nats a
+        token), ``answer_kl`` (divergence of the pruned model's predictions from the dense model's there, likewise),
+        ``scorer``, ``backend``, ``note`` (why nothing was pruned, or empty), ``notes``, ``settings``, and what
+        :func:`describe_run` tells. Where both kinds exist the
         value is ``{"dense": ..., "pruned": ...}``.
 
     Raises
@@ -125,12 +129,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     pair = Pair(model, torch.tensor([prompt], device=device), pruners, schedule, args.backend)
     pair.patched().remove()  # refuses now what it would refuse later
 
-    def answer() -> str:
-        new = greedy(model, prompt, [], args.new_tokens)
-        return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
-
     with torch.inference_mode():
-        measured = _run(pair, args.repeats, answer)
+        measured = _run(pair, args.repeats, args.new_tokens)
+    answers = tokenizer.batch_decode(list(measured["answers"].values()), skip_special_tokens=True)
+    measured["answers"] = dict(zip(measured["answers"], map(str.strip, answers), strict=True))
     lengths, flops = pair.tokens_per_layer, pair.flops()
     medians = {kind: statistics.median(values) for kind, values in measured["prefill_s_all"].items()}
     speedup, ideal = medians["dense"] / medians["pruned"], flops["dense"] / flops["pruned"]
@@ -239,14 +241,14 @@ def _method(args: argparse.Namespace, config: Any) -> tuple[Mapping[int, TokenPr
 # ----------------------------------------------------------------------------------------------------- measuring
 
 
-def _run(pair: Pair, repeats: int, answer: Callable[[], str]) -> dict[str, Any]:
+def _run(pair: Pair, repeats: int, new_tokens: int) -> dict[str, Any]:
     """Check, measure, answer, with a progress bar on stderr."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     # Without a refreshing thread: nothing else runs while a prefill is timed.
     with Progress(*columns, TimeElapsedColumn(), console=_console(stderr=True), auto_refresh=False) as progress:
-        task = progress.add_task("", total=6 + 2 * repeats)
+        task = progress.add_task("", total=8 + 2 * repeats)
 
         def step(description: str, work: Callable[..., Any], *arguments: Any) -> Any:
             progress.update(task, description=description)
@@ -269,13 +271,19 @@ def _run(pair: Pair, repeats: int, answer: Callable[[], str]) -> dict[str, Any]:
                 _, spent = step(f"{kind}, prefill {i // 2 + 1}", timed, pair.prefill, pair.input_ids.device)
                 seconds[kind].append(spent)
 
-        answers = {"dense": step("dense, answering", answer)}
+        prompt = pair.input_ids[0].tolist()
+        answers = {"dense": step("dense, answering", greedy, pair.model, prompt, [], new_tokens)}
         with pair.patched():
-            answers["pruned"] = step("pruned, answering", answer)
+            answers["pruned"] = step("pruned, answering", greedy, pair.model, prompt, [], new_tokens)
+        sample = Sample("demo", "answer", tuple(prompt), (), tuple(answers["dense"]))
+        reader = step("dense, reading", Reader, pair.model, sample, pair.backend)
+        read = step("pruned, reading", reader.result, INSIDE, Method("demo", pair.pruners), pair.schedule)
     return {
         "prefill_s_all": seconds,
         "kv_bytes": kv_bytes,
         "answers": answers,
+        "answer_nll": {"dense": read["nll"] - read["nll_increase"], "pruned": read["nll"]},
+        "answer_kl": read["kl"],
         "backend": report.backend or pair.backend,
         "note": report.note,
     }
@@ -310,6 +318,7 @@ def _print_table(result: dict[str, Any]) -> None:
     table.add_column("")
     table.add_column("dense", overflow="fold")
     table.add_column("pruned", overflow="fold")
+    nll = result["answer_nll"]
     rows = [
         ("tokens in", str(result["tokens"]), str(result["tokens"])),
         ("kept per stage", "", kept),
@@ -322,6 +331,11 @@ def _print_table(result: dict[str, Any]) -> None:
         ("scorer", "", result["scorer"]),
         ("backend", "", result["backend"]),
         ("answer", result["answers"]["dense"], result["answers"]["pruned"]),
+        (
+            "the dense model's answer, nats a token",
+            f"{nll['dense']:.3f}",
+            f"{nll['pruned']:.3f}  (divergence {result['answer_kl']:.3f})",
+        ),
     ]
     for row in rows:
         table.add_row(*map(Text, row))  # as text: an answer may hold what looks like markup

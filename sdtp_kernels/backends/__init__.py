@@ -95,9 +95,9 @@ def choose(name: str, device: torch.device, dtype: torch.dtype | None = None) ->
     BackendUnavailableError
         If the named one cannot run there: a name never falls back.
     """
-    check_name(name)
     if name == "auto":
-        name = _best(device.type, dtype)
+        return _load(_best(device, dtype))
+    check_name(name)
     backend = _load(name)
     if backend.unavailable_reason(device, dtype) is not None:
         lines = [f"  {s.name}: {s.reason or 'can run'}" for s in explain_backends(device, dtype)]
@@ -109,9 +109,9 @@ def choose(name: str, device: torch.device, dtype: torch.dtype | None = None) ->
 
 
 @functools.cache
-def _best(device_type: str, dtype: torch.dtype | None) -> str:
-    best = next(status.name for status in explain_backends(device_type, dtype) if status.chosen)
-    logger.info("backend 'auto' is %r on %s", best, device_type)
+def _best(device: torch.device, dtype: torch.dtype | None) -> str:
+    best = next(status.name for status in explain_backends(device, dtype) if status.chosen)
+    logger.info("backend 'auto' is %r on %s", best, device)
     return best
 
 

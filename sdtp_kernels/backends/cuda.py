@@ -7,6 +7,7 @@ compiler emits those. A backend named by the user runs its own kernels.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -116,15 +117,4 @@ def prune_tokens(
 
 # No kernels of their own: a product of torch, and a few small steps.
 window_attention = reference.window_attention
-
-
-def score_prompt(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    rms_eps: float | None,
-    *terms: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference.add_terms(score_tokens(hidden_states, w1, b1, w2, b2, None, rms_eps), *terms)
+score_prompt = functools.partial(reference.score_prompt_by, score_tokens)
