@@ -52,10 +52,13 @@ static_assert(kSpareProducts >= std::max(Avx512::kRows, Avx2::kRows) - 1);
 
 #ifdef SDTP_HAS_WIDE
 
-// Products of a block of rows with a group of units, `width` floats apart from row to row. `next` is the block that
-// comes next, of which `step` elements are fetched ahead for each that is multiplied.
+// Rows are fetched from memory so many blocks before they are multiplied.
+constexpr int64_t kBlocksAhead = 3;
+
+// Products of a block of rows with a group of units, `width` floats apart from row to row. `later` is a block that is
+// to come, of which `step` elements are fetched, not farther than the second-level cache, for each that is multiplied.
 template <typename Machine, int kGroup>
-SDTP_INLINE void multiply_block(const float* const* rows, const float* next, int64_t step, int64_t size,
+SDTP_INLINE void multiply_block(const float* const* rows, const float* later, int64_t step, int64_t size,
                                 const Lanes* packed, float* products, int64_t width) {
     using Vector = typename Machine::Vector;
     constexpr int kRows = Machine::kRows;
@@ -63,7 +66,7 @@ SDTP_INLINE void multiply_block(const float* const* rows, const float* next, int
     Vector sums[kRows][kVectors] = {};
     for (int64_t d = 0; d < size; ++d) {
         const Vector* units = reinterpret_cast<const Vector*>(packed) + d * kVectors;
-        __builtin_prefetch(next + d * step);
+        __builtin_prefetch(later + d * step, 0, 2);
 #pragma GCC unroll 8
         for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 3
@@ -87,17 +90,15 @@ SDTP_INLINE void multiply_impl(const float* rows, int64_t stride, int64_t num_ro
         const float* block[kRows];
         // The last block takes its last row as often as it needs.
         for (int64_t i = 0; i < kRows; ++i) block[i] = rows + std::min(begin + i, num_rows - 1) * stride;
+        const float* later = block[0] + kBlocksAhead * kRows * stride;
         const Lanes* units = packed;
         for (int64_t first = 0; first < num_lanes; first += Machine::kGroup) {
             const int64_t group = std::min<int64_t>(Machine::kGroup, num_lanes - first);
             float* to = products + begin * num_units + first * kLanes;
-            if (group == 1)
-                multiply_block<Machine, 1>(block, block[0] + kRows * stride, step, size, units, to, num_units);
+            if (group == 1) multiply_block<Machine, 1>(block, later, step, size, units, to, num_units);
             if constexpr (Machine::kGroup == 3) {
-                if (group == 2)
-                    multiply_block<Machine, 2>(block, block[0] + kRows * stride, step, size, units, to, num_units);
-                if (group == 3)
-                    multiply_block<Machine, 3>(block, block[0] + kRows * stride, step, size, units, to, num_units);
+                if (group == 2) multiply_block<Machine, 2>(block, later, step, size, units, to, num_units);
+                if (group == 3) multiply_block<Machine, 3>(block, later, step, size, units, to, num_units);
             }
             units += group * size;
         }
@@ -134,7 +135,16 @@ void multiply_anywhere(const float* rows, int64_t stride, int64_t num_rows, int6
 
 }  // namespace
 
-bool has_wide_registers() { return register_lanes() > 0; }
+int64_t block_rows() {
+    switch (register_lanes()) {
+        case 16:
+            return Avx512::kRows;
+        case 8:
+            return Avx2::kRows;
+        default:
+            return 0;
+    }
+}
 
 std::vector<Lanes> pack_units(const float* units, int64_t num_units, int64_t size) {
     const int64_t group = kLanes * (register_lanes() == 16 ? Avx512::kGroup : Avx2::kGroup);

@@ -12,8 +12,8 @@ struct alignas(64) Lanes {
     float values[16];
 };
 
-// Whether this machine has vectors that make it worth while.
-bool has_wide_registers();
+// Rows that multiply_units takes at once; 0 where this machine has no vectors that make it worth while.
+int64_t block_rows();
 
 // `units` [num_units, size] as multiply_units reads them: transposed, zeros where `num_units` fills no vector.
 std::vector<Lanes> pack_units(const float* units, int64_t num_units, int64_t size);

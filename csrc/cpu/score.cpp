@@ -117,16 +117,17 @@ void add_bias(const ScoreCall& call, int64_t row, int64_t start, int64_t count, 
 
 // A pruner of at most so many units is narrow; wider ones gain nothing.
 constexpr int64_t kNarrow = 96;
-// So many tokens go through norm, product and GELU while they are near; whole blocks of multiply_units.
-constexpr int64_t kNarrowTokens = 24;
 
+// Norm, product and GELU of one block of rows after the other, while it is near.
 void score_narrow(const ScoreCall& call, const float* tokens, int64_t num_tokens, float* scores) {
     constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
     const int64_t width = (call.head.pruner_size + kLanes - 1) / kLanes * kLanes;
-    alignas(sizeof(Lanes)) float products[(kNarrowTokens + kSpareProducts) * kNarrow];
-    float inv_rms[kNarrowTokens];
-    for (int64_t begin = 0; begin < num_tokens; begin += kNarrowTokens) {
-        const int64_t count = std::min(kNarrowTokens, num_tokens - begin);
+    constexpr int64_t kMostRows = kSpareProducts + 1;
+    alignas(sizeof(Lanes)) float products[kMostRows * kNarrow];
+    float inv_rms[kMostRows];
+    const int64_t step = block_rows();
+    for (int64_t begin = 0; begin < num_tokens; begin += step) {
+        const int64_t count = std::min(step, num_tokens - begin);
         const float* rows = tokens + begin * call.token_stride;
         for (int64_t i = 0; call.rms_eps && i < count; ++i) {
             inverse_rms(rows + i * call.token_stride, 1, call.hidden_size, static_cast<float>(*call.rms_eps),
@@ -232,7 +233,7 @@ Tensor score_tokens(const Tensor& hidden_states, const Tensor& w1, const Tensor&
     call.head = {b1_values.const_data_ptr<float>(), w2_values.const_data_ptr<float>(), *b2.const_data_ptr<float>(),
                  w1.size(0)};
     std::vector<Lanes> packed;
-    if (dtype == ScalarType::Float && has_wide_registers() && w1.size(0) <= kNarrow) {
+    if (dtype == ScalarType::Float && block_rows() > 0 && w1.size(0) <= kNarrow) {
         packed = pack_units(weights.const_data_ptr<float>(), w1.size(0), call.hidden_size);
         call.packed = packed.data();
     }
