@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from oracle import naive_select
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdtp_kernels import (
@@ -456,7 +457,7 @@ def test_window_attention_compiles_for_all_lengths():
     """The op, and the reference, of which GPUs compile every step: two graphs, for one query and for several."""
     for function in (window_attention, reference.window_attention):
         torch._dynamo.reset()
-        graphs = torch._dynamo.testing.CompileCounter()
+        graphs = CompileCounter()
         compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=graphs)
         for keys in (300, 257, 40):
             inputs = window_inputs(keys)
