@@ -1247,6 +1247,13 @@ MUTANTS = [
         "test_attention_and_cache.py::test_quantized_cache",
     ),
     Mutant(
+        "the dense model reads its own answer, and the pruned one does not",
+        "python/sdtp_eval/demo.py",
+        ', Method("demo", pair.pruners), pair.schedule)',
+        ")",
+        "test_demo.py::test_json_agrees_with_the_schedule",
+    ),
+    Mutant(
         "pruners on the first layer's device",
         MODELS + "qwen2.py",
         "device_of(decoder.layers[layer - 1])",
