@@ -1634,6 +1634,13 @@ MUTANTS = [
         "test_bench_report.py::test_a_roof_takes_from_the_ideal_and_adds_nothing",
     ),
     Mutant(
+        "a run of RULER leaves no record",
+        "python/sdtp_eval/ruler.py",
+        "        if not is_recorded:",
+        "        if False:",
+        "test_eval_ruler.py::test_ruler_runs_offline_and_resumes",
+    ),
+    Mutant(
         "a run of the evaluation leaves no record",
         "python/sdtp_eval/quality.py",
         "if work and workers.index == 0:",

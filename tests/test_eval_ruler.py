@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -121,6 +122,8 @@ def test_ruler_runs_offline_and_resumes(
     capsys.readouterr()
     assert sdtp("ruler", *options) == 0
     assert read(out) == rows
+    (record,) = (out / "runs.jsonl").read_text().splitlines()  # the second run had nothing to do
+    assert json.loads(record)["tasks"] == ["niah_single_1"]
     assert sdtp("ruler", *options, "--tasks", "niah_singel_1") == 2
     streams = capsys.readouterr()
     assert "no RULER task 'niah_singel_1'" in streams.err

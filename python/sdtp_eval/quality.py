@@ -614,7 +614,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     work = [(tokens, sample, [job for job in jobs if job.key not in done]) for tokens, sample, jobs in work]
     work = [entry for entry in work if entry[2]]
     if work and workers.index == 0:
-        _record_run(args, model)
+        record_run(args, model)
     mine = work[workers.index :: workers.number]
     _work(args, model, tokenizer, mine, file if workers.index == 0 else part_of(file, workers), workers)
     workers.wait()
@@ -655,7 +655,7 @@ def _key(result: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(result[name] for name in compare.KEY)
 
 
-def _record_run(args: argparse.Namespace, model: Any) -> None:
+def record_run(args: argparse.Namespace, model: Any) -> None:
     """A line in ``runs.jsonl``: the samples do not say what made them, and the report has to."""
     from sdtp_eval.checkpoints import DEFAULT_NAME
 

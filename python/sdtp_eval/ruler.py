@@ -80,19 +80,27 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         (result["task"], result["protocol"], result["tokens"], result["method"], result["schedule"])
         for result in compare.read_samples([file])
     }
-    for tokens in args.tokens:
-        for method, label, schedule in quality.plan(args, methods, model.config.num_hidden_layers, tokens):
-            name = method.name if method else compare.DENSE
-            for protocol in args.protocols:
-                for task in args.tasks:
-                    if (f"ruler {task}", protocol, tokens, name, label) in done:
-                        continue
-                    with quality.patch(model, method, schedule, args.backend):
-                        results = list(_evaluate(args, model, tokenizer, task, tokens, protocol, schedule))
-                    # In one piece, so that what is in the file is complete.
-                    lines = [json.dumps({**result, "method": name, "schedule": label}) + "\n" for result in results]
-                    with file.open("a", encoding="utf-8") as out:
-                        out.write("".join(lines))
+    asked_for = [
+        (task, protocol, tokens, entry)
+        for tokens in args.tokens
+        for entry in quality.plan(args, methods, model.config.num_hidden_layers, tokens)
+        for protocol in args.protocols
+        for task in args.tasks
+    ]
+    is_recorded = False
+    for task, protocol, tokens, (method, label, schedule) in asked_for:
+        name = method.name if method else compare.DENSE
+        if (f"ruler {task}", protocol, tokens, name, label) in done:
+            continue
+        with quality.patch(model, method, schedule, args.backend):
+            results = list(_evaluate(args, model, tokenizer, task, tokens, protocol, schedule))
+        if not is_recorded:
+            quality.record_run(args, model)
+            is_recorded = True
+        # In one piece, so that what is in the file is complete.
+        lines = [json.dumps({**result, "method": name, "schedule": label}) + "\n" for result in results]
+        with file.open("a", encoding="utf-8") as out:
+            out.write("".join(lines))
     return compare.read_samples([file])
 
 
