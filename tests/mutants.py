@@ -1580,8 +1580,8 @@ MUTANTS = [
     Mutant(
         "claims from a run without rivals",
         BENCH + "report/results.py",
-        '- {"dense"}) > 1',
-        '- {"dense"}) > 0',
+        "& set(RIVALS))",
+        "& set())",
         "test_bench_report.py::test_runs_are_not_mixed",
     ),
     Mutant(

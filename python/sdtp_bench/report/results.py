@@ -139,12 +139,12 @@ class Results(dict[str, list[Row]]):
 
     @functools.cached_property
     def learned(self) -> dict[tuple[str, str, int], Judged]:
-        """Of :attr:`quality` by task, protocol and length the run with learned pruners that has the most samples; one
-        with rivals before any without."""
+        """Of :attr:`quality` by task, protocol and length the run with learned pruners that has the most of the rivals,
+        and of those the one with the most samples."""
         found: dict[tuple[str, str, int], Judged] = {}
 
-        def weight(judged: Judged) -> tuple[bool, int]:
-            return len({row["method"] for row in judged.samples} - {"dense"}) > 1, judged.learned[0]["n"]
+        def weight(judged: Judged) -> tuple[int, int]:
+            return len({row["method"] for row in judged.samples} & set(RIVALS)), judged.learned[0]["n"]
 
         for question, judged in self.quality.items():
             known = found.get(question[:3])
