@@ -97,8 +97,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ``share_of_ideal``, ``flops``, ``kv_bytes``, ``answers``, ``answer_nll`` (of the dense model's answer, nats a
         token), ``answer_kl`` (divergence of the pruned model's predictions from the dense model's there, likewise),
         ``scorer``, ``backend``, ``note`` (why nothing was pruned, or empty), ``notes``, ``settings``, and what
-        :func:`describe_run` tells. Where both kinds exist the
-        value is ``{"dense": ..., "pruned": ...}``.
+        :func:`describe_run` tells. Where both kinds exist the value is ``{"dense": ..., "pruned": ...}``.
 
     Raises
     ------
