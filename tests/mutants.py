@@ -18,6 +18,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,8 +32,9 @@ CPUINFO = Path("/proc/cpuinfo")
 UNUSED = set() if CPUINFO.is_file() and "avx2" in CPUINFO.read_text() else {"csrc/cpu/narrow.cpp"}
 # A test that fails, or one that a wild address ends: anything else is a broken run and proves nothing.
 CAUGHT = (1, -signal.SIGSEGV)
-FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "transformers", "hypothesis", "pytest"])
+# Tests are forked from a process that has imported the large packages; what importing ours takes is little.
+FORKS, SPAWNS = get_context("forkserver"), get_context("spawn")
+FORKS.set_forkserver_preload(["torch._dynamo", "transformers.models.qwen2.modeling_qwen2", "hypothesis", "pytest"])
 
 
 class Mutant(NamedTuple):
@@ -1664,17 +1666,24 @@ MUTANTS = [
 ]
 
 
-def copy_source(destination: Path) -> None:
+def is_compiled(mutant: Mutant) -> bool:
+    """Whether it changes the library. What tests CUDA's sources compiles them itself."""
+    return mutant.file.startswith("csrc/") and not mutant.file.startswith(CUDA)
+
+
+def copy_source(destination: Path) -> Path:
+    destination.mkdir()
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, destination / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         else:
             shutil.copy2(source, destination)
+    return destination
 
 
-def build(source: Path) -> None:
-    """Compile the copy's library in place of the one that was copied."""
+def configure(source: Path) -> None:
+    """From here on the copy has a library of its own."""
     torch = importlib.util.find_spec("torch").origin
     target = json.loads((source / "sdtp_kernels/build_info.json").read_text())["torch_target"]
     settings = {
@@ -1684,13 +1693,15 @@ def build(source: Path) -> None:
     }
     options = [f"-D{name}={value}" for name, value in settings.items()]
     subprocess.run(["cmake", "-S", source, "-B", source / "build", *options], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(["cmake", "--build", source / "build"], check=True, stdout=subprocess.DEVNULL)
 
 
 def run_tests(source: Path, tests: str) -> tuple[int, str]:
-    """(exit status, output) of pytest on the copy, forked from a process that has imported the large packages."""
+    """(exit status, output) of pytest on the copy, in a process of its own."""
     output = source / "output.txt"
-    process = FORKS.Process(target=_pytest, args=(source, tests, output))
+    if (source / "build").is_dir():  # takes a bug in, and the one before it out
+        subprocess.run(["cmake", "--build", source / "build"], check=True, stdout=subprocess.DEVNULL)
+    # Triton's interpreter is chosen when Triton is imported, which the process that is forked has done.
+    process = (SPAWNS if SUITE in tests else FORKS).Process(target=_pytest, args=(source, tests, output))
     process.start()
     process.join()
     return process.exitcode, output.read_text(errors="replace")
@@ -1703,45 +1714,43 @@ def _pytest(source: Path, tests: str, output: Path) -> None:
     os.chdir(source)
     packages = [str(source), str(source / "python")]
     sys.path[:0] = packages
-    os.environ |= {"PYTHONPATH": os.pathsep.join(packages), "TRITON_INTERPRET": str(int(SUITE in tests))}
-    assert not {"triton", "sdtp_kernels"} & set(sys.modules)
+    # A copy's files change faster than the times by which Python tells that what it has compiled is old.
+    sys.dont_write_bytecode = True
+    os.environ |= {
+        "PYTHONPATH": os.pathsep.join(packages),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TRITON_INTERPRET": str(int(SUITE in tests)),
+    }
+    assert "sdtp_kernels" not in sys.modules
+    assert "triton" not in sys.modules or SUITE not in tests
 
     import pytest
 
     sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests.split())]))
 
 
-def try_mutant(mutant: Mutant) -> str | None:
-    """Why the mutant counts against us; ``None`` where the suite caught it."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder)
-        copy_source(source)
-        path = source / mutant.file
-        text = path.read_text()
-        if text.count(mutant.old) != 1:
-            return f"stale: its text stands {text.count(mutant.old)} times in {mutant.file}"
-        path.write_text(text.replace(mutant.old, mutant.new))
-        if mutant.file.startswith("csrc/") and not mutant.file.startswith(CUDA):  # that test compiles them itself
-            build(source)
-        status, output = run_tests(source, mutant.tests)
-        if status == 0:
-            return f"SURVIVED {mutant.tests}"
-        if status not in CAUGHT:
-            return f"the run broke (exit {status}):\n{output[-4000:]}"
-        return None
+def try_mutant(mutant: Mutant, source: Path) -> str | None:
+    """Why the mutant counts against us; ``None`` where the suite caught it. The copy is left as it was."""
+    path = source / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        return f"stale: its text stands {text.count(mutant.old)} times in {mutant.file}"
+    path.write_text(text.replace(mutant.old, mutant.new))
+    if is_compiled(mutant) and not (source / "build").is_dir():
+        configure(source)
+    status, output = run_tests(source, mutant.tests)
+    path.write_text(text)
+    if status == 0:
+        return f"SURVIVED {mutant.tests}"
+    if status not in CAUGHT:
+        return f"the run broke (exit {status}):\n{output[-4000:]}"
+    return None
 
 
-def control(mutants: list[Mutant]) -> str | None:
-    """The copy without a bug must pass, or failures would prove nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy_source(Path(folder))
-        build(Path(folder))
-        tests = sorted({test for m in mutants for test in m.tests.split()})
-        for some in filter(None, ([t for t in tests if SUITE in t], [t for t in tests if SUITE not in t])):
-            status, output = run_tests(Path(folder), " ".join(some))
-            if status != 0:
-                return f"the copy fails without a bug (exit {status}):\n{output[-4000:]}"
-        return None
+def control(tests: list[str], source: Path) -> str | None:
+    """A copy without a bug must pass, or failures would prove nothing."""
+    status, output = run_tests(source, " ".join(tests))
+    return None if status == 0 else f"the copy fails without a bug (exit {status}):\n{output[-4000:]}"
 
 
 def main() -> int:
@@ -1751,19 +1760,33 @@ def main() -> int:
     mutants = [m for m in MUTANTS if m.file not in UNUSED and any(name in m.name for name in names)]
     if not mutants:
         parser.error(f"no bug has a name with {' or '.join(map(repr, names))} in it")
+    files = {}
+    for test in sorted({test for mutant in mutants for test in mutant.tests.split()}):
+        files.setdefault(test.partition("::")[0], []).append(test)
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ThreadPoolExecutor(WORKERS) as pool:
-        attempts = [("(no bug: must pass)", pool.submit(control, mutants))]
-        attempts += [(mutant.name, pool.submit(try_mutant, mutant)) for mutant in mutants]
+    copies: SimpleQueue[Path] = SimpleQueue()
+
+    def on_a_copy(attempt, subject):
+        source = copies.get()
+        try:
+            return attempt(subject, source)
+        finally:
+            copies.put(source)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
+        for number in range(WORKERS):
+            copies.put(copy_source(Path(folder) / str(number)))
+        # Those that are compiled first, file by file: what a bug does not touch stays compiled.
+        mutants.sort(key=lambda mutant: (not is_compiled(mutant), mutant.file))
+        attempts = [("caught", mutant.name, pool.submit(on_a_copy, try_mutant, mutant)) for mutant in mutants]
+        # Last, on the copies that all bugs have been in.
+        attempts += [("passed", file, pool.submit(on_a_copy, control, files[file])) for file in files]
         failures = 0
-        for name, attempt in attempts:
+        for verdict, name, attempt in attempts:
             reason = attempt.result()
             failures += reason is not None
-            print(
-                f"{'caught' if reason is None else 'FAILED':<8}{name}{'' if reason is None else ': ' + reason}",
-                flush=True,
-            )
-    print(f"{len(attempts) - failures} passed, {failures} failed")
+            print(f"{'FAILED' if reason else verdict:<8}{name}{': ' + reason if reason else ''}", flush=True)
+    print(f"{len(attempts) - failures} of {len(attempts)} as they should be")
     return 1 if failures else 0
 
 
