@@ -101,7 +101,7 @@ $(TRAIN)/smollm2-135m-kl.safetensors: $(TRAIN)/smollm2-135m.safetensors
 test: $(VENV)/nvcc.done ## everything that proves the package right: lint, tests, planted bugs
 	$(MAKE) lint $(VENV)/triton-3.8 $(VENV)/kvpress $(VENV)/quantizers
 	$(BIN)/sdtp doctor
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest --numprocesses auto --dist loadscope $(PYTEST_ARGS)
 	$(MAKE) test-mutants
 
 test-mutants: $(VENV)/install.done ## plant known bugs in copies of the source; every one must be caught

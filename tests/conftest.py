@@ -4,6 +4,10 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask a network
+# Workers share the cores; torch reads this when it is imported. A pytest that a test starts is none of them.
+if os.environ.pop("PYTEST_XDIST_WORKER", None):
+    workers = int(os.environ.pop("PYTEST_XDIST_WORKER_COUNT"))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // workers))
 # transformers looks for packages that quantize when it is imported; see the Makefile.
 sys.path.append(str(Path(sys.prefix) / "quantizers"))
 
