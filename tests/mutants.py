@@ -1503,6 +1503,13 @@ MUTANTS = [
         "test_bench_end_to_end.py::test_a_stage_over_a_layer",
     ),
     Mutant(
+        "memory that nobody holds counted as taken",
+        BENCH + "memory.py",
+        "    gc.collect()  # what nobody holds",
+        "    # what nobody holds",
+        "test_bench_end_to_end.py::test_peak_memory_is_that_of_the_work_alone",
+    ),
+    Mutant(
         "memory of an earlier prefill",
         BENCH + "memory.py",
         '    CLEAR.write_text("5", encoding="ascii")',

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import resource
 import signal
@@ -280,6 +281,7 @@ def peak_bytes(work: Callable[[], Result], device: torch.device) -> tuple[Result
     """
     import torch
 
+    gc.collect()  # what nobody holds is not to be freed while it counts as taken before
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
