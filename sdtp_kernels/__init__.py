@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 try:
     from .backends import BackendStatus, BackendUnavailableError, explain_backends
-    from .models import PrefillReport, SdtpHandle, apply_sdtp
+    from .models import PrefillReport, SdtpHandle, apply_sdtp, remove_sdtp
     from .ops import (
         PromptScores,
         PrunedTokens,
@@ -44,6 +44,7 @@ __all__ = [
     "gather_tokens",
     "load_pruners",
     "prune_tokens",
+    "remove_sdtp",
     "save_pruners",
     "score_prompt",
     "score_tokens",

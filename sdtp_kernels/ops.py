@@ -808,7 +808,8 @@ def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor])
 
 def _gather_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
     (indices,) = ctx.saved_tensors
-    return [_scatter_rows(g, indices, shape) for g, shape in zip(grads, ctx.shapes, strict=True)], None, None
+    scattered = [_scatter_rows(g, indices, shape) for g, shape in zip(grads, ctx.shapes, strict=True)]
+    return _as_passed(ctx, scattered, None, None)
 
 
 def _scatter_rows(grad: torch.Tensor | None, indices: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
@@ -837,7 +838,12 @@ def _prune_backward(
 ) -> tuple[Any, ...]:
     (indices,) = ctx.saved_tensors
     first, *others = (_scatter_rows(g, indices, shape) for g, shape in zip([grad, *grads], ctx.shapes, strict=True))
-    return (first, others, *[None] * 13)
+    return _as_passed(ctx, first, others, *[None] * 13)
+
+
+def _as_passed(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    """One gradient for each argument that the op was called with: trailing ones that equal their default are not."""
+    return grads[: len(ctx.needs_input_grad)]
 
 
 torch.library.register_autograd("sdtp::score_tokens", _score_backward, setup_context=_score_setup, lib=_library)

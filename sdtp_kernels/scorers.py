@@ -32,16 +32,18 @@ class StageInput(NamedTuple):
     token_index: torch.Tensor
     """``[B, n]`` index in the row's own prompt, negative for padding."""
     keep_last: int
-    """Tokens behind the prompt that are kept whatever their score."""
+    """Tokens after the prompt that are kept whatever their score."""
     layer_below: Any
     """The decoder layer that has just run, on the same tokens."""
     hidden_states_below: torch.Tensor | None
-    """Its input, ``[B, n, D]``; ``None`` where some tokens have waited for others (see :func:`block_local`)."""
+    """Its input, ``[B, n, D]``; ``None`` where deferred tokens joined (see :func:`block_local`)."""
     queries_below: torch.Tensor | None = None
     """The queries it projected for the prompt's last tokens, as many as the scorer looks at or as there are, not
-    rotated yet, ``[B, w, heads * head_dim]``; ``None`` in compiled code, and where some tokens waited."""
+    rotated yet, ``[B, w, heads * head_dim]`` or ``[B, w, heads, head_dim]``; ``None`` in compiled code, and where
+    deferred tokens joined."""
     keys_below: torch.Tensor | None = None
-    """The keys it cached, ``[B, kv_heads, n, head_dim]``; ``None`` without a cache, and where some tokens waited."""
+    """The keys it cached, ``[B, kv_heads, n, head_dim]``; ``None`` without a cache, and where
+    deferred tokens joined."""
     group: ProcessGroup | None = None
     """The processes that share the model's heads; each sees all tokens. ``None`` for one process alone."""
     backend: str = "auto"
@@ -49,10 +51,10 @@ class StageInput(NamedTuple):
 
 
 def block_local(scorer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Declare that a scorer's order of the tokens of a block depends on nothing behind the block.
+    """Declare that a scorer's order of the tokens of a block depends on nothing after the block.
 
-    Under the block budget a prompt may then come in pieces, whose tokens are scored together with those that waited for
-    them: ``hidden_states_below`` and ``keys_below`` can be missing.
+    Under the block budget a prompt may then come in chunks, whose tokens are scored together with those that were
+    deferred: ``hidden_states_below`` and ``keys_below`` can be missing.
     """
     scorer.is_block_local = True  # type: ignore[attr-defined]
     return scorer
@@ -91,25 +93,21 @@ def window_of(stage: StageInput, window: int) -> tuple[torch.Tensor, torch.Tenso
     key : Tensor [B, kv_heads, n, head_dim]
         Rotated.
     """
-    layer, attention, hidden_states_below = stage.layer_below, stage.layer_below.self_attn, stage.hidden_states_below
-    assert hidden_states_below is not None, "the prompt's end is not known while it comes in pieces"
-    end = stage.hidden_states.shape[1] - stage.keep_last
+    from .models.family import by_head, family_of
+
+    layer, hidden_states_below, taken, key = (
+        stage.layer_below, stage.hidden_states_below, stage.queries_below, stage.keys_below,
+    )  # fmt: skip
+    assert hidden_states_below is not None, "the prompt's end is not known while it comes in chunks"
+    family, end = family_of(layer), stage.hidden_states.shape[1] - stage.keep_last
     window = min(window, end)
-
-    def project(projection: Any, tokens: slice) -> torch.Tensor:
-        return projection(layer.input_layernorm(hidden_states_below[:, tokens]))  # type: ignore[no-any-return]
-
-    def by_head(x: torch.Tensor) -> torch.Tensor:
-        return x.view(*x.shape[:2], -1, attention.head_dim).transpose(1, 2)
-
-    taken, key = stage.queries_below, stage.keys_below
     if taken is None or taken.shape[1] < window:
-        taken = project(attention.q_proj, slice(end - window, end))
-    elif taken.shape[1] > window:
-        taken = taken[:, -window:]
+        query = family.queries(layer, hidden_states_below[:, end - window : end])
+    else:
+        query = by_head(taken[:, taken.shape[1] - window :], layer.self_attn.head_dim)
     if key is None:
-        key = rotate(by_head(project(attention.k_proj, slice(None))), *stage.position_embeddings)
-    return by_head(taken), key
+        key = rotate(family.keys(layer, hidden_states_below), *stage.position_embeddings)
+    return query, key
 
 
 def attention_score(stage: StageInput, window: int = ATTENTION_WINDOW) -> torch.Tensor:
@@ -120,9 +118,10 @@ def attention_score(stage: StageInput, window: int = ATTENTION_WINDOW) -> torch.
     from .models.devices import mean_over
 
     query, key = window_of(stage, window)
+    query = query.to(key.dtype)  # under autocast the cache may have another dtype
     end = stage.hidden_states.shape[1] - stage.keep_last
     last = slice(end - query.shape[2], end)
-    index, (cos, sin) = stage.token_index, (t[:, last] for t in stage.position_embeddings)
+    index, (cos, sin) = stage.token_index, (t[:, last].to(key.dtype) for t in stage.position_embeddings)
     scores = ops.window_attention(
         query, key, index[:, last], index,
         cos=cos, sin=sin, scaling=stage.layer_below.self_attn.scaling, pooling=ATTENTION_POOLING, backend=stage.backend,

@@ -27,7 +27,7 @@ from transformers.cache_utils import (
 )
 
 from sdtp_kernels import TokenPruner, apply_sdtp
-from sdtp_kernels.models.attention import ATTENTIONS, FLASH
+from sdtp_kernels.models.masks import ATTENTIONS, FLASH
 from sdtp_kernels.models.cache import PrunedState, install
 from sdtp_kernels.models.devices import device_of
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
 from sdtp_kernels.backends import cpu
 from sdtp_kernels.models.cache import PrunedState
-from sdtp_kernels.models.stages import LastQueries
+from sdtp_kernels.models.stage import LastQueries
 from sdtp_kernels.scorers import SCORERS
 
 LAYERS = (1, 3, 4)

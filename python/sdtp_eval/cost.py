@@ -128,9 +128,9 @@ def _scorers(
 ) -> dict[int, Callable[[StageInput], torch.Tensor]]:
     """The scoring of each stage alone: what the fused op does before it selects, or the scorer itself."""
     from sdtp_kernels import TokenPruner
-    from sdtp_kernels.models.scoring import Fused, Opinion
+    from sdtp_kernels.models.scoring import Fused, RunningMean
 
-    opinion: Opinion | None = None
+    mean: RunningMean | None = None
 
     def make(layer: int) -> Callable[[StageInput], torch.Tensor]:
         pruner = method.pruners if callable(method.pruners) else method.pruners[layer]
@@ -140,8 +140,8 @@ def _scorers(
         fused = Fused.of(pruner, model.dtype)
 
         def score(stage: StageInput) -> torch.Tensor:
-            nonlocal opinion
-            scores, opinion = fused.score(stage, None if layer == layers[0] else opinion, backend)
+            nonlocal mean
+            scores, mean = fused.score(stage, None if layer == layers[0] else mean, backend)
             return scores
 
         return score

@@ -1,10 +1,11 @@
-"""The model patches: one file a family, and the one public entrance."""
+"""The model patch and its public entrances; CONTRIBUTING.md says which file knows what."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .report import PrefillReport, SdtpHandle
+from .handle import SdtpHandle
+from .report import PrefillReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -12,13 +13,13 @@ if TYPE_CHECKING:
     from ..schedule import PruningSchedule
     from ..scorers import StageInput
 
-__all__ = ["PrefillReport", "SdtpHandle", "apply_sdtp"]
+__all__ = ["PrefillReport", "SdtpHandle", "apply_sdtp", "remove_sdtp"]
 
 
 def apply_sdtp(
     model: Any,
     pruners: Mapping[int, Any] | str | Callable[[StageInput], Any],
-    schedule: PruningSchedule,
+    schedule: PruningSchedule | float | None = None,
     backend: str = "auto",
     *,
     later_turns: bool = True,
@@ -26,41 +27,45 @@ def apply_sdtp(
 ) -> SdtpHandle:
     """Make a model prune long prompts during prefill.
 
-    Acts on this instance only, by replacing the ``forward`` of its decoder. ``generate()`` and plain calls go on
-    working; prompts shorter than ``schedule.min_prompt`` are left alone. With a keep ratio of 1.0 the model computes
-    what it did before, bit for bit.
+    Acts on this instance only, by exchanging its class and its decoder's for subclasses that prune. ``generate()`` and
+    plain calls go on working; prompts shorter than ``schedule.min_prompt`` are left alone. With a keep ratio of 1.0 the
+    model computes what it did before, bit for bit.
 
-    A call with ``logits_to_keep=k`` treats the last ``k - 1`` tokens as standing behind the prompt: they are never
-    pruned. A call without it returns the logits of the kept tokens only.
+    A call with ``logits_to_keep=k`` treats the last ``k - 1`` tokens as standing after the prompt: they are never
+    pruned. A call without it returns the logits of the kept tokens only, and warns once: ``report().kept`` says which
+    tokens they belong to.
 
-    Under the block budget a prompt may come in pieces: ``generate(prefill_chunk_size=...)``, later turns of a chat, a
+    Under the block budget a prompt may come in chunks: ``generate(prefill_chunk_size=...)``, later turns of a chat, a
     kept prefix and what follows it; the cache is that of one call with the whole. A call of the model itself with
-    ``sdtp_prompt_length=columns`` reads a piece of a prompt of so many columns; without it, a call that continues a
+    ``sdtp_prompt_length=columns`` reads a chunk of a prompt of so many columns; without it, a call that continues a
     cache adds tokens and prunes none. So does a later turn under the global budget, while ``generate()`` refuses there
-    what stands directly behind a pruned prompt, unless `later_turns` is False: it would not be what one prompt with all
-    the tokens is. ``generate()`` takes the settings of :meth:`SdtpHandle.request` as keywords.
+    what directly follows a pruned prompt, unless `later_turns` is False: it would not be what one prompt with all the
+    tokens is. ``generate()`` and calls of the model take the settings of :meth:`SdtpHandle.request` as keywords.
 
     Parameters
     ----------
-    model : Qwen2ForCausalLM or Qwen2Model
-        With sdpa, eager, flex or flash attention; on one device, by an accelerate ``device_map``, or tensor parallel.
+    model : transformers model
+        ``ForCausalLM`` or ``Model`` of Llama, Mistral, Qwen2 or Qwen3, with sdpa, eager, flex or flash attention; on
+        one device, by an accelerate ``device_map``, or tensor parallel. The decoder of a ``ForCausalLM`` stands for it.
     pruners : mapping of int to module, str or callable
         For every layer of the schedule a :class:`TokenPruner`, or any module that turns hidden states ``[..., D]``
         into scores ``[...]``; the result of :func:`load_pruners`; the name of a training-free scorer (``"random"``,
         ``"recent"``, ``"norm"``, ``"attention"``); or a function of a :class:`~sdtp_kernels.scorers.StageInput`. Under
-        the block budget a :class:`TokenPruner` scores by its MLP alone, and a function prunes prompts in pieces only if
+        the block budget a :class:`TokenPruner` scores by its MLP alone, and a function prunes prompts in chunks only if
         it is declared :func:`~sdtp_kernels.scorers.block_local`.
-    schedule : PruningSchedule
+    schedule : PruningSchedule or float, optional
+        A number is the keep ratio of every stage, at the pruners' layers or in the paper's pattern for this model. By
+        default the schedule in the pruner file's header, else 0.9.
     backend : str, default "auto"
         A name from :func:`explain_backends`; a name never falls back to another backend.
     later_turns : bool, default True
         Under the block budget, whether a prompt that continues a cache (a later turn of a chat, what follows a kept
-        prefix) is pruned as it completes blocks. Generated tokens wait for the next prompt. False: all that follows the
-        first prompt is added whole, under either budget.
+        prefix) is pruned as it completes blocks. Generated tokens are deferred to the next prompt. False: all that
+        follows the first prompt is added whole, under either budget.
     evict_earlier_kv : bool, default False
         Drop what a stage prunes from the caches of the layers below it as well. All layers then hold the same tokens,
         those that the last stage keeps; tokens that come later see nothing else in any layer. A prompt has to be
-        prefilled in one piece, and later turns are not pruned.
+        prefilled in one call, and later turns are not pruned.
 
     Returns
     -------
@@ -72,20 +77,39 @@ def apply_sdtp(
     ValueError
         If pruners, schedule and model do not fit together, a weight is not finite, or no backend has that name.
     NotImplementedError
-        If the model's family, attention or version of transformers is not supported.
+        If the model's family, attention or version of transformers is not supported, or `model` is a wrapper.
     BackendUnavailableError
         If the named backend cannot run on the model's device.
     RuntimeError
         If the model is patched already.
-    """
-    from . import qwen2  # transformers is imported where it is used
 
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    families = {"qwen2": qwen2.apply_sdtp_to_qwen2}
-    if model_type not in families:
-        raise NotImplementedError(
-            f"no SDTP patch for {type(model).__name__} (model_type={model_type!r}); supported: {', '.join(families)}"
-        )
-    return families[model_type](
-        model, pruners, schedule, backend, later_turns=later_turns, evict_earlier_kv=evict_earlier_kv
-    )
+    Examples
+    --------
+    >>> handle = apply_sdtp(model, "attention", 0.9)
+    >>> output = model.generate(prompt, max_new_tokens=2, do_sample=False)
+    >>> handle.report().tokens, handle.report().kept_per_stage
+    (120, [108, 98])
+    >>> handle.remove()
+    """
+    from .patch import apply  # transformers is imported where it is used
+
+    return apply(model, pruners, schedule, backend, later_turns, evict_earlier_kv)
+
+
+def remove_sdtp(model: Any) -> None:
+    """Undo :func:`apply_sdtp` without its handle: the handle was lost, or the model is a copy of a patched one.
+
+    Parameters
+    ----------
+    model : transformers model
+        The patched one; one that is not is left alone.
+
+    Examples
+    --------
+    >>> _ = apply_sdtp(model, "recent", 0.8)
+    >>> remove_sdtp(model)
+    """
+    for module in model.modules():
+        handle = module.__dict__.get("_sdtp")
+        if handle is not None:
+            handle.remove()

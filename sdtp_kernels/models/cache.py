@@ -3,31 +3,29 @@
 Two requests never mix, and whatever ``generate()`` does to a cache (beam reordering, cropping, copying) happens to the
 state as well.
 
-Under the block budget a prompt may arrive in pieces: chunks of a prefill, turns of a chat, a kept prefix and what
-follows it. What is behind its last finished block is then *waiting*: in all layers, because what comes next attends to
-it, but only until its block is finished. A layer from the first stage on holds first what is finished, which never
-changes again, then what waits: unfinished blocks, and tokens generated since. The layer at the first stage keeps
-the hidden states of all that waits as well, as they arrived there.
+Under the block budget a prompt may arrive in chunks: of a prefill, turns of a chat, a kept prefix and what follows it.
+Tokens after the last finished block are *deferred*: the layers hold them, because what comes next attends to them, but
+only until their block is finished. A layer from the first stage on holds first the finished blocks, which never change
+again, then what is deferred: unfinished blocks, and tokens generated since. The layer at the first stage also keeps the
+hidden states of all deferred tokens, as they arrived there (:class:`Deferred`).
 
-The next piece of the prompt goes through the layers below the first stage by itself, and from there on together with
-what has waited, whose entries it replaces. So each layer computes what one call with the whole prompt would: below the
-first stage nothing is ever dropped, and from there on finished blocks alone are final, pruned at each stage from all
-their tokens, while queries behind them see what they kept. A piece whose logits nobody wants (a chunk that is not the
-last) leaves what is unfinished at the first stage: *behind*, until the next piece takes it along.
+The next chunk goes through the layers below the first stage alone, and from there on together with the deferred tokens,
+whose entries it replaces. So each layer computes what one call with the whole prompt would: below the first stage
+nothing is ever dropped, and from there on only finished blocks are final. A chunk whose logits nobody wants leaves what
+is unfinished at the first stage, *left out* of the later layers, until the next chunk takes it along.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import (
-    BaseQuantizedLayer,
     Cache,
     CacheLayerMixin,
     DynamicLayer,
-    Fp8QuantizedLayer,
     HQQQuantizedLayer,
     QuantizedLayer,
     QuantoQuantizedLayer,
@@ -35,13 +33,16 @@ from transformers.cache_utils import (
 )
 
 from .. import ops
+from .compat import BaseQuantizedLayer, Fp8QuantizedLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..schedule import PruningSchedule
 
-class Waiting(NamedTuple):
-    """Tokens as they arrive at the first stage; kept of those behind the last finished block."""
+
+class Tokens(NamedTuple):
+    """Tokens as they arrive at the first stage."""
 
     hidden_states: torch.Tensor
     """``[B, n, D]``"""
@@ -52,26 +53,48 @@ class Waiting(NamedTuple):
     is_protected: torch.Tensor
     """``[B, n]`` bool: never to be pruned."""
 
-    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Waiting:
-        return Waiting(*map(change, self))
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Tokens:
+        return Tokens(*map(change, self))
 
-    def followed_by(self, other: Waiting) -> Waiting:
-        return Waiting(*(torch.cat(pair, dim=1) for pair in zip(self, other, strict=True)))
+    def followed_by(self, other: Tokens) -> Tokens:
+        return Tokens(*(torch.cat(pair, dim=1) for pair in zip(self, other, strict=True)))
+
+
+@dataclass
+class Deferred:
+    """What the layer at the first stage keeps while its prompt may go on."""
+
+    tokens: Tokens
+    """Those after the last finished block."""
+    counted: torch.Tensor | None = None
+    """``[B, 1]`` tokens of each row in finished blocks that the schedule counts; ``None`` where all rows are alike."""
+    most_protected: int = 0
+    """Most protected tokens that any row can have had so far."""
+    is_padded: bool = False
+    """Whether a row may have padding among these tokens."""
+    is_left_out: bool = False
+    """Whether the cache does not hold them: more of the prompt was to come at once."""
+
+    def each_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.tokens = self.tokens.each(change)
+        self.counted = None if self.counted is None else change(self.counted)
 
 
 class PrunedState(CacheLayerMixin):
-    """What a layer of the cache needs beside its storage once its prompt is pruned.
+    """What a layer of the cache needs next to its storage once its prompt is pruned.
 
-    Set by :class:`~sdtp_kernels.models.stages.Prompt` before the decoder layer writes to it.
+    Set by :func:`~sdtp_kernels.models.chunks.hold` before the decoder layer writes to it.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
 
-    def begin(self, kept: torch.Tensor) -> None:
+    def begin(self, kept: torch.Tensor, schedule: PruningSchedule) -> None:
         """No column of the prompt has been read, apart from what `kept` says is held already."""
         self.kept = kept
         """``[B, K]`` index in the row's own prompt of each cached prompt token, ascending; -1 is padding."""
+        self.schedule = schedule
+        """The one that the prompt is pruned by."""
         self.stage = 0
         """Number of the last stage before this layer; layers of one stage hold the same tokens."""
         self.prompt_length = 0
@@ -88,24 +111,16 @@ class PrunedState(CacheLayerMixin):
         """The most entries that any finished block has left here."""
         self.finished: torch.Tensor | None = None
         """``[B, 1]`` tokens of each row up to the end of its finished blocks; ``None`` where all rows are alike."""
-        self.counted: torch.Tensor | None = None
-        """``[B, 1]`` of them, those that the schedule counts: all but protected ones."""
-        self.most_protected = 0
-        """Most protected tokens that any row can have had so far."""
-        self.waiting: Waiting | None = None
+        self.deferred: Deferred | None = None
         """In the layer at the first stage, while the prompt may go on."""
-        self.is_waiting_padded = False
-        """Whether a row may have padding among what waits."""
-        self.is_behind = False
-        """Whether what waits is not in the cache: more of the prompt was to come at once."""
 
     def expect(self, token_index: torch.Tensor, prompt_length: int) -> None:
         """These tokens are about to be written, and with them so many columns of the prompt have been read."""
         self.kept = torch.cat([self.kept, token_index], dim=-1)
         self.prompt_length = prompt_length
 
-    def drop_waiting(self, backend: str) -> None:
-        """Reduce the layer to its finished blocks: what waits comes again, with the next piece of the prompt."""
+    def drop_deferred(self, backend: str) -> None:
+        """Reduce the layer to its finished blocks: what is deferred comes again, with the next chunk."""
         held = self.kept.shape[1]
         if self.finished is None:
             self.kept = self.kept[:, : self.num_finished]
@@ -125,18 +140,25 @@ class PrunedState(CacheLayerMixin):
     def padding_mask(self, attention_mask: torch.Tensor | None, num_new: int) -> torch.Tensor:
         """The logical padding mask ``[B, past + new]`` in terms of what this layer holds, ``[B, K + new]``."""
         if attention_mask is not None:
-            behind = attention_mask[:, self.prompt_length :].to(self.kept.device, torch.bool)
+            after = attention_mask[:, self.prompt_length :].to(self.kept.device, torch.bool)
             # A static layer that was cropped may still name tokens that are gone.
             length = self.kept.shape[1] + attention_mask.shape[1] - self.prompt_length
-            return torch.cat([self.kept >= 0, behind], dim=-1)[:, :length]
+            is_token = self.kept >= 0
+            if self.num_tail:  # columns that are in every layer, padded or not
+                tail = attention_mask[:, self.prompt_length - self.num_tail : self.prompt_length]
+                tail = F.pad(tail.to(is_token.device, torch.bool), (is_token.shape[1] - self.num_tail, 0), value=True)
+                is_token = is_token & tail
+            return torch.cat([is_token, after], dim=-1)[:, :length]
         return F.pad(self.kept >= 0, (0, self.num_appended + num_new), value=True)
 
     @property
     def num_appended(self) -> int:
-        """Tokens added behind the prompt; of a static layer, those that there is room for."""
+        """Tokens added after the prompt; of a static layer, those that there is room for."""
         return self.keys.shape[2] - self.kept.shape[1] if self.is_initialized else 0
 
     def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): expected minus the number of tokens to remove")
         into_prompt = abs(tokens_to_remove) - self.num_appended
         if into_prompt > self.num_tail:
             raise ValueError(
@@ -144,8 +166,8 @@ class PrunedState(CacheLayerMixin):
                 f"{self.num_tail} are known to be in every layer: prefill the shorter prompt instead"
             )
         super().crop(tokens_to_remove)
-        if self.waiting is not None and tokens_to_remove != 0:
-            self.waiting = self.waiting.each(lambda t: t[:, : -abs(tokens_to_remove)])
+        if self.deferred is not None and tokens_to_remove != 0:
+            self.deferred.tokens = self.deferred.tokens.each(lambda t: t[:, :tokens_to_remove])
         if into_prompt > 0:
             self.kept = self.kept[:, :-into_prompt]
             self.prompt_length -= into_prompt
@@ -155,7 +177,7 @@ class PrunedState(CacheLayerMixin):
         super().reset()
         self.stage = self.prompt_length = 0
         self.kept = self.kept[:, :0]
-        self.waiting = self.finished = self.counted = None
+        self.deferred = self.finished = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -172,12 +194,12 @@ class PrunedState(CacheLayerMixin):
     def _each_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.kept = change(self.kept)
         self.finished = None if self.finished is None else change(self.finished)
-        self.counted = None if self.counted is None else change(self.counted)
-        self.waiting = None if self.waiting is None else self.waiting.each(change)
+        if self.deferred is not None:
+            self.deferred.each_row(change)
 
 
 class PrunedLayer(PrunedState, DynamicLayer):
-    """Grows with the tokens behind the prompt, and with the prompt: the one that a prompt may enter in pieces."""
+    """Grows with the tokens after the prompt, and with the prompt: the one that a prompt may enter in chunks."""
 
 
 class EvictedFirstLayer(PrunedLayer):
@@ -198,10 +220,6 @@ class _PrunedQuantizedState(PrunedState):
         return self.cumulative_length - self.kept.shape[1] if self.is_initialized else 0
 
 
-class PrunedFp8Layer(_PrunedQuantizedState, Fp8QuantizedLayer):
-    """Keys and values in 8-bit floating point."""
-
-
 class PrunedQuantoLayer(_PrunedQuantizedState, QuantoQuantizedLayer):
     """Keys and values in 2 or 4 bits, by optimum-quanto."""
 
@@ -211,7 +229,7 @@ class PrunedHqqLayer(_PrunedQuantizedState, HQQQuantizedLayer):
 
 
 class PrunedStaticLayer(PrunedState, StaticLayer):
-    """Has room for the kept tokens and for what the cache was made to take behind the prompt, and no more."""
+    """Has room for the kept tokens and for what the cache was made to take after the prompt, and no more."""
 
     num_dropped = 0
 
@@ -243,10 +261,15 @@ class PrunedStaticLayer(PrunedState, StaticLayer):
 PRUNED_KINDS: dict[type[CacheLayerMixin], type[PrunedState]] = {
     DynamicLayer: PrunedLayer,
     StaticLayer: PrunedStaticLayer,
-    Fp8QuantizedLayer: PrunedFp8Layer,
     QuantoQuantizedLayer: PrunedQuantoLayer,
     HQQQuantizedLayer: PrunedHqqLayer,
 }
+if Fp8QuantizedLayer is not None:
+
+    class PrunedFp8Layer(_PrunedQuantizedState, Fp8QuantizedLayer):
+        """Keys and values in 8-bit floating point."""
+
+    PRUNED_KINDS[Fp8QuantizedLayer] = PrunedFp8Layer
 
 
 def is_empty(cache: Cache | None) -> bool:
@@ -263,7 +286,7 @@ def is_empty(cache: Cache | None) -> bool:
 
 
 def is_growing(cache: Cache | None) -> bool:
-    """Whether entries of a layer can be taken out again, as pieces of a prompt and eviction need it."""
+    """Whether entries of a layer can be taken out again, as chunks of a prompt and eviction need it."""
     if cache is None:
         return True
     growing = (DynamicLayer, PrunedLayer, EvictedFirstLayer)
@@ -295,12 +318,12 @@ def evict(cache: Cache, num_layers: int, like: PrunedState, indices: torch.Tenso
     below: list[Any] = cache.layers[:num_layers]
     for i, old in enumerate(below):
         layer = PrunedLayer() if i else EvictedFirstLayer()
-        layer.begin(like.kept)
+        layer.begin(like.kept, like.schedule)
         layer.stage, layer.prompt_length, layer.num_tail = like.stage, like.prompt_length, like.num_tail
         layer.is_padded, layer.is_ragged = like.is_padded, like.is_ragged
         own = indices.to(old.keys.device)
         layer.keys, layer.values = ops.gather_tokens([old.keys, old.values], own, backend=backend)
-        layer.device, layer.is_initialized = old.device, True
+        layer.device, layer.dtype, layer.is_initialized = old.device, layer.keys.dtype, True
         cache.layers[i] = layer
 
 
@@ -312,10 +335,10 @@ def pruned_layer(cache: Cache | None, layer_idx: int) -> PrunedState | None:
     return layer if isinstance(layer, PrunedState) else None
 
 
-def waiting_layer(cache: Cache | None, layer_idx: int) -> PrunedState | None:
+def deferring_layer(cache: Cache | None, layer_idx: int) -> PrunedState | None:
     """The same at the first stage, where a prompt is in the cache that may go on."""
     layer = pruned_layer(cache, layer_idx)
-    return None if layer is None or layer.waiting is None else layer
+    return None if layer is None or layer.deferred is None else layer
 
 
 def stage_of(cache: Cache | None, layer_idx: int) -> int:
@@ -324,14 +347,14 @@ def stage_of(cache: Cache | None, layer_idx: int) -> int:
     return 0 if layer is None else layer.stage
 
 
-def install(cache: Cache, layer_idx: int, kept: torch.Tensor) -> PrunedState:
+def install(cache: Cache, layer_idx: int, kept: torch.Tensor, schedule: PruningSchedule) -> PrunedState:
     """Make an empty layer one of a pruned prompt, before the decoder layer writes to it; `kept` is empty."""
     if layer_idx >= len(cache.layers):  # a DynamicCache without a config grows layer by layer
         cache.layers.append(DynamicLayer())
     layer: Any = cache.layers[layer_idx]
     if type(layer) not in PRUNED_KINDS.values():
         layer = cache.layers[layer_idx] = PRUNED_KINDS[type(layer)](*_settings(layer))
-    layer.begin(kept)
+    layer.begin(kept, schedule)
     return layer  # type: ignore[no-any-return]
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import types
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch.distributed import ProcessGroup
 
 
@@ -21,39 +18,6 @@ def device_of(module: Any) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(module.parameters()).device  # type: ignore[no-any-return]
-
-
-def own_forward(module: Any) -> Any:
-    """The ``forward`` of this instance, beneath accelerate's hook; ``None`` where it is that of the class."""
-    forward = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
-    return None if getattr(forward, "__func__", None) is type(module).forward else forward
-
-
-def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Replace the ``forward`` of one instance, beneath accelerate's hook where there is one.
-
-    Returns
-    -------
-    callable
-        Undoes it, whether or not hooks have been added or removed in between.
-    """
-    bound = types.MethodType(forward, module)
-    setattr(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward", bound)
-
-    def undo() -> None:
-        if module.__dict__.get("_old_forward") is bound:
-            module._old_forward = types.MethodType(type(module).forward, module)
-        else:
-            module.__dict__.pop("forward")
-
-    return undo
-
-
-def tensor_parallel_group(model: Any) -> ProcessGroup | None:
-    """The processes that hold shares of this model's weights and see the same tokens; ``None`` for one alone."""
-    if (getattr(model, "_tp_size", None) or 1) == 1:
-        return None
-    return model._mesh_manager.get_mesh("tp").get_group()  # type: ignore[no-any-return]
 
 
 def from_first(tensor: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from ..schedule import PruningSchedule
 
 
-class Opinion(NamedTuple):
-    """What the stages so far thought of the tokens, where pruners average it."""
+class RunningMean(NamedTuple):
+    """Mean score of the stages so far, where pruners average them."""
 
-    mean_score: torch.Tensor
+    score: torch.Tensor
     """``[B, n]``, of the MLP alone."""
     number: int
     """Stages that it is the mean of."""
@@ -45,13 +45,16 @@ class Plain(NamedTuple):
     pooling: int = 1
     num_queries: int = ATTENTION_WINDOW
 
-    def score(self, stage: StageInput, opinion: Opinion | None, backend: str) -> tuple[torch.Tensor, None]:
+    def ready(self, hidden_states: torch.Tensor) -> Plain:
+        return self
+
+    def score(self, stage: StageInput, mean: RunningMean | None, backend: str) -> tuple[torch.Tensor, None]:
         """Scores ``[B, n]``; nothing that a later stage would want to know."""
         return self.function(stage).float(), None
 
 
 class Fused(NamedTuple):
-    """A TokenPruner, ready for the fused op."""
+    """A TokenPruner, ready for the fused op on one device and in one dtype."""
 
     pruner: TokenPruner
     weights: PrunerWeights
@@ -63,17 +66,16 @@ class Fused(NamedTuple):
     attention_weight: float
     is_alone: bool
     """Whether the MLP is all there is."""
-    name: str = "TokenPruner"
-    is_block_local: bool = True  # by itself, and with what the schedule's sees_prompt_end says
 
     @classmethod
     def of(
         cls, pruner: TokenPruner, dtype: torch.dtype, sees_prompt_end: bool = True, device: torch.device | None = None
     ) -> Fused:
-        """For hidden states in `dtype`, where the pruner is, or on `device`, where it is moved to."""
+        """For hidden states in `dtype`, where the pruner is, or on `device`."""
         has_distance, has_attention = pruner.distance and sees_prompt_end, pruner.attention and sees_prompt_end
         weight = pruner.attention_weight.item() if has_attention else 0.0
-        pruner = pruner.to(device)
+        if device is not None and pruner.w1.device != device:
+            pruner = copy.deepcopy(pruner).to(device)
         table = pruner.w1.new_zeros(1, dtype=torch.float32)
         if has_distance:
             with torch.no_grad():
@@ -87,14 +89,19 @@ class Fused(NamedTuple):
     def pooling(self) -> int:
         return self.pruner.pooling
 
-    def score(self, stage: StageInput, opinion: Opinion | None, backend: str) -> tuple[torch.Tensor, Opinion | None]:
-        """Scores ``[B, n]``, and where the pruner averages, the opinion that the next stage goes on with."""
+    def score(
+        self, stage: StageInput, mean: RunningMean | None, backend: str
+    ) -> tuple[torch.Tensor, RunningMean | None]:
+        """Scores ``[B, n]``, and where the pruner averages, the mean that the next stage goes on with."""
         terms: dict[str, Any] = {}
-        if opinion is not None:
-            terms = {"mean_score": opinion.mean_score.to(stage.hidden_states.device), "num_scores": opinion.number}
+        dtype = stage.hidden_states.dtype
+        if mean is not None:
+            terms = {"mean_score": mean.score.to(stage.hidden_states.device), "num_scores": mean.number}
         if self.num_queries and stage.group is None:
-            query, key = window_of(stage, self.num_queries)
-            cos, sin = stage.position_embeddings
+            # One dtype for the op: under autocast a layer's queries and keys have another than its input.
+            query, key, cos, sin = (
+                t.to(dtype) for t in (*window_of(stage, self.num_queries), *stage.position_embeddings)
+            )
             terms |= {"query": query, "key": key, "cos": cos, "sin": sin, "pooling": ATTENTION_POOLING}
             terms |= {"scaling": stage.layer_below.self_attn.scaling, "attention_weight": self.attention_weight}
         elif self.num_queries:  # a process has some of the heads only
@@ -105,10 +112,46 @@ class Fused(NamedTuple):
         )  # fmt: skip
         if not self.pruner.averaging:
             return scores, None
-        return scores, Opinion(mean_score, 1 if opinion is None else opinion.number + 1)
+        return scores, RunningMean(mean_score, 1 if mean is None else mean.number + 1)
 
 
-Scorer = Plain | Fused
+class Learned:
+    """A TokenPruner of a patched model; made ready again where the model has moved to another dtype or device."""
+
+    name = "TokenPruner"
+    is_block_local = True  # alone, and with what the schedule's sees_prompt_end says
+
+    def __init__(self, pruner: TokenPruner, dtype: torch.dtype, sees_prompt_end: bool, device: torch.device) -> None:
+        # A copy: the model keeps the weights it was given, whatever becomes of the module.
+        self._pruner, self._sees_prompt_end = copy.deepcopy(pruner).requires_grad_(False), sees_prompt_end
+        self._ready = [Fused.of(self._pruner, dtype, sees_prompt_end, device)]
+
+    @property
+    def num_queries(self) -> int:
+        return self._ready[0].num_queries
+
+    def ready(self, hidden_states: torch.Tensor) -> Fused:
+        for fused in self._ready:
+            if fused.weights.w1.dtype == hidden_states.dtype and fused.weights.w1.device == hidden_states.device:
+                return fused
+        fused = Fused.of(self._pruner, hidden_states.dtype, self._sees_prompt_end, hidden_states.device)
+        if not torch.compiler.is_compiling():
+            self._ready.append(fused)
+        return fused
+
+
+class _Module:
+    """Somebody's own module as a scorer, which gets hidden states in the dtype of its weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, stage: StageInput) -> torch.Tensor:
+        weight = next((p for p in self.module.parameters() if p.is_floating_point()), stage.hidden_states)
+        return self.module(stage.hidden_states.to(weight.dtype))  # type: ignore[no-any-return]
+
+
+Scorer = Plain | Learned
 
 
 def resolve_pruners(
@@ -118,6 +161,7 @@ def resolve_pruners(
     devices: Mapping[int, torch.device],
     dtype: torch.dtype,
 ) -> dict[int, Scorer]:
+    """A scorer for each layer of the schedule, everything checked."""
     if isinstance(pruners, str):
         if pruners not in SCORERS:
             raise ValueError(f"no scorer {pruners!r}; known: {', '.join(SCORERS)}. For a file use load_pruners(path)")
@@ -148,11 +192,9 @@ def _resolve_pruner(
             raise ValueError(
                 f"pruner of layer {layer} has hidden_size={pruner.hidden_size}, the model {config.hidden_size}"
             )
-        # A copy: the model keeps the weights it was given, whatever becomes of the module.
-        pruner = copy.deepcopy(pruner).requires_grad_(False)
-        return Fused.of(pruner, dtype, schedule.sees_prompt_end, device)
+        return Learned(pruner, dtype, schedule.sees_prompt_end, device)
     if isinstance(pruner, nn.Module):
-        return Plain(lambda stage: pruner(stage.hidden_states), type(pruner).__name__, is_block_local=True)
+        return Plain(_Module(pruner), type(pruner).__name__, is_block_local=True)
     if callable(pruner):
         return _plain(pruner)
     raise ValueError(f"pruner of layer {layer}: expected a module or a scorer function, got {type(pruner).__name__}")

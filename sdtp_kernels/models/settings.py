@@ -63,10 +63,21 @@ class Settings(NamedTuple):
         """Whether rows of one length may keep different counts."""
         return self.protected is not None or len(set(self.schedules)) > 1
 
-    def groups(self, batch: int) -> list[tuple[list[int] | None, PruningSchedule]]:
-        """Rows with the schedule that they share; ``None`` for all rows."""
-        if batch % len(self.schedules):
-            raise ValueError(f"settings for {len(self.schedules)} rows, but the batch has {batch}")
+    def groups(self, batch: int, repeats: int = 1) -> list[tuple[list[int] | None, PruningSchedule]]:
+        """Rows with the schedule that they share; ``None`` for all rows.
+
+        Parameters
+        ----------
+        batch : int
+        repeats : int, default 1
+            Rows of the batch that stand for one row of the request: beams, returned sequences.
+        """
+        given = max(len(self.schedules), 0 if self.protected is None else len(self.protected.table))
+        if given > 1 and batch not in (given, given * repeats):
+            raise ValueError(
+                f"settings for {given} rows, but the batch has {batch // repeats if batch % repeats == 0 else batch}: "
+                "give one for all rows, or one for each"
+            )
         if len(set(self.schedules)) == 1:
             return [(None, self.schedules[0])]
         each = batch // len(self.schedules)  # beams of a row stand together

@@ -1,4 +1,4 @@
-"""Who sees whom in a segment, said in the way that each attention implementation wants to hear it."""
+"""Attention masks of a segment, in the form that each attention implementation takes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import create_causal_mask
 
 from .cache import is_empty
+from .compat import take_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -17,8 +18,8 @@ FLASH = ("flash_attention_2", "flash_attention_3")
 ATTENTIONS = ("sdpa", "eager", "flex_attention", *FLASH)
 
 
-class Visibility(NamedTuple):
-    """What the layers of a segment are given beside their hidden states."""
+class Mask(NamedTuple):
+    """What the layers of a segment are given next to their hidden states."""
 
     attention_mask: Any
     """A mask in the form of the attention implementation; ``None`` where causality is all."""
@@ -26,14 +27,14 @@ class Visibility(NamedTuple):
     """Further arguments of the attention function."""
 
 
-def see_prompt(
+def prompt_mask(
     config: PreTrainedConfig,
     hidden_states: torch.Tensor,
     padding_mask: torch.Tensor | None,
     cache: Cache | None,
     layer_idx: int,
-) -> Visibility:
-    """Visibility among the tokens of a prompt, which no cached ones precede.
+) -> Mask:
+    """The mask among the tokens of a prompt, which no cached ones precede.
 
     Parameters
     ----------
@@ -47,21 +48,21 @@ def see_prompt(
     """
     if config._attn_implementation in FLASH:
         if cache is not None and layer_idx < len(cache.layers) and isinstance(cache.layers[layer_idx], StaticLayer):
-            # The keys come with the room behind them, which only a mask tells apart.
+            # The keys come with the room after them, which only a mask tells apart.
             ones = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
-            return Visibility(ones if padding_mask is None else padding_mask, {})
-        return Visibility(None, {} if padding_mask is None else _varlen(padding_mask))
-    return Visibility(_mask(config, hidden_states, padding_mask, cache, layer_idx), {})
+            return Mask(ones if padding_mask is None else padding_mask, {})
+        return Mask(None, {} if padding_mask is None else _varlen(padding_mask))
+    return Mask(_mask(config, hidden_states, padding_mask, cache, layer_idx), {})
 
 
-def see_cached(
+def cached_mask(
     config: PreTrainedConfig,
     hidden_states: torch.Tensor,
     padding_mask: torch.Tensor | None,
     cache: Cache,
     layer_idx: int,
-) -> Visibility:
-    """Visibility of cached tokens and new ones, ``padding_mask [B, cached + n]``, for the new ones."""
+) -> Mask:
+    """The mask of new tokens over cached ones and themselves; ``padding_mask [B, cached + n]``."""
     if (
         config._attn_implementation in FLASH
         and isinstance(cache.layers[layer_idx], StaticLayer)
@@ -70,7 +71,7 @@ def see_cached(
         raise ValueError(
             "flash attention over a static cache needs the attention_mask of the prompt and the new tokens"
         )
-    return Visibility(_mask(config, hidden_states, padding_mask, cache, layer_idx), {})
+    return Mask(_mask(config, hidden_states, padding_mask, cache, layer_idx), {})
 
 
 class _Snapshot:
@@ -97,14 +98,15 @@ def as_it_is(config: PreTrainedConfig, cache: Cache | None) -> Any:
 
 
 def masks_for_generate(
-    config: PreTrainedConfig, attention_mask: torch.Tensor | None, cache: Cache, **_: Any
+    config: PreTrainedConfig, attention_mask: torch.Tensor | None, **kwargs: Any
 ) -> torch.Tensor | None:
     """Stands in for what ``generate()`` calls for static caches: that makes one mask for all layers, we one a segment.
 
-    Every step gets a padding mask of one shape, so that decoding is one compiled graph. What stands behind the tokens
+    Every step gets a padding mask of one shape, so that decoding is one compiled graph. What stands after the tokens
     of the step is hidden by causality.
     """
-    if attention_mask is None or is_empty(cache) or config._attn_implementation in FLASH:
+    cache = take_cache(kwargs)
+    if attention_mask is None or cache is None or is_empty(cache) or config._attn_implementation in FLASH:
         return attention_mask
     room = cache.get_max_length(0) - attention_mask.shape[1]
     return torch.nn.functional.pad(attention_mask, (0, room), value=1)
