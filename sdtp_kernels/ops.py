@@ -67,7 +67,7 @@ class PrunedTokens(NamedTuple):
 
 
 class PromptScores(NamedTuple):
-    """Result of :func:`score_prompt`."""
+    """Result of :func:`score_prompt`, which has an example."""
 
     scores: torch.Tensor
     """``[B, n]`` float32, what tokens are ranked by."""
@@ -120,6 +120,12 @@ def score_tokens(
         If shapes, dtypes or devices do not fit.
     BackendUnavailableError
         If the named backend cannot run on these inputs.
+
+    Examples
+    --------
+    >>> hidden_states, pruner = torch.randn(2, 100, 64), TokenPruner(64)
+    >>> score_tokens(hidden_states, *pruner.weights(), rms_eps=pruner.rms_eps).shape
+    torch.Size([2, 100])
     """
     return torch.ops.sdtp.score_tokens.default(  # type: ignore[no-any-return]
         hidden_states, w1, b1, w2, b2, score_bias, rms_eps, backend
@@ -176,6 +182,11 @@ def select_tokens(
         If `num_keep` exceeds N or is less than the forced tokens, or shapes, dtypes or devices do not fit.
     BackendUnavailableError
         If the named backend cannot run on these inputs.
+
+    Examples
+    --------
+    >>> select_tokens(torch.tensor([[0.1, 0.9, 0.3, 0.8]]), 3, sink=1)
+    tensor([[0, 1, 3]])
     """
     return torch.ops.sdtp.select_tokens.default(  # type: ignore[no-any-return]
         scores, num_keep, sink, recent, block_size, rows, pooling, backend
@@ -208,6 +219,11 @@ def gather_tokens(
         If shapes or devices do not fit.
     BackendUnavailableError
         If the named backend cannot run on these inputs.
+
+    Examples
+    --------
+    >>> gather_tokens([torch.arange(4)[None]], torch.tensor([[0, 1, 3]]))
+    [tensor([[0, 1, 3]])]
     """
     return torch.ops.sdtp.gather_tokens.default(list(tensors), indices, backend)  # type: ignore[no-any-return]
 
@@ -247,6 +263,13 @@ def prune_tokens(
     RuntimeError
         If gradients of the pruner or of `score_bias` are asked for: a hard selection has none. Pass detached weights,
         or train through :meth:`TokenPruner.forward`.
+
+    Examples
+    --------
+    >>> hidden_states, position_ids = torch.randn(2, 100, 64), torch.arange(100).expand(2, -1)
+    >>> pruned = prune_tokens(hidden_states, [position_ids], *TokenPruner(64).weights(), 90, sink=4, recent=10)
+    >>> pruned.hidden_states.shape, pruned.tensors[0].shape
+    (torch.Size([2, 90, 64]), torch.Size([2, 90]))
     """
     return PrunedTokens(
         *torch.ops.sdtp.prune_tokens.default(
@@ -305,6 +328,13 @@ def window_attention(
         If shapes, dtypes or devices do not fit.
     BackendUnavailableError
         If the named backend cannot run on these inputs.
+
+    Examples
+    --------
+    >>> query, key, index = torch.randn(1, 4, 16, 8), torch.randn(1, 2, 100, 8), torch.arange(100)[None]
+    >>> cos, sin = torch.ones(1, 16, 8), torch.zeros(1, 16, 8)
+    >>> window_attention(query, key, index[:, -16:], index, cos=cos, sin=sin, scaling=8**-0.5).shape
+    torch.Size([1, 100])
     """
     return torch.ops.sdtp.window_attention.default(  # type: ignore[no-any-return]
         query, key, query_index, key_index, cos, sin, scaling, pooling, backend
@@ -379,6 +409,13 @@ def score_prompt(
         If shapes, dtypes or devices do not fit.
     BackendUnavailableError
         If the named backend cannot run on these inputs.
+
+    Examples
+    --------
+    >>> hidden_states, token_index = torch.randn(2, 100, 64), torch.arange(100).expand(2, -1)
+    >>> found = score_prompt(hidden_states, *TokenPruner(64).weights(), token_index, torch.zeros(1))
+    >>> torch.equal(found.scores, found.mean_score)
+    True
     """
     return PromptScores(
         *torch.ops.sdtp.score_prompt.default(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .reference import standardized_log
+from .schedule import PruningSchedule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,18 +60,23 @@ class TokenPruner(nn.Module):
         A stage ranks a token by the highest score among so many around it (odd), see
         :func:`~sdtp_kernels.select_tokens`: what stands together is kept together. 1 is the form of the paper.
     averaging : bool, default False
-        A stage ranks by the mean of the MLP's scores of all stages so far: noisy opinions about the same thing.
+        A stage ranks by the mean of the MLP's scores of all stages so far: noisy estimates of the same thing.
         The distance and attention terms stay those of the stage.
 
     Notes
     -----
     The distance and attention terms look at the prompt's end. Under the block budget, where what a block keeps must not
-    depend on what stands behind it (:attr:`PruningSchedule.sees_prompt_end`), a stage leaves them out.
+    depend on what follows it (:attr:`PruningSchedule.sees_prompt_end`), a stage leaves them out.
 
     Raises
     ------
     ValueError
         If `pooling` is even or less than 1.
+
+    Examples
+    --------
+    >>> TokenPruner(64)(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100])
     """
 
     def __init__(
@@ -185,14 +191,28 @@ class PrunerHeader:
     attention: bool = False
     pooling: int = 1
     averaging: bool = False
+    schedule: dict[str, Any] | None = None
+    """Arguments of the :class:`PruningSchedule` that the pruners are meant for; None where the file has none."""
 
 
 class PrunerStack(dict[int, TokenPruner]):
-    """The pruners of one model by decoder layer, with the header of the file they come from."""
+    """The pruners of one model by decoder layer, with the header of the file they come from.
+
+    Examples
+    --------
+    >>> stack = PrunerStack({4: TokenPruner(64)}, PrunerHeader(64, [4], rms_norm=True, rms_eps=1e-6))
+    >>> sorted(stack), stack.header.hidden_size, stack.schedule
+    ([4], 64, None)
+    """
 
     def __init__(self, pruners: Mapping[int, TokenPruner], header: PrunerHeader) -> None:
         super().__init__(pruners)
         self.header = header
+
+    @property
+    def schedule(self) -> PruningSchedule | None:
+        """What ``apply_sdtp(model, pruners)`` takes by default; None where the file has none."""
+        return None if self.header.schedule is None else PruningSchedule(**self.header.schedule)
 
 
 def save_pruners(
@@ -201,6 +221,7 @@ def save_pruners(
     *,
     config: Any = None,
     training: Mapping[str, Any] | None = None,
+    schedule: PruningSchedule | None = None,
 ) -> None:
     """Write the pruners of one model to one file.
 
@@ -214,11 +235,19 @@ def save_pruners(
         Of the model they belong to; loading then checks that they fit. Taken from ``pruners.header`` where that exists.
     training : mapping, optional
         Facts of the training, JSON-serialisable.
+    schedule : PruningSchedule, optional
+        What the pruners are meant for: the default of ``apply_sdtp(model, load_pruners(path))``.
 
     Raises
     ------
     ValueError
         If the mapping is empty, a weight is NaN or infinite, or the pruners disagree on size or normalisation.
+
+    Examples
+    --------
+    >>> save_pruners({4: TokenPruner(64)}, path, schedule=PruningSchedule((4,), 0.8))
+    >>> load_pruners(path).schedule.keep_ratio
+    0.8
     """
     from safetensors.torch import save_file
 
@@ -236,13 +265,15 @@ def save_pruners(
         model_type=config.model_type if config is not None else getattr(known, "model_type", None),
         num_hidden_layers=config.num_hidden_layers if config is not None else getattr(known, "num_hidden_layers", None),
         training=dict(training) if training is not None else getattr(known, "training", {}),
+        schedule=asdict(schedule) if schedule is not None else getattr(known, "schedule", None),
     )
     tensors = {
         f"layers.{layer}.{name}": parameter.detach().cpu().contiguous()
         for layer, pruner in pruners.items()
         for name, parameter in pruner.named_parameters()
     }
-    metadata = {"sdtp": json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(header)})}
+    facts = {name: value for name, value in asdict(header).items() if (name, value) != ("schedule", None)}
+    metadata = {"sdtp": json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **facts})}
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
@@ -266,6 +297,12 @@ def load_pruners(path: str | os.PathLike[str]) -> PrunerStack:
         If there is no such file.
     ValueError
         If it is no pruner file, truncated, of a later format version, incomplete, or holds NaN or infinite weights.
+
+    Examples
+    --------
+    >>> save_pruners({4: TokenPruner(64), 7: TokenPruner(64)}, path)
+    >>> sorted(load_pruners(path))
+    [4, 7]
     """
     from safetensors import SafetensorError, safe_open
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -50,6 +51,11 @@ def front_loaded(keep_ratio: float, num_stages: int, power: float = EARLY_POWER)
     ------
     ValueError
         If an argument is out of range.
+
+    Examples
+    --------
+    >>> front_loaded(0.8, 3)
+    (0.75964, 0.84224, 0.86366)
     """
     if not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio={keep_ratio}: expected a share in (0, 1]; 1.0 keeps every token")
@@ -120,6 +126,14 @@ class PruningSchedule:
     ------
     ValueError
         If an argument is out of range; the message says what was got and what is allowed.
+
+    Examples
+    --------
+    >>> schedule = PruningSchedule((4, 7), keep_ratio=0.5)
+    >>> [schedule.num_keep(1000, stage) for stage in range(3)]
+    [1000, 500, 250]
+    >>> PruningSchedule.every(12).layers
+    (4, 7, 10)
     """
 
     layers: tuple[int, ...]
@@ -131,15 +145,22 @@ class PruningSchedule:
     min_prompt: int = 64
 
     def __post_init__(self) -> None:
-        layers = tuple(self.layers)
-        if not layers or any(not isinstance(layer, int) for layer in layers):
+        for name in ("sink", "block_size", "min_prompt"):
+            object.__setattr__(self, name, _integer(getattr(self, name), name))
+        try:
+            layers = tuple(map(operator.index, self.layers))  # any kind of integer
+        except TypeError:
+            layers = ()
+        if not layers:
             raise ValueError(f"layers={self.layers!r}: expected at least one decoder layer index, e.g. layers=(4, 7)")
         if layers[0] < 1 or any(a >= b for a, b in itertools.pairwise(layers)):
             raise ValueError(
                 f"layers={layers}: expected strictly increasing layer indices >= 1; layer 0 cannot be pruned because "
                 "its cache holds the logical length of the prompt"
             )
-        ratios = self.keep_ratio if isinstance(self.keep_ratio, (tuple, list)) else (self.keep_ratio,) * len(layers)
+        given: Any = self.keep_ratio.tolist() if isinstance(self.keep_ratio, torch.Tensor) else self.keep_ratio
+        is_one = not hasattr(given, "__len__") or isinstance(given, str)
+        ratios = (_number(given),) * len(layers) if is_one else tuple(map(_number, given))
         if len(ratios) != len(layers):
             raise ValueError(
                 f"keep_ratio has {len(ratios)} numbers for {len(layers)} layers: give one, or one per layer"
@@ -149,7 +170,7 @@ class PruningSchedule:
                 raise ValueError(f"keep_ratio={ratio}: expected a share in (0, 1]; 1.0 keeps every token")
         if self.budget not in ("global", "block"):
             raise ValueError(f"budget={self.budget!r}: expected 'global' or 'block'")
-        if not isinstance(self.sink, int) or self.sink < 0:
+        if self.sink < 0:
             raise ValueError(f"sink={self.sink!r}: expected a count of tokens >= 0")
         if not 0 <= self.recent <= 1:
             raise ValueError(f"recent={self.recent!r}: expected a share of the prompt in [0, 1]")
@@ -158,7 +179,7 @@ class PruningSchedule:
         if self.min_prompt < 1:
             raise ValueError(f"min_prompt={self.min_prompt}: expected a length >= 1")
         object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "keep_ratio", tuple(ratios) if isinstance(self.keep_ratio, list) else self.keep_ratio)
+        object.__setattr__(self, "keep_ratio", ratios[0] if is_one else ratios)
         shares = [Fraction(1)]
         for ratio in ratios:
             shares.append(shares[-1] * _decimal(ratio))
@@ -169,7 +190,14 @@ class PruningSchedule:
     @classmethod
     def every(cls, num_layers: int, first: int = 4, step: int = 3, **settings: object) -> PruningSchedule:
         """Stages at layers ``first, first + step, ...`` of a model with `num_layers` layers (the paper's pattern)."""
-        return cls(layers=tuple(range(first, num_layers, step)), **settings)  # type: ignore[arg-type]
+        layers = tuple(range(first, num_layers, step))
+        if not layers:
+            raise ValueError(
+                f"every({num_layers}, first={first}, step={step}): a model of {num_layers} layers has layers 0 to "
+                f"{num_layers - 1}, and none to prune at; "
+                + (f"every({num_layers}, first=1) fits" if num_layers > 1 else "it cannot be pruned")
+            )
+        return cls(layers=layers, **settings)  # type: ignore[arg-type]
 
     @property
     def num_stages(self) -> int:
@@ -325,6 +353,23 @@ class PruningSchedule:
                 is_short = is_short & (finished == 0)
             return torch.where(is_short, length, pruned)
         return length if is_short and finished == 0 else pruned
+
+
+def _integer(value: Any, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r}: expected a count of tokens") from None
+
+
+def _number(value: Any) -> float:
+    """A Python number: a NumPy float32 of 0.9 is meant as the decimal that it prints as."""
+    if isinstance(value, (int, float)) and type(value).__module__ == "builtins":
+        return value
+    try:
+        return float(str(value))
+    except ValueError:
+        raise ValueError(f"keep_ratio={value!r}: expected a share in (0, 1]") from None
 
 
 def _decimal(value: float) -> Fraction:

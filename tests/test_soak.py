@@ -13,7 +13,7 @@ import sys
 
 import torch
 from conftest import make_qwen2
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, Qwen2ForCausalLM, Qwen2Model, StoppingCriteria
 
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
 
@@ -126,9 +126,10 @@ def test_soak():
     assert results == expected
     assert {len(lengths) for lengths in results if lengths != "interrupted"} == {1, 2, 3, 4}
     # generate() itself leaves its configuration on a model; what is ours is gone.
-    ours = {"forward", "generate", "_prefill", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"}
+    ours = {"_sdtp", "forward", "generate", "_prefill", "_forward_hooks", "_forward_pre_hooks"}
     for module, was in zip(model.modules(), before, strict=True):
         assert {name: module.__dict__.get(name) for name in ours} == {name: was.get(name) for name in ours}
+    assert (type(model), type(model.model)) == (Qwen2ForCausalLM, Qwen2Model)
 
 
 if __name__ == "__main__":

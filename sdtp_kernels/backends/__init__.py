@@ -72,6 +72,11 @@ def explain_backends(device: torch.device | str = "cpu", dtype: torch.dtype | No
     -------
     list of BackendStatus
         Best first; exactly one is `chosen`.
+
+    Examples
+    --------
+    >>> [status.name for status in explain_backends("cpu") if status.available][-1]
+    'reference'
     """
     device = torch.device(device)
     reasons = {name: _load(name).unavailable_reason(device, dtype) for name in _MODULES}

@@ -17,6 +17,7 @@ is unfinished at the first stage, *left out* of the later layers, until the next
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -365,6 +366,27 @@ def _settings(layer: CacheLayerMixin) -> tuple[int, ...]:
     if isinstance(layer, QuantizedLayer):
         return (layer.nbits, layer.axis_key, layer.axis_value, layer.q_group_size, layer.residual_length)
     return ()
+
+
+def tell_others(cache: Cache) -> None:
+    """Make a pruned cache refuse models that are not patched: their one mask for all layers would not fit."""
+    first: Any = cache.layers[0]
+    if "get_mask_sizes" not in vars(first):
+        first.get_mask_sizes = functools.partial(_refuse_others, cache)
+
+
+def _refuse_others(cache: Cache, query_length: int) -> Any:
+    if any(isinstance(layer, PrunedState) and layer.kept.shape[1] for layer in cache.layers):
+        raise RuntimeError(
+            "this cache holds a prompt pruned by apply_sdtp, and the model that reads it is not patched: its layers "
+            "hold different tokens, which one mask cannot fit. Go on inside the `with` block, or before handle.remove()"
+        )
+    return mask_sizes(cache.layers[0], query_length)
+
+
+def mask_sizes(layer: Any, query_length: int) -> Any:
+    """Length and offset of the keys that a mask is made for, whoever may read them."""
+    return type(layer).get_mask_sizes(layer, query_length)
 
 
 def check_supported(cache: Any) -> None:

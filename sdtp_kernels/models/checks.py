@@ -122,7 +122,8 @@ def check_inputs(
         raise NotImplementedError(
             "a prebuilt attention mask cannot follow the tokens that are kept: pass the [batch, tokens] padding mask"
         )
-    if position_ids is not None and attention_mask is None and cache is None:
+    is_generating = info.prompt_length is not None or handle.current.prompt_columns is not None
+    if position_ids is not None and attention_mask is None and cache is None and not is_generating:
         raise NotImplementedError(
             "position_ids without attention_mask and cache may mean packed sequences, which are not supported: pass an "
             "attention_mask (of ones) as well"

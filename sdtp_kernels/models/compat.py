@@ -52,7 +52,7 @@ def take_cache(kwargs: dict[str, Any]) -> Cache | None:
     old = kwargs.pop("past_key_values", None)
     if old is not None and CACHE == "cache":
         warnings.warn("`past_key_values` is deprecated. Use `cache` instead", FutureWarning, stacklevel=3)
-    return kwargs.pop("cache", old)  # type: ignore[no-any-return]
+    return kwargs.pop("cache", old)
 
 
 def output(hidden_states: torch.Tensor, cache: Cache | None) -> BaseModelOutputWithPast:

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from . import compat
-from .cache import deferring_layer, evict, is_empty, is_growing, stage_of
+from .cache import deferring_layer, evict, is_empty, is_growing, stage_of, tell_others
 from .call import Call, CallInfo, classify_call
 from .checks import assert_left_padded, check_chunks, check_inputs, check_is_turn, check_takes_chunks
 from .chunks import (
@@ -135,6 +135,8 @@ def run(
         is_ragged = is_padded or info.settings.is_ragged or (earlier is not None and earlier.is_ragged)
         chunk = Chunk(past + width, info.keep_last, is_padded, is_ragged, call is not Call.CHUNK)
         groups = info.settings.groups(inputs_embeds.shape[0], handle.current.rows_per_setting)
+        if info.settings.protected is not None:
+            info.settings.protected.check(info.prompt_length or past + width)
         prefill = Prefill(decoder, handle, cache, chunk, groups, info.settings.protected, earlier)
         is_captured = inputs_embeds.is_cuda and torch.cuda.is_current_stream_capturing()
         if not (torch.compiler.is_compiling() or is_captured):  # a graph has no clock
@@ -189,6 +191,8 @@ def run(
         finally:
             if queries is not None:
                 queries.remove()
+    if call.prunes and cache is not None and cache.layers and not torch.compiler.is_compiling():
+        tell_others(cache)
     if recorder:
         recorder.finish(cache, segment.token_index)
         handle.record(recorder)

@@ -43,7 +43,15 @@ class Current(threading.local):
 
 
 class SdtpHandle:
-    """Undoes :func:`~sdtp_kernels.apply_sdtp` and reports; also a context manager that undoes it at the end."""
+    """Undoes :func:`~sdtp_kernels.apply_sdtp` and reports; also a context manager that undoes it at the end.
+
+    Examples
+    --------
+    >>> with apply_sdtp(model, "attention", 0.9) as handle:
+    ...     output = model.generate(prompt, max_new_tokens=2, do_sample=False)
+    ...     handle.report().kept.shape
+    torch.Size([1, 98])
+    """
 
     def __init__(
         self,
@@ -126,8 +134,12 @@ class SdtpHandle:
 
         Examples
         --------
-        >>> with handle.request(keep_ratio=0.8, protect=(0, 60)):  # doctest: +SKIP
-        ...     model.generate(**inputs)
+        >>> handle = apply_sdtp(model, "recent", 0.9)
+        >>> with handle.request(keep_ratio=0.5, protect=(0, 20)):
+        ...     output = model.generate(prompt, max_new_tokens=1)
+        >>> handle.report().kept_per_stage
+        [70, 45]
+        >>> handle.remove()
         """
         settings = make_settings(self.schedule, protect, keep_ratio, enabled, min_prompt)
         me = threading.current_thread()

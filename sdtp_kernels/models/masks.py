@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import create_causal_mask
 
-from .cache import is_empty
+from .cache import is_empty, mask_sizes
 from .compat import take_cache
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def cached_mask(
 
 
 class _Snapshot:
-    """A cache, and how full it is now.
+    """A cache, and how full it is now, for the masks of a patched model.
 
     The mask of flex attention is a function, called when the layer has written the new tokens. A static cache counts
     them in place, and transformers 5.24 hands that very counter to the mask: a token would see one that is not there.
@@ -87,14 +87,23 @@ class _Snapshot:
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         return self._cache.get_query_offset(layer_idx) + 0
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> Any:
+        if layer_idx >= len(self._cache.layers):
+            return self._cache.get_mask_sizes(query_length, layer_idx)
+        return mask_sizes(self._cache.layers[layer_idx], query_length)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
 
 def as_it_is(config: PreTrainedConfig, cache: Cache | None) -> Any:
     """The cache in the form that a mask of it may be made from."""
-    is_counted_in_place = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
-    return _Snapshot(cache) if is_counted_in_place and config._attn_implementation == "flex_attention" else cache
+    if cache is None or not cache.layers:
+        return cache
+    is_counted_in_place = any(isinstance(layer, StaticLayer) for layer in cache.layers)
+    is_flex = config._attn_implementation == "flex_attention"
+    refuses_others = "get_mask_sizes" in vars(cache.layers[0])
+    return _Snapshot(cache) if refuses_others or (is_counted_in_place and is_flex) else cache
 
 
 def masks_for_generate(

@@ -329,12 +329,11 @@ def _check_unpatched(module: Any, is_decoder: bool) -> None:
         )
     if handle is not None:
         handle.remove()  # came with a copied or unpickled model: nobody holds it
-    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-    forward = module.__dict__.get(name)
+    forward = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
     if is_decoder and forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         raise RuntimeError(
-            f"another tool has replaced the forward of this {type(module).__name__} ({getattr(forward, '__qualname__', forward)}), and pruning would "
-            "pass it by: undo that first"
+            f"another tool has replaced the forward of this {type(module).__name__} by "
+            f"{getattr(forward, '__qualname__', type(forward).__name__)}, and pruning would pass it by: undo that first"
         )
 
 
@@ -344,12 +343,10 @@ def _check_unpatched(module: Any, is_decoder: bool) -> None:
 def _find(model: Any) -> tuple[Family, Any, Any]:
     """Family, outermost model to patch, decoder."""
     for name in ("_orig_mod", "module"):  # torch.compile, DataParallel and its kin
-        if isinstance(model, torch.nn.Module) and find_family(getattr(model, "config", None)) is None:
-            inner = model._modules.get(name)
-            if inner is not None:
-                raise NotImplementedError(
-                    f"{type(model).__name__} wraps the model: pass {_call(model, name)} to apply_sdtp, then wrap it"
-                )
+        if name in getattr(model, "_modules", ()):
+            raise NotImplementedError(
+                f"{type(model).__name__} wraps the model: pass model.{name} to apply_sdtp, then wrap it"
+            )
     if callable(getattr(model, "get_base_model", None)):
         raise NotImplementedError(
             f"{type(model).__name__} wraps the model: pass model.get_base_model() to apply_sdtp; calls and generate() "
@@ -380,10 +377,6 @@ def _find(model: Any) -> tuple[Family, Any, Any]:
     )
 
 
-def _call(model: Any, name: str) -> str:
-    return "model._orig_mod" if name == "_orig_mod" else f"model.{name}"
-
-
 def _owner_of(decoder: Any) -> Any:
     """The model of transformers whose decoder this is. Modules do not know who holds them, so all are asked."""
     from transformers import PreTrainedModel
@@ -407,5 +400,5 @@ def _schedule(schedule: Any, pruners: Any, config: Any) -> PruningSchedule:
             f"PruningSchedule.every({config.num_hidden_layers}, keep_ratio=0.9) fits this model"
         )
     if hasattr(pruners, "keys"):
-        return PruningSchedule(tuple(sorted(pruners.keys())), float(schedule))
-    return PruningSchedule.every(config.num_hidden_layers, keep_ratio=float(schedule))
+        return PruningSchedule(tuple(sorted(pruners.keys())), schedule)
+    return PruningSchedule.every(config.num_hidden_layers, keep_ratio=schedule)

@@ -57,9 +57,7 @@ def _difference(family: Family) -> float:
         ids = torch.randint(1, 64, (2, LENGTHS[0] + STEPS))
         mask = torch.ones_like(ids)
         mask[1, : LENGTHS[0] - LENGTHS[1]] = 0
-        expected = [
-            _masked_dense(model, row[keep.bool()], n) for row, keep, n in zip(ids, mask, LENGTHS, strict=True)
-        ]
+        expected = [_masked_dense(model, row[keep.bool()], n) for row, keep, n in zip(ids, mask, LENGTHS, strict=True)]
         cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
         differences: list[float] = []
         with patch(family, model, model.model, "norm", SCHEDULE):

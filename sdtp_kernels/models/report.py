@@ -31,7 +31,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PrefillReport:
-    """The last prefill, layer by layer."""
+    """The last prefill, layer by layer; :class:`SdtpHandle` has an example."""
 
     tokens: int = 0
     """Columns of the prompt."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import threading
+import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,6 +28,14 @@ class Protected(NamedTuple):
     """For every row, how many of its first ``c`` entries are set."""
     by_column: bool
     """Whether the table is over columns of ``input_ids``, or over a row's own tokens."""
+
+    def check(self, columns: int) -> None:
+        """Refuse a mask over other columns than the prompt's."""
+        if self.by_column and self.table.shape[1] != columns:
+            raise ValueError(
+                f"protect: the mask has {self.table.shape[1]} columns, the prompt {columns}; pass a mask of the "
+                "prompt's own width, or ranges"
+            )
 
     def look_up(self, token_index: torch.Tensor, past: int) -> torch.Tensor:
         """``[B, n]`` bool: which of these new tokens are protected."""
@@ -87,18 +95,11 @@ class Settings(NamedTuple):
         return [(found, schedule) for schedule, found in rows.items()]
 
 
-class Current(threading.local):
-    """The settings of the request that this thread is working on."""
-
-    def __init__(self, default: Settings) -> None:  # once in every thread
-        self.settings = default
-
-
 def make_settings(
     schedule: PruningSchedule,
     protect: Any = None,
     keep_ratio: float | tuple[float, ...] | list[Any] | None = None,
-    enabled: bool | list[bool] = True,
+    enabled: bool | list[bool] | None = True,
     min_prompt: int | list[int] | None = None,
 ) -> Settings:
     """See :meth:`~sdtp_kernels.SdtpHandle.request`."""
@@ -113,7 +114,7 @@ def make_settings(
     for row in range(max(lengths, default=1)):
         own = {name: value[row] if isinstance(value, list) else value for name, value in given.items()}
         changes: dict[str, Any] = {name: own[name] for name in ("keep_ratio", "min_prompt") if own[name] is not None}
-        if not own["enabled"]:
+        if own["enabled"] is not None and not own["enabled"]:
             changes["keep_ratio"] = 1.0
         schedules.append(dataclasses.replace(schedule, **changes))
     is_enabled = any(s.drops(stage) for s in schedules for stage in range(1, s.num_stages + 1))
@@ -123,32 +124,60 @@ def make_settings(
 def _protected(protect: Any) -> Protected | None:
     if protect is None:
         return None
-    if isinstance(protect, torch.Tensor):
-        if protect.dim() != 2 or protect.dtype != torch.bool:
-            raise ValueError(
-                f"protect: expected a bool mask [batch, tokens] over the columns of input_ids, got "
-                f"{list(protect.shape)} {protect.dtype}"
-            )
-        table, by_column = protect.cpu(), True
+    if hasattr(protect, "dtype"):  # a tensor or an array
+        table, by_column = _mask(protect), True
     else:
-        ranges = list(protect)
-        rows = [ranges] if all(_is_pair(r) for r in ranges) else [list(row) for row in ranges]
-        wrong = [r for row in rows for r in row if not (_is_pair(r) and 0 <= r[0] <= r[1])]
-        if wrong:
-            raise ValueError(
-                f"protect: {wrong[0]!r} is no range (first, last + 1) of token indices, counted in each row from its "
-                "first token without padding; give a list of them, or one such list for every row"
-            )
-        table = torch.zeros(len(rows), max((end for row in rows for _, end in row), default=0), dtype=torch.bool)
+        rows = _ranges(protect)
+        width = max((end for row in rows for _, end in row), default=0)
+        table, by_column = torch.zeros(len(rows), width, dtype=torch.bool, device="cpu"), False
         for i, row in enumerate(rows):
             for begin, end in row:
                 table[i, begin:end] = True
-        by_column = False
     if table.shape[1] == 0:
         return None
     counts = [list(itertools.accumulate(row, initial=0)) for row in table.int().tolist()]
     return Protected(table, counts, by_column)
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(n, int) for n in value)
+def _mask(protect: Any) -> torch.Tensor:
+    mask = torch.as_tensor(protect, device="cpu")
+    is_mask = mask.dtype == torch.bool or (not mask.is_floating_point() and bool(((mask == 0) | (mask == 1)).all()))
+    if mask.dim() not in (1, 2) or not is_mask:
+        raise ValueError(
+            f"protect: expected a mask [batch, tokens] of bools over the columns of input_ids, got {list(mask.shape)} "
+            f"{mask.dtype}; ranges go in a list: protect=[(0, 60)]"
+        )
+    return mask.bool().reshape(-1, mask.shape[-1])
+
+
+def _ranges(protect: Any) -> list[list[tuple[int, int]]]:
+    """The ranges of every row, or one list for all."""
+    if (one := _range(protect)) is not None:
+        return [[one]]
+    try:
+        items = list(protect)
+        found = [_range(item) for item in items]
+        if all(one is not None for one in found):
+            return [[one for one in found if one is not None]]
+        rows = [[_range(item) for item in row] for row in items]
+        if all(one is not None for row in rows for one in row):
+            return [[one for one in row if one is not None] for row in rows]
+    except TypeError:
+        pass
+    raise ValueError(
+        f"protect={protect!r}: expected ranges (first, last + 1) of token indices, counted in each row from its first "
+        "token without padding: one, a list of them, or one such list for every row"
+    )
+
+
+def _range(value: Any) -> tuple[int, int] | None:
+    """``(first, last + 1)`` where `value` is one: a pair of integers of any kind, a range or a slice of step 1."""
+    if isinstance(value, (range, slice)):
+        if value.step not in (None, 1) or value.stop is None:
+            return None
+        value = (value.start or 0, value.stop)
+    try:
+        begin, end = map(operator.index, value)
+    except (TypeError, ValueError):
+        return None
+    return (begin, end) if 0 <= begin <= end else None
