@@ -69,7 +69,7 @@ def test_offloaded_weights(tmp_path, device_map, name):
     assert any(p.device.type == "meta" for p in model.model.parameters())
     with apply_sdtp(model, pruners, SCHEDULE):
         assert all(torch.equal(generate(model, i), e) for i, e in zip(batches, expected, strict=True))
-        with pytest.raises(RuntimeError, match="replaced already"):
+        with pytest.raises(RuntimeError, match="patched already"):
             apply_sdtp(model, pruners, SCHEDULE)
     assert torch.equal(generate(model, batches[0]), dense), "the patch is gone, the hooks are not"
 

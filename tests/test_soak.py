@@ -96,13 +96,15 @@ def _is_traced(tensor):
     return tensor.device.type == "meta" or not all(type(n) is int for n in tensor.shape)
 
 
-def memory():
-    """Bytes of all tensors, and of the process."""
+def memory(handle):
+    """Bytes of all tensors but those of the last report, and of the process."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
     # Not those of traces, which other tests have left behind: they have symbols for sizes, or no data.
     tensors = sum(t.nbytes for t in gc.get_objects() if type(t) is torch.Tensor and not _is_traced(t))
+    kept = handle.report().kept
+    tensors -= 0 if kept is None else kept.nbytes
     with open("/proc/self/statm") as file:
         return tensors, int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -113,12 +115,12 @@ def test_soak():
     model, requests = make_model(), make_requests()
     before = [dict(module.__dict__) for module in model.modules()]
     results = []
-    with apply_sdtp(model, make_pruners(), SCHEDULE):
+    with apply_sdtp(model, make_pruners(), SCHEDULE) as handle:
         for i, request in enumerate(requests):
             if i == 3 * len(KINDS):  # warm by now
-                tensors, process = memory()
+                tensors, process = memory(handle)
             results.append(serve(model, request))
-        tensors_after, process_after = memory()
+        tensors_after, process_after = memory(handle)
     assert tensors_after == tensors, "no tensor outlives its request"
     assert process_after - process < 16 * 2**20
     expected = json.loads(fresh.communicate()[0])

@@ -135,10 +135,10 @@ class SdtpHandle:
         Examples
         --------
         >>> handle = apply_sdtp(model, "recent", 0.9)
-        >>> with handle.request(keep_ratio=0.5, protect=(0, 20)):
+        >>> with handle.request(keep_ratio=0.5):
         ...     output = model.generate(prompt, max_new_tokens=1)
         >>> handle.report().kept_per_stage
-        [70, 45]
+        [60, 30]
         >>> handle.remove()
         """
         settings = make_settings(self.schedule, protect, keep_ratio, enabled, min_prompt)

@@ -300,8 +300,7 @@ def _exchange(module: Any, kind: Any, handle: SdtpHandle) -> None:
     module._sdtp = handle
     if not isinstance(module, kind):
         dense: Any = type(module)
-        module.__class__ = _pruning_class(dense, kind)
-    _rebind(module)
+        _become(module, _pruning_class(dense, kind))
 
 
 def _restore(module: Any) -> None:
@@ -309,16 +308,17 @@ def _restore(module: Any) -> None:
     module.__dict__.pop("_sdtp", None)
     # Where somebody has made a class of ours into another one, it stays: without a handle it does not prune.
     if "_sdtp_dense" in vars(type(module)):
-        module.__class__ = _dense(module)
-    _rebind(module)
+        _become(module, _dense(module))
 
 
-def _rebind(module: Any) -> None:
-    """Below accelerate's hook lies a bound method of the class that the module had then."""
-    own: Any = type(module)
-    old: Any = module.__dict__.get("_old_forward")
-    if getattr(old, "__self__", None) is module:
-        setattr(module, "_old_forward", types.MethodType(own.forward, module))  # noqa: B010
+def _become(module: Any, made: Any) -> None:
+    """Exchange the class; a bound method of the old one, below accelerate's hook or left by it, follows."""
+    old: Any = type(module)
+    module.__class__ = made
+    for name in ("forward", "_old_forward"):
+        bound = module.__dict__.get(name)
+        if isinstance(bound, types.MethodType) and bound.__func__ is old.forward:
+            setattr(module, name, types.MethodType(made.forward, module))
 
 
 def _check_unpatched(module: Any, is_decoder: bool) -> None:
