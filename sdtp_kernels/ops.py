@@ -249,7 +249,7 @@ def prune_tokens(
     """Score, select and gather in one call; equal to :func:`score_tokens`, :func:`select_tokens`,
     :func:`gather_tokens` in turn on the same backend.
 
-    Parameters are those of the three. `tensors` are gathered beside `hidden_states` (position embeddings, keys and
+    Parameters are those of the three. `tensors` are gathered like `hidden_states` (position embeddings, keys and
     values).
 
     Returns
@@ -368,7 +368,7 @@ def score_prompt(
 
     ``mean of the MLP's scores + distance_table[distance] + attention_weight * z(log(attention + 1e-9))``, where the
     distance is that to the prompt's last token, and z gives each row mean 0 and standard deviation 1 over its valid
-    tokens: those that are neither padding nor behind the prompt. Others have their mean score alone.
+    tokens: those that are neither padding nor after the prompt. Others have their mean score alone.
 
     Parameters
     ----------
@@ -379,7 +379,7 @@ def score_prompt(
     distance_table : Tensor [M], float32
         The distance term of every distance below M, not empty; what is farther counts as M - 1.
     keep_last : int, default 0
-        Tokens that stand behind the prompt.
+        Tokens that stand after the prompt.
     mean_score : Tensor [B, n], float32, optional
         Mean of the MLP's scores at `num_scores` stages before this one, to be averaged with its own.
     num_scores : int, default 0

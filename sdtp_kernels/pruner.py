@@ -55,7 +55,7 @@ class TokenPruner(nn.Module):
         Add a learned piecewise-linear function of the distance to the prompt's end.
     attention : bool, default False
         Add the attention of the prompt's last queries (:func:`~sdtp_kernels.scorers.question_attention`) with a learned
-        weight. The hidden state of a token cannot know the question behind it; this term does.
+        weight. The hidden state of a token cannot know the question after it; this term does.
     pooling : int, default 1
         A stage ranks a token by the highest score among so many around it (odd), see
         :func:`~sdtp_kernels.select_tokens`: what stands together is kept together. 1 is the form of the paper.

@@ -113,8 +113,8 @@ class PruningSchedule:
         Used by the global budget only: it would make a token's fate depend on where the prompt ends.
     budget : {"global", "block"}, default "global"
         ``"global"`` ranks the whole prompt at each stage. ``"block"`` ranks each finished block of `block_size`
-        prompt tokens by itself and keeps the same count in every block, its last token included; what stands behind
-        the last finished block is kept whole. A block is finished once half a block stands behind it: a prompt ends
+        prompt tokens by itself and keeps the same count in every block, its last token included; what stands after
+        the last finished block is kept whole. A block is finished once half a block stands after it: a prompt ends
         with what is asked, which must not be pruned because a block happens to end there. With a causal score a
         block's result then depends on nothing after it.
     block_size : int, default 512
@@ -207,7 +207,7 @@ class PruningSchedule:
     def sees_prompt_end(self) -> bool:
         """Whether a score may depend on where the prompt ends.
 
-        Under the block budget it may not: what a block keeps has to be the same whatever stands behind it.
+        Under the block budget it may not: what a block keeps has to be the same whatever follows it.
         """
         return self.budget == "global"
 
@@ -284,11 +284,11 @@ class PruningSchedule:
         stage : int
             1 to ``num_stages``.
         keep_last : int, default 0
-            Further tokens behind the prompt that are kept whatever happens and count as no part of it.
+            Further tokens after the prompt that are kept whatever happens and count as no part of it.
         padded : bool, default False
             Whether rows may be shorter than `length`; their own counts then come from :meth:`plan_rows`.
         finished : int, default 0
-            Tokens of the prompt in blocks that an earlier call has pruned; the selection is of those behind them. Where
+            Tokens of the prompt in blocks that an earlier call has pruned; the selection is of those after them. Where
             `padded` they are no part of `length`.
         """
         if padded:
@@ -311,7 +311,7 @@ class PruningSchedule:
         stage, keep_last
             As in :meth:`plan`.
         finished : int64 tensor [B], optional
-            Tokens of each row in blocks that an earlier call has pruned; the counts are of those behind them.
+            Tokens of each row in blocks that an earlier call has pruned; the counts are of those after them.
 
         Returns
         -------
@@ -331,7 +331,7 @@ class PruningSchedule:
 
     @property
     def _margin(self) -> int:
-        """Tokens that have to stand behind a block before it is finished."""
+        """Tokens that have to stand after a block before it is finished."""
         return self.block_size // 2
 
     def _finished(self, length: Length) -> Length:

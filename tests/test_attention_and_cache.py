@@ -413,7 +413,7 @@ def test_group_wise_quantized_layers_keep_their_settings(monkeypatch):
     for kind in (QuantoQuantizedLayer, HQQQuantizedLayer):
         monkeypatch.setattr(kind, "__init__", QuantizedLayer.__init__)
         cache = Cache(layers=[kind(4, 0, -1, q_group_size=16, residual_length=8)])
-        install(cache, 0, torch.empty(1, 0, dtype=torch.long))
+        install(cache, 0, torch.empty(1, 0, dtype=torch.long), SCHEDULES["global"])
         layer = cache.layers[0]
         assert isinstance(layer, PrunedState)
         assert (layer.nbits, layer.axis_key, layer.axis_value, layer.q_group_size, layer.residual_length) == (

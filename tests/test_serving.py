@@ -434,8 +434,8 @@ def test_settings_end_with_their_request(models, pruners):
         ({"keep_ratio": [0.5, 0.5], "enabled": [True] * 3}, r"settings for \[2, 3\] rows"),
         ({"keep_ratio": [0.5] * 3}, "settings for 3 rows, but the batch has 2"),
         ({"protect": [[(0, 5)], [], []]}, "settings for 3 rows, but the batch has 2"),
-        ({"protect": [(5, 2)]}, r"\(5, 2\) is no range"),
-        ({"protect": torch.ones(2, 100)}, r"expected a bool mask .* got \[2, 100\] torch.float32"),
+        ({"protect": [(5, 2)]}, r"protect=\[\(5, 2\)\]: expected ranges"),
+        ({"protect": torch.ones(2, 100)}, r"expected a mask .* got \[2, 100\] torch.float32"),
     ],
 )
 @torch.no_grad()

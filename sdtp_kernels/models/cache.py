@@ -147,7 +147,8 @@ class PrunedState(CacheLayerMixin):
             is_token = self.kept >= 0
             if self.num_tail:  # columns that are in every layer, padded or not
                 tail = attention_mask[:, self.prompt_length - self.num_tail : self.prompt_length]
-                tail = F.pad(tail.to(is_token.device, torch.bool), (is_token.shape[1] - self.num_tail, 0), value=True)
+                around = is_token.shape[1] - self.num_tail, self.num_tail - tail.shape[1]
+                tail = F.pad(tail.to(is_token.device, torch.bool), around, value=True)
                 is_token = is_token & tail
             return torch.cat([is_token, after], dim=-1)[:, :length]
         return F.pad(self.kept >= 0, (0, self.num_appended + num_new), value=True)

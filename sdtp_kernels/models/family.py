@@ -63,12 +63,15 @@ class Family(NamedTuple):
         return None
 
 
+_LOADED: dict[Any, Family] = {}  # an import is nothing that torch.compile can follow
+
+
 def find_family(config: Any) -> Family | None:
     """The family of a model, by its config's ``model_type``; None where it is not supported."""
     model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
-        return None
-    return importlib.import_module(f".{model_type}", __package__).FAMILY  # type: ignore[no-any-return]
+    if model_type not in _LOADED and model_type in FAMILIES:
+        _LOADED[model_type] = importlib.import_module(f".{model_type}", __package__).FAMILY
+    return _LOADED.get(model_type)
 
 
 def family_of(layer: Any) -> Family:

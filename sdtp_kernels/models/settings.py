@@ -1,6 +1,6 @@
 """What one request asks for: its keep ratio, whether and from what length on it is pruned, and tokens it protects.
 
-Settings are host values, because counts set shapes. They are read when a prompt, or a piece of one, is prefilled.
+Settings are host values, because counts set shapes. They are read when a prompt, or a chunk of one, is prefilled.
 """
 
 from __future__ import annotations
