@@ -53,7 +53,7 @@ MUTANTS = [
     # What people do with a patched model besides generate().
     Mutant(
         "a step without a cache taken for a prefill",
-        MODELS + "patch.py",
+        MODELS + "patched.py",
         "keep_last = max(keep_last, inputs.shape[1] - current.prompt_columns)",
         "pass",
         "test_real_use.py::test_without_a_cache_the_answer_is_never_pruned",
@@ -74,7 +74,7 @@ MUTANTS = [
     ),
     Mutant(
         "nobody warned of an index that is no position",
-        MODELS + "patch.py",
+        MODELS + "patched.py",
         "if info.reads_all and call is Call.PROMPT and not",
         "if False and not",
         "test_real_use.py::test_kept_tokens_are_told",
@@ -88,7 +88,7 @@ MUTANTS = [
     ),
     Mutant(
         "settings in a generation config ignored",
-        MODELS + "patch.py",
+        MODELS + "patched.py",
         "for config in configs for",
         "for config in configs[:1] for",
         "test_real_use.py::test_settings_of_a_call_are_obeyed",
@@ -123,7 +123,7 @@ MUTANTS = [
     ),
     Mutant(
         "a pickled model without its patch",
-        MODELS + "patch.py",
+        MODELS + "patched.py",
         "return (_rebuild, (self._sdtp_dense, kind), *state)",
         "return (_rebuild, (object, kind), *state)",
         "test_real_use.py::test_a_pickled_model_prunes",
@@ -144,7 +144,7 @@ MUTANTS = [
     ),
     Mutant(
         "a class of somebody else's thrown away",
-        MODELS + "patch.py",
+        MODELS + "patched.py",
         'if "_sdtp_dense" in vars(type(module)):',
         'if hasattr(type(module), "_sdtp_dense"):',
         "test_real_use.py::test_a_class_made_of_ours_stays_and_does_not_prune",
@@ -200,7 +200,7 @@ MUTANTS = [
     ),
     Mutant(
         "padding after a completion seen later",
-        MODELS + "cache.py",
+        MODELS + "layers.py",
         "is_token = is_token & tail",
         "pass",
         "test_real_use.py::test_completions_padded_on_the_right",
@@ -1151,14 +1151,14 @@ MUTANTS = [
     ),
     Mutant(
         "patch not removed",
-        MODELS + "patch.py",
+        MODELS + "patched.py",
         "        _become(module, _dense(module))\n",
         "        pass\n",
         "test_real_use.py::test_a_handle_that_was_lost_or_removed",
     ),
     Mutant(
         "scored tokens pruned",
-        MODELS + "patch.py",
+        MODELS + "patched.py",
         "keep_last = max(int(logits_to_keep) - 1, 0)",
         "keep_last = 0",
         "test_qwen2.py::test_scored_continuation_is_never_pruned",
@@ -1179,7 +1179,7 @@ MUTANTS = [
     ),
     Mutant(
         "state left behind when rows are selected",
-        MODELS + "cache.py",
+        MODELS + "layers.py",
         "self._each_row(lambda t: t[indices, ...])",
         "",
         "test_qwen2.py::test_cache_operations_carry_the_state",
@@ -1194,7 +1194,7 @@ MUTANTS = [
     ),
     Mutant(
         "finished tokens of a row by its neighbours' count",
-        MODELS + "cache.py",
+        MODELS + "layers.py",
         "(self.kept < self.finished)",
         "(self.kept < self.finished.max())",
         "test_serving.py::test_block_local_scorers_in_pieces",
@@ -1286,7 +1286,7 @@ MUTANTS = [
     ),
     Mutant(
         "physical length from layer 0",
-        MODELS + "cache.py",
+        MODELS + "layers.py",
         "return self.prompt_length + self.num_appended",
         "return super().get_seq_length()",
         "test_serving.py::test_an_evicted_cache_holds_what_the_last_stage_keeps",
@@ -1337,35 +1337,35 @@ MUTANTS = [
     ),
     Mutant(
         "a static layer with room for the whole prompt",
-        MODELS + "cache.py",
+        MODELS + "layers.py",
         "self.max_cache_len -= self.num_dropped",
         "pass",
         "test_attention_and_cache.py::test_static_cache_has_the_bytes_of_the_schedule",
     ),
     Mutant(
         "a static layer keeps its size over a reset",
-        MODELS + "cache.py",
+        MODELS + "layers.py",
         "self.max_cache_len += self.num_dropped",
         "pass",
         "test_attention_and_cache.py::test_a_reset_static_cache_takes_another_prompt",
     ),
     Mutant(
         "a static layer's tail taken for what must stay",
-        MODELS + "cache.py",
+        MODELS + "layers.py",
         "num_left >= self.kept.shape[1] - self.num_tail",
         "num_left >= self.kept.shape[1]",
         "test_attention_and_cache.py::test_drafts_over_a_static_cache",
     ),
     Mutant(
         "tokens seen that a static layer has lost",
-        MODELS + "cache.py",
+        MODELS + "layers.py",
         "torch.cat([is_token, after], dim=-1)[:, :length]",
         "torch.cat([is_token, after], dim=-1)",
         "test_attention_and_cache.py::test_drafts_over_a_static_cache",
     ),
     Mutant(
         "crops of a static layer unchecked",
-        MODELS + "cache.py",
+        MODELS + "layers.py",
         "num_left >= self.kept.shape[1] - self.num_tail",
         "num_left >= 0",
         "test_attention_and_cache.py::test_crop_of_a_static_cache",
@@ -1428,14 +1428,14 @@ MUTANTS = [
     ),
     Mutant(
         "a 4-bit cache in full precision",
-        MODELS + "cache.py",
+        MODELS + "layers.py",
         "QuantoQuantizedLayer: PrunedQuantoLayer,",
         "QuantoQuantizedLayer: PrunedLayer,",
         "test_attention_and_cache.py::test_group_wise_quantized_layers_keep_their_settings",
     ),
     Mutant(
         "an 8-bit cache in full precision",
-        MODELS + "cache.py",
+        MODELS + "layers.py",
         "PRUNED_KINDS[Fp8QuantizedLayer] = PrunedFp8Layer",
         "PRUNED_KINDS[Fp8QuantizedLayer] = PrunedLayer",
         "test_attention_and_cache.py::test_quantized_cache",
@@ -1456,7 +1456,7 @@ MUTANTS = [
     ),
     Mutant(
         "hook of accelerate thrown away",
-        MODELS + "patch.py",
+        MODELS + "patched.py",
         'for name in ("forward", "_old_forward"):',
         'for name in ("forward",):',
         "test_devices.py::test_hooks_that_come_and_go_while_patched",

@@ -12,7 +12,8 @@ import torch
 from transformers.masking_utils import create_causal_mask
 
 from .. import ops
-from .cache import Deferred, PrunedState, Tokens, install, is_growing, pruned_layer
+from .cache import install, is_growing, pruned_layer
+from .layers import Deferred, PrunedState, Tokens
 from .masks import cached_mask
 
 if TYPE_CHECKING:
