@@ -135,7 +135,7 @@ def _owner_of(decoder: Any) -> Any:
     from transformers import PreTrainedModel
 
     models = (found for found in gc.get_objects() if issubclass(type(found), PreTrainedModel))
-    return next((m for m in models if any(child is decoder for child in m._modules.values())), None)
+    return next((m for m in models if any(child is decoder for child in vars(m).get("_modules", {}).values())), None)
 
 
 def _schedule(schedule: Any, pruners: Any, config: Any) -> PruningSchedule:

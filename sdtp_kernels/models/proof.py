@@ -115,6 +115,6 @@ def _masked_dense(model: Any, ids: torch.Tensor, prompt_length: int) -> torch.Te
             is_dropped = torch.ones(length, dtype=torch.bool).index_fill(0, alive, False)
             is_dropped[prompt_length:] = False
             allowed = allowed & ~(is_dropped[None] & ~torch.eye(length, dtype=torch.bool))  # no row may be empty
-        mask = torch.zeros(length, length).masked_fill(~allowed, torch.finfo(hidden.dtype).min)[None, None]
+        mask = torch.zeros(length, length, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)[None, None]
         hidden = layer(hidden, attention_mask=mask, position_embeddings=embeddings, use_cache=False)
     return model.lm_head(decoder.norm(hidden))[0]  # type: ignore[no-any-return]
