@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from sdtp_eval.checkpoints import DEFAULT_PRUNERS, bundled_pruners, default_checkpoint, load_checkpoint
 from sdtp_eval.texts import is_held_out, iter_documents
 from sdtp_kernels import PruningSchedule, apply_sdtp, load_pruners
+from sdtp_kernels.models.compat import CACHE
 
 METHODS = [(keep, evicts) for keep in (0.9, 0.8) for evicts in (False, True)]
 
@@ -25,9 +26,9 @@ METHODS = [(keep, evicts) for keep in (0.9, 0.8) for evicts in (False, True)]
 def read(model, ids: torch.Tensor, tokens: int) -> tuple[float, int]:
     """Mean loss on what stands behind the first `tokens`, and the bytes that they hold in the cache."""
     cache = DynamicCache(config=model.config)
-    first = model(ids[:, :tokens], cache=cache, logits_to_keep=1).logits[0]
+    first = model(ids[:, :tokens], **{CACHE: cache}, logits_to_keep=1).logits[0]
     kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    behind = model(ids[:, tokens:-1], cache=cache).logits[0]
+    behind = model(ids[:, tokens:-1], **{CACHE: cache}).logits[0]
     return torch.nn.functional.cross_entropy(torch.cat([first, behind]), ids[0, tokens:]).item(), kv_bytes
 
 

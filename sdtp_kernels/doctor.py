@@ -1,4 +1,4 @@
-"""``sdtp doctor``: what is installed, what was built, which backends can run, and whether they compute the right thing.
+"""``sdtp doctor``: what is installed, what was built, which backends and models run, and whether they compute right.
 
 Every probe is guarded and nothing but the standard library is imported up front: the command must have an answer just
 where torch, the compiled library or transformers is missing or broken.
@@ -59,7 +59,8 @@ def diagnose() -> dict[str, Any]:
         each with its fix; ``versions``: name to version or None; ``machine``; ``build``: build_info.json, or None;
         ``libraries``: compiled library to ``"loaded"`` or why not; ``backends``: list of ``{device, name, available,
         chosen, reason, self_test}``, where ``self_test`` is ``"passed"``, ``"not run"`` or what went wrong;
-        ``commands``: name to ``"ok"`` or why it does not load.
+        ``families``: family of models to ``"tested"`` with this transformers, ``"proved now"`` (under a version that no
+        test ran on), or why it is refused; ``commands``: name to ``"ok"`` or why it does not load.
     """
     problems: list[str] = []
     versions = installed_versions()
@@ -71,6 +72,7 @@ def diagnose() -> dict[str, Any]:
         "build": _build_info(problems),
         "libraries": {},
         "backends": [],
+        "families": {},
         "commands": _commands(),
     }
     try:
@@ -99,6 +101,10 @@ def diagnose() -> dict[str, Any]:
         problems.append(f"no compiled cpu backend, the slower reference is used: {cpu['reason']}")
     if versions["transformers"] is None:
         problems.append("transformers is missing, so no model can be patched: pip install 'sdtp-kernels[models]'")
+    else:
+        report["families"] = _families()
+        refused = [state for state in report["families"].values() if state not in ("tested", "proved now")]
+        problems += dict.fromkeys(refused)  # each once
     report["ok"] = bool(runs) and not wrong
     return report
 
@@ -158,6 +164,32 @@ def _backends(device: str) -> list[dict[str, Any]]:
         self_test = _self_test(status.name, device) if status.available else "not run"
         found.append({"device": device, **status._asdict(), "self_test": self_test})
     return found
+
+
+def _families() -> dict[str, str]:
+    from sdtp_kernels.models.family import FAMILIES
+
+    return {family: _family(family) for family in FAMILIES}
+
+
+def _family(model_type: str) -> str:
+    """What :func:`sdtp_kernels.apply_sdtp` would do with models of this type."""
+    try:
+        from types import SimpleNamespace
+
+        from sdtp_kernels.models import compat, proof
+        from sdtp_kernels.models.family import find_family
+
+        if compat.check_version():
+            return "tested"
+        family = find_family(SimpleNamespace(model_type=model_type))
+        assert family is not None
+        proof.prove(family)
+    except NotImplementedError as error:
+        return str(error)  # says what to do
+    except Exception as error:
+        return f"{_describe(error)}: pip install 'sdtp-kernels[models]'"
+    return "proved now"
 
 
 def _self_test(backend: str, device: str) -> str:
@@ -255,6 +287,8 @@ def _text(report: dict[str, Any]) -> str:
         state = f"self-test {backend['self_test']}" if backend["available"] else f"cannot run: {backend['reason']}"
         auto = " (auto)" if backend["chosen"] else ""
         lines.append(f"  {backend['name'] + auto:<20}on {backend['device']}: {state}")
+    lines += [f"families under transformers {report['versions']['transformers']}"] if report["families"] else []
+    lines += [f"  {name:<14}{state}" for name, state in report["families"].items()]
     lines += ["commands"]
     lines += [f"  {name:<14}{state}" for name, state in report["commands"].items()] or ["  none besides doctor"]
     lines += ["problems", *(f"  {problem}" for problem in report["problems"])] if report["problems"] else []

@@ -33,29 +33,38 @@ def _poison_empty_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def make_qwen2(num_layers=6, hidden_size=64, attention="sdpa", **settings):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def make_model(family, num_layers=6, hidden_size=64, attention="sdpa", **settings):
+    """A random model of a family, by its model type, whose attention is far from uniform."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    config = Qwen2Config(
-        vocab_size=256,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        attn_implementation=attention,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=None,
-        **settings,
-    )
+    defaults = {
+        "vocab_size": 256,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "attn_implementation": attention,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "bos_token_id": None,
+    }
+    if family == "mistral":
+        defaults["sliding_window"] = None
+    if family == "qwen3":
+        defaults["head_dim"] = hidden_size // 4 + 8  # as in its small models, heads are wider than the hidden states
+    config = AutoConfig.for_model(family, **{**defaults, **settings})
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config).eval()
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     for parameter in model.parameters():  # the default 0.02 leaves attention uniform: masks would hardly matter
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=2 * parameter.shape[1] ** -0.5)
     return model
+
+
+def make_qwen2(num_layers=6, hidden_size=64, attention="sdpa", **settings):
+    return make_model("qwen2", num_layers, hidden_size, attention, **settings)
 
 
 BYTE_MODEL = {
@@ -103,6 +112,6 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The real checkpoint: SmolLM2-135M-Instruct as a Qwen2, with its tokenizer."""
+    """The real checkpoint: SmolLM2-135M-Instruct, a Llama, with its tokenizer."""
     checkpoints = pytest.importorskip("sdtp_eval.checkpoints", reason="python/ is not installed")
     return checkpoints.load_checkpoint(checkpoints.default_checkpoint())

@@ -61,5 +61,6 @@ def install(monkeypatch):
     varlen = Varlen()
     process = glue._lazy_define_process_function(Varlen.__call__)
     functions = (flash_attn_func, varlen, None, glue._pad_input, glue._unpad_input)
-    monkeypatch.setattr(glue, "lazy_import_flash_attention", lambda *_, **__: (functions, (process, dict)))
+    processes = (process, dict) if hasattr(glue, "_process_with_kvcache_kwargs_fn") else process  # one in 5.16
+    monkeypatch.setattr(glue, "lazy_import_flash_attention", lambda *_, **__: (functions, processes))
     return varlen

@@ -1618,7 +1618,7 @@ MUTANTS = [
     Mutant(
         "a press that does not find the cache",
         "python/sdtp_eval/peers.py",
-        'kwargs["past_key_values"] = kwargs["cache"]',
+        'kwargs["past_key_values"] = kwargs[CACHE]',
         "pass",
         "test_kvpress.py::test_a_press_cuts_what_the_stages_left",
     ),

@@ -1,9 +1,10 @@
 """The oracle for models: a pruned forward must equal this dense one.
 
 Every token goes through every layer. From each stage on, the tokens that were dropped are masked as keys, and what they
-compute is ignored. Nothing of the package is used but the pruners' own ``forward``: the counts are written out with
-fractions, the selection is a sort of a Python list, rows of a batch are run alone and without padding, and there is no
-cache. ``generate(use_cache=False)`` on it is therefore an independent reference for every way of decoding.
+compute is ignored. Nothing of the package is used but ``forward`` and ``distance_term`` of the pruners: the counts are
+written out with fractions, the selection is a sort of a Python list, attention is what the model's own eager attention
+returns, rows of a batch are run alone and without padding, and there is no cache. ``generate(use_cache=False)`` on it
+is therefore an independent reference for every way of decoding.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import math
 from fractions import Fraction
 
 import torch
-from transformers import Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
@@ -61,7 +61,8 @@ def cache_bytes(model, schedule, lengths, room=0, padded=False, evicted=False):
     With `evicted` all layers hold what the last one keeps.
     """
     total, config = 0, model.config
-    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads * model.dtype.itemsize
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_key_value_heads * head_dim * model.dtype.itemsize
     for layer in range(config.num_hidden_layers):
         stage = len(schedule.layers) if evicted else sum(start <= layer for start in schedule.layers)
         possible = range(max(lengths) + 1) if padded else lengths
@@ -70,11 +71,28 @@ def cache_bytes(model, schedule, lengths, room=0, padded=False, evicted=False):
     return total
 
 
-class MaskedDense(Qwen2ForCausalLM):
-    """A Qwen2 that computes what the pruned one must, from the whole sequence, every time.
+def naive_attention(probabilities, window):
+    """Score of each token from attention ``[heads, n, n]``: last `window` rows, max-pooled over 7, mean of heads."""
+    score = probabilities[:, -window:].double().sum(1)
+    return torch.nn.functional.max_pool1d(score, 7, stride=1, padding=3).mean(0)
 
-    Set ``pruners``, ``schedule`` and ``prompt_columns`` (columns of ``input_ids`` that are the prompt) after making it.
-    With ``evicts`` what follows the prompt sees the last stage's tokens alone, in all layers.
+
+def naive_terms(pruner, distance, attention):
+    """What a TokenPruner adds to its MLP's score: its distance term, and weighted attention as a standard score."""
+    terms = pruner.distance_term(distance)
+    if pruner.attention:
+        value = torch.log(attention + 1e-9)
+        value = (value - value.mean()) / (value.std(correction=0) + 1e-6)
+        terms = terms + pruner.attention_weight * value
+    return terms
+
+
+class MaskedDense:
+    """A model of any family that computes what the pruned one must, from the whole sequence, every time.
+
+    :meth:`of` makes one from a model; ``prompt_columns`` are the columns of ``input_ids`` that are the prompt. With
+    ``evicts`` what follows the prompt sees the last stage's tokens alone, in all layers. Instead of pruners it takes
+    ``"attention"``, the scorer; that and pruners with an attention term need eager attention.
     """
 
     evicts = False
@@ -82,7 +100,7 @@ class MaskedDense(Qwen2ForCausalLM):
     @classmethod
     def of(cls, model, pruners, schedule, prompt_columns):
         oracle = copy.deepcopy(model)
-        oracle.__class__ = cls
+        oracle.__class__ = type(cls.__name__, (cls, type(model)), {})
         oracle.pruners, oracle.schedule, oracle.prompt_columns = pruners, schedule, prompt_columns
         return oracle
 
@@ -103,7 +121,7 @@ class MaskedDense(Qwen2ForCausalLM):
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         alive = list(range(prompt_length))
         opinions = [[] for _ in range(prompt_length)]
-        history = []
+        history, probabilities = [], []
         survivors = None
         if self.evicts and prompt_length >= schedule.min_prompt and prompt_length < length:
             survivors = self.row(ids[:prompt_length], prompt_length)[1][-1]
@@ -112,12 +130,9 @@ class MaskedDense(Qwen2ForCausalLM):
                 stage = schedule.layers.index(i) + 1
                 num_keep, recent, _ = naive_keep(schedule, prompt_length, stage)
                 per_block = naive_keep(schedule, prompt_length, stage - 1)[2]
-                scores = self.pruners[i](hidden[0, alive]).tolist()
-                if self.pruners[i].averaging and num_keep < len(alive):  # a stage that drops nothing has no opinion
-                    for k, score in zip(alive, scores, strict=True):
-                        opinions[k].append(score)
-                    scores = [math.fsum(opinions[k]) / len(opinions[k]) for k in alive]
-                pooling = self.pruners[i].pooling
+                is_dropping = num_keep < len(alive)  # a stage that drops nothing has no opinion
+                scores = self.scores(i, hidden[0, alive], alive, probabilities, opinions if is_dropping else None)
+                pooling = 1 if self.pruners == "attention" else self.pruners[i].pooling
                 kept = naive_select(scores, num_keep, schedule.sink, recent, per_block, pooling)
                 alive = [alive[k] for k in kept]
                 history.append(alive)
@@ -130,5 +145,26 @@ class MaskedDense(Qwen2ForCausalLM):
                 left[survivors] = True
                 allowed[prompt_length:, :prompt_length] &= left
             mask = torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)[None, None]
+            probabilities.clear()
+            hook = layer.self_attn.register_forward_hook(lambda _, __, output: probabilities.append(output[1]))
             hidden = layer(hidden, attention_mask=mask, position_embeddings=embeddings, use_cache=False)
+            hook.remove()
         return self.lm_head(decoder.norm(hidden))[0], history
+
+    def scores(self, stage_layer, hidden, alive, probabilities, opinions):
+        """Scores of the tokens that arrive at a stage, whose attention in the layer below is in `probabilities`."""
+        if self.pruners == "attention":
+            return naive_attention(probabilities[0][0][:, alive][:, :, alive], 32).tolist()
+        pruner = self.pruners[stage_layer]
+        scores = pruner(hidden).tolist()
+        if pruner.averaging and opinions is not None:
+            for k, score in zip(alive, scores, strict=True):
+                opinions[k].append(score)
+            scores = [math.fsum(opinions[k]) / len(opinions[k]) for k in alive]
+        if not (pruner.distance or pruner.attention) or self.schedule.budget == "block":  # a block sees no prompt's end
+            return scores
+        attention = None
+        if pruner.attention:
+            attention = naive_attention(probabilities[0][0][:, alive][:, :, alive], 16)
+        terms = naive_terms(pruner, alive[-1] - torch.tensor(alive), attention)
+        return (torch.tensor(scores, dtype=torch.double) + terms).tolist()

@@ -91,7 +91,41 @@ def test_doctor_with_broken_torch() -> None:
 def test_doctor_without_transformers() -> None:
     done = run_python(blocking("transformers", "safetensors") + "sys.exit(main(['doctor', '--json']))")
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["ok"]
+    report = json.loads(done.stdout)
+    assert report["ok"]
+    assert all("No module named 'transformers'" in state for state in report["families"].values())
+    assert sum("sdtp-kernels[models]" in problem for problem in report["problems"]) == 1
+
+
+def test_doctor_shows_the_families(
+    commands, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sdtp_kernels.models import compat, proof
+    from sdtp_kernels.models.family import FAMILIES
+
+    def look() -> tuple[dict[str, object], str]:
+        proof.prove.cache_clear()
+        assert cli.main(["doctor", "--json"]) == 0  # the ops work, whatever becomes of the models
+        report = json.loads(capsys.readouterr().out)
+        assert list(report["families"]) == list(FAMILIES)
+        assert cli.main(["doctor"]) == 0
+        return report, capsys.readouterr().out
+
+    _, text = look()
+    assert f"families under transformers {compat.transformers.__version__}\n  llama         tested" in text
+    monkeypatch.setattr(compat, "TESTED", ())
+    report, text = look()
+    assert set(report["families"].values()) == {"proved now"}
+    assert "  qwen3         proved now" in text
+    monkeypatch.setattr(proof, "_difference", lambda family: float("nan") if "Qwen3" in str(family) else 0.0)
+    report, text = look()
+    assert report["families"]["llama"] == "proved now"
+    assert "logits differ by nan" in report["families"]["qwen3"]
+    assert report["families"]["qwen3"] in report["problems"]
+    monkeypatch.setattr(compat.transformers, "__version__", "5.15.1")
+    report, text = look()
+    assert text.count("pip install 'transformers>=5.16.1'") == len(FAMILIES) + 1, "of each family, and one problem"
+    proof.prove.cache_clear()
 
 
 def test_doctor_without_the_compiled_library(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_qwen2
+from conftest import make_model, make_qwen2
 from oracle import MaskedDense
 from test_demo import one_thread  # noqa: F401 - fixture
 from transformers import DynamicCache
@@ -128,8 +128,9 @@ def stage_inputs(model, ids, scorer, schedule=SCHEDULE):
     return seen
 
 
-def test_attention_baselines_equal_the_model_s_own_attention(sample: Sample) -> None:
-    model = make_qwen2(attention="eager")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_attention_baselines_equal_the_model_s_own_attention(sample: Sample, family: str) -> None:
+    model = make_model(family, attention="eager")
     ids = torch.tensor([sample.ids])
     first = stage_inputs(model, ids, baselines.BASELINES["norm"])[0]
     updates: list[torch.Tensor] = []
@@ -160,8 +161,9 @@ def test_attention_baselines_ignore_padding(tiny_model, sample: Sample) -> None:
         torch.testing.assert_close(seen[0][:, 9:], baselines.BASELINES[name](alone), atol=1e-4, rtol=1e-4)
 
 
-def test_future_attention_equals_the_model_s_own_attention(sample: Sample) -> None:
-    model = make_qwen2(attention="eager")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_future_attention_equals_the_model_s_own_attention(sample: Sample, family: str) -> None:
+    model = make_model(family, attention="eager")
     ids = torch.tensor([[*sample.ids, sample.answer[-1]]])
     scores = baselines.oracle_future_attention(model, ids, 120, 8, LAYERS)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The real checkpoint, SmolLM2-135M-Instruct as a Qwen2, on real text."""
+"""The real checkpoint, SmolLM2-135M-Instruct, a Llama, on real text."""
 
 import pydoc_data.topics
 
@@ -8,6 +8,7 @@ from oracle import MaskedDense
 from transformers import DynamicCache
 
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
+from sdtp_kernels.models.compat import CACHE
 
 LENGTHS = (330, 250, 140)
 NEW_TOKENS = 32
@@ -46,7 +47,7 @@ def test_equals_masked_dense_then_32_greedy_tokens(smollm2, pruners, rows, sched
         for row, ids in enumerate(rows):
             prompt = torch.tensor([ids])
             cache = DynamicCache(config=model.config)
-            alone = model(prompt, cache=cache, logits_to_keep=1).logits[0, -1]
+            alone = model(prompt, **{CACHE: cache}, logits_to_keep=1).logits[0, -1]
             torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=0)
             assert torch.equal(model.generate(prompt, **greedy)[0, len(ids) :], generated[row])
 

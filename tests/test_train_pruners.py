@@ -10,10 +10,11 @@ from importlib import metadata
 
 import pytest
 import torch
-from conftest import make_qwen2
+from conftest import make_model, make_qwen2
 from test_train_data import make_checkpoint, make_texts
 
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp, cli, load_pruners
+from sdtp_kernels.models.family import FAMILIES
 from sdtp_train import losses, saliency, shards, simulate, train
 from sdtp_train.shards import Marked, SampleInfo
 
@@ -118,7 +119,9 @@ def test_simulation_equals_real_pruning(model, ids, settings, budget, keep_ratio
     assert (dense - real).abs().max() > 0.1  # else anything would equal it
 
 
-def test_nothing_masked_is_the_layer_itself(model, ids):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_masked_is_the_layer_itself(family):
+    model = make_model(family)
     layer, hidden_states = model.model.layers[3], torch.randn(1, 30, 64)
     embeddings = model.model.rotary_emb(hidden_states, torch.arange(30)[None])
     ours = simulate.masked_layer(layer, hidden_states, embeddings, torch.ones(30))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_qwen2
+from conftest import make_model, make_qwen2
 
 from sdtp_kernels import PruningSchedule, apply_sdtp
+from sdtp_kernels.models.family import FAMILIES
 from sdtp_kernels.scorers import question_attention
 from sdtp_train import targets
 
@@ -100,8 +101,10 @@ def test_signed_target_is_what_scaling_a_token_does_to_the_loss(ids, name, begin
         assert found[stage, token].item() == pytest.approx(slope.item(), rel=0.01, abs=1e-4)
 
 
-def test_future_attention_equals_the_models_attention_weights(model, ids, dense):
-    eager = make_qwen2(num_layers=6, attention="eager")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_future_attention_equals_the_models_attention_weights(ids, family):
+    eager = make_model(family, attention="eager").requires_grad_(False)
+    dense = targets.dense_pass(eager, ids[:N].tolist(), ids[N:].tolist())
     weights = eager(ids[None], output_attentions=True).attentions
     per_layer = torch.stack([w[0, :, N - 1 : -1, :N].mean(1).amax(0) for w in weights])
     expected = torch.stack([per_layer[layer:].mean(0) for layer in LAYERS])

@@ -23,7 +23,7 @@ def where_time_goes(work: Callable[[], Any], model: Any) -> dict[str, float]:
     ----------
     work : callable
         Runs the model once.
-    model : Qwen2ForCausalLM
+    model : transformers model
         Patched or not.
 
     Returns

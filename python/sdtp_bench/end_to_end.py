@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_bench import memory, processes, prompts
 from sdtp_bench.breakdown import BUCKETS, where_time_goes
-from sdtp_eval.paired import GateError, Pair, cache_bytes, cached_tokens, in_turns, timed
+from sdtp_eval.paired import GateError, Pair, cache_bytes, cache_of, cached_tokens, in_turns, timed
 from sdtp_eval.quality import KEEP_ALL
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def prefill_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, A
                     pair.check_output(handle.report(), output)
                     stage_shares[way].append(stage_share(handle.report()))
             seconds[way].append(spent)
-            kv_bytes[way] = cache_bytes(output.cache)
+            kv_bytes[way] = cache_bytes(cache_of(output))
             del output
         for way in (None, *setting.pairs) if not args.times_only else ():
             with setting.pruning(way) as (pair, _):
@@ -161,11 +161,11 @@ def gate(setting: Setting) -> dict[Way | None, int]:
         If a check fails.
     """
     output = setting.dense.prefill()
-    kv_bytes: dict[Way | None, int] = {None: cache_bytes(output.cache)}
+    kv_bytes: dict[Way | None, int] = {None: cache_bytes(cache_of(output))}
     for pair in {way.budget: pair for way, pair in setting.pairs.items()}.values():
         pair.check_keeping_all(output.logits, KEEP_ALL)
     for way, pair in setting.pairs.items():
-        kv_bytes[way] = cache_bytes(pair.check_kept()[1].cache)
+        kv_bytes[way] = cache_bytes(cache_of(pair.check_kept()[1]))
     return kv_bytes
 
 
@@ -273,6 +273,8 @@ def generate(pair: Pair, new_tokens: int) -> Generated:
     import torch
     from transformers import DynamicCache, GenerationConfig
 
+    from sdtp_kernels.models.compat import CACHE
+
     ids, device = pair.input_ids, pair.input_ids.device
     settings = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
     cache = DynamicCache(config=pair.model.config)
@@ -280,7 +282,7 @@ def generate(pair: Pair, new_tokens: int) -> Generated:
 
     def work() -> Any:
         return pair.model.generate(
-            ids, attention_mask=torch.ones_like(ids), cache=cache, generation_config=settings, streamer=first
+            ids, attention_mask=torch.ones_like(ids), **{CACHE: cache}, generation_config=settings, streamer=first
         )
 
     first.start()

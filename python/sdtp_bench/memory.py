@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdtp_bench import processes, prompts
 from sdtp_bench.prompts import Way
-from sdtp_eval.paired import cache_bytes
+from sdtp_eval.paired import cache_bytes, cache_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -257,7 +257,7 @@ def work(settings: dict[str, Any]) -> int:
             for way in ways:
                 with setting.pruning(way) as (pair, _):
                     output, peak = peak_bytes(pair.prefill, pair.input_ids.device)
-                answer.append({"peak_bytes": peak, "kv_bytes": cache_bytes(output.cache)})
+                answer.append({"peak_bytes": peak, "kv_bytes": cache_bytes(cache_of(output))})
                 del output
     except (MemoryError, torch.OutOfMemoryError):
         return DOES_NOT_FIT

@@ -76,6 +76,8 @@ def _two_calls(model: Any, max_cache_len: int | None) -> torch.Tensor:
     """Logits behind a padded batch, and behind one more token."""
     from transformers import DynamicCache, StaticCache
 
+    from sdtp_kernels.models.compat import CACHE
+
     ids = _ids(model, 2)
     mask = torch.ones_like(ids)
     mask[1, :PADDING] = 0
@@ -84,7 +86,7 @@ def _two_calls(model: Any, max_cache_len: int | None) -> torch.Tensor:
         cache = StaticCache(config=model.config, max_cache_len=max_cache_len)
     with torch.no_grad(), apply_sdtp(model, "random", SCHEDULE):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        settings = {"cache": cache, "logits_to_keep": 1}
+        settings = {CACHE: cache, "logits_to_keep": 1}
         first = model(ids, attention_mask=mask, position_ids=positions, **settings).logits
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         second = model(ids[:, :1], attention_mask=mask, position_ids=positions[:, -1:] + 1, **settings).logits

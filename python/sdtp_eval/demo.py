@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtp_eval.paired import Pair, cache_bytes, in_turns, timed
+from sdtp_eval.paired import Pair, cache_bytes, cache_of, in_turns, timed
 from sdtp_eval.provenance import describe_run
 from sdtp_eval.quality import KEEP_ALL, SHAPES, Method, Reader, greedy, shaped
 from sdtp_eval.tasks import INSIDE, Sample
@@ -33,7 +33,7 @@ MIN_REPEATS = 3
 def add_command(subparsers: Any) -> None:
     """Add ``demo`` to the parsers of ``sdtp``."""
     parser = subparsers.add_parser("demo", help="prefill a real long text with and without pruning, and compare")
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a Qwen2 checkpoint (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: SmolLM2-135M-Instruct)")
     method = parser.add_mutually_exclusive_group()
     method.add_argument("--pruner", metavar="FILE", help="trained pruners of this model (default: those it comes with)")
     method.add_argument(
@@ -260,7 +260,7 @@ def _run(pair: Pair, repeats: int, new_tokens: int) -> dict[str, Any]:
         for keep_ratio in (1.0, KEEP_ALL):
             step("check: all kept is dense", pair.check_keeping_all, dense.logits, keep_ratio)
         report, pruned = step("pruned, warming up", pair.check_kept)
-        kv_bytes = {"dense": cache_bytes(dense.cache), "pruned": cache_bytes(pruned.cache)}
+        kv_bytes = {"dense": cache_bytes(cache_of(dense)), "pruned": cache_bytes(cache_of(pruned))}
         del dense, pruned
 
         seconds: dict[str, list[float]] = {"dense": [], "pruned": []}

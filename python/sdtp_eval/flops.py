@@ -23,7 +23,7 @@ def prefill_flops(config: Any, tokens_per_layer: Sequence[int]) -> int:
     Parameters
     ----------
     config : transformers config
-        Of a Qwen2 model: grouped-query attention and a gated MLP.
+        Of a supported family: grouped-query attention and a gated MLP.
     tokens_per_layer : sequence of int
         Tokens that each decoder layer computes, ``n_l``.
 

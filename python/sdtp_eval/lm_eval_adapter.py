@@ -1,4 +1,4 @@
-"""A Qwen2 model, patched or not, as a model of lm-evaluation-harness: any of its tasks then runs pruned.
+"""A model, patched or not, as a model of lm-evaluation-harness: any of its tasks then runs pruned.
 
 Needs the extra ``ruler`` (lm-eval). Nothing else of this package imports it.
 """
@@ -26,7 +26,7 @@ class SdtpLM(LM):
 
     Parameters
     ----------
-    model : Qwen2ForCausalLM
+    model : transformers model
         Apply or remove :func:`sdtp_kernels.apply_sdtp` as you like between calls of lm-eval.
     tokenizer : transformers tokenizer
     split : function of str to (str, str), optional

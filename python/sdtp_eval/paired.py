@@ -118,12 +118,19 @@ class Pair(NamedTuple):
         """As :meth:`check_kept`, of a prefill that has run already."""
         import torch
 
-        expected, cached = self.tokens_per_layer, cached_tokens(output.cache)
+        expected, cached = self.tokens_per_layer, cached_tokens(cache_of(output))
         reported = [layer.tokens_out for layer in report.layers] or expected  # empty where nothing was pruned
         if not cached == expected == reported:
             raise GateError(f"no figures: the schedule keeps {expected} tokens per layer, the cache holds {cached}")
         if not torch.isfinite(output.logits).all():
             raise GateError("no figures: the pruned model's logits are not finite; try --dtype float32")
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache in what a model returned."""
+    from sdtp_kernels.models.compat import CACHE
+
+    return output[CACHE]
 
 
 def cached_tokens(cache: Any) -> list[int]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdtp_kernels.models.compat import CACHE
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -50,7 +52,7 @@ def compressed_forward(
 
     Parameters
     ----------
-    model : Qwen2ForCausalLM
+    model : transformers model
         Not patched.
     press : type
         Of kvpress.
@@ -73,12 +75,12 @@ def compressed_forward(
     cache = DynamicCache(config=model.config)
     behind = input_ids[:, prompt_length:]
     with _translated(model), press(compression_ratio=1 - mean_keep)(model):
-        first = model(input_ids[:, :prompt_length], cache=cache, logits_to_keep=1).logits[0]
+        first = model(input_ids[:, :prompt_length], **{CACHE: cache}, logits_to_keep=1).logits[0]
     if behind.shape[1] == 0:
         return first[-num_logits:], cache
     position_ids = torch.arange(prompt_length, input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     with _translated(model):
-        rest = model(behind, position_ids=position_ids, cache=cache).logits[0]
+        rest = model(behind, position_ids=position_ids, **{CACHE: cache}).logits[0]
     return torch.cat([first, rest])[-num_logits:], cache
 
 
@@ -93,7 +95,7 @@ def pressed(model: Any, press: Any) -> Iterator[None]:
 
     Parameters
     ----------
-    model : Qwen2ForCausalLM
+    model : transformers model
     press : object
         Of kvpress.
     """
@@ -107,7 +109,7 @@ def _translated(model: Any) -> Iterator[None]:
 
     def translate(attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden_states = kwargs["hidden_states"]
-        new, past = hidden_states.shape[1], kwargs["cache"].get_seq_length(attention.layer_idx)
+        new, past = hidden_states.shape[1], kwargs[CACHE].get_seq_length(attention.layer_idx)
         position = torch.arange(past, past + new, device=hidden_states.device)
         if past:  # the model made its mask for the first layer; presses such as PyramidKV keep more there
             place = torch.arange(past + new, device=hidden_states.device)
@@ -119,7 +121,7 @@ def _translated(model: Any) -> Iterator[None]:
     def tell(attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         # Hooks share one dict of arguments: a press, whose hook comes after this one, finds its name in it, and the
         # attention itself has not seen it.
-        kwargs["past_key_values"] = kwargs["cache"]
+        kwargs["past_key_values"] = kwargs[CACHE]
 
     with contextlib.ExitStack() as hooks:
         for layer in model.model.layers:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_eval import compare, tasks
 from sdtp_eval.compare import DENSE, SAMPLES
+from sdtp_eval.paired import cache_of
 from sdtp_eval.provenance import describe_run
 from sdtp_eval.tasks import INSIDE, PROTOCOLS, Sample
 
@@ -94,7 +95,7 @@ def add_command(subparsers: Any) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, where."""
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a Qwen2 checkpoint (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
     parser.add_argument("--backend", default="auto", help="who runs the ops; see 'sdtp doctor' (%(default)s)")
@@ -347,7 +348,7 @@ class Reader:
 
     Parameters
     ----------
-    model : Qwen2ForCausalLM
+    model : transformers model
         Not patched.
     sample : Sample
     backend : str, default "auto"
@@ -493,7 +494,7 @@ class Reader:
         wanted = max(behind + 1, len(self.answer))
         if press is None:
             output = self.model(self.input_ids, use_cache=True, logits_to_keep=wanted)
-            logits, cache = output.logits[0], output.cache
+            logits, cache = output.logits[0], cache_of(output)
         else:
             logits, cache = compressed_forward(
                 self.model, press, mean_keep, self.input_ids, prompt_length, len(self.answer)
@@ -521,15 +522,17 @@ def greedy(model: Any, prompt: list[int], question: list[int], max_new_tokens: i
     import torch
     from transformers import DynamicCache, GenerationConfig
 
+    from sdtp_kernels.models.compat import CACHE
+
     own, cache = model.generation_config, None
     ids = torch.tensor([[*prompt, *question]], device=model.device)
     if question:
         cache = DynamicCache(config=model.config)
-        model(ids[:, : len(prompt)], cache=cache, logits_to_keep=1)
+        model(ids[:, : len(prompt)], **{CACHE: cache}, logits_to_keep=1)
     end = own.eos_token_id
     pad = own.pad_token_id if own.pad_token_id is not None else end[0] if isinstance(end, list) else end
     settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad)
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, generation_config=settings)
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE: cache}, generation_config=settings)
     new: list[int] = output[0, ids.shape[1] :].tolist()
     return new
 

@@ -16,7 +16,7 @@ def load_frozen(path: str | None, dtype: str, device: torch.device) -> tuple[Any
     Parameters
     ----------
     path : str, optional
-        A Qwen2 checkpoint; SmolLM2-135M-Instruct by default.
+        A checkpoint of a supported family; SmolLM2-135M-Instruct by default.
     dtype : str
         ``float32`` or ``bfloat16``; the range of float16 is too small for gradients and massive activations.
     device : torch.device
@@ -24,14 +24,16 @@ def load_frozen(path: str | None, dtype: str, device: torch.device) -> tuple[Any
     Raises
     ------
     ValueError
-        If there is no such checkpoint, or its attention is not the full causal one.
+        If there is no such checkpoint, or its family cannot be pruned with these settings.
     """
     import torch
 
     from sdtp_eval.checkpoints import default_checkpoint, load_checkpoint
+    from sdtp_kernels.models.family import find_family
 
     source = path or default_checkpoint()
     model, tokenizer = load_checkpoint(source, getattr(torch, dtype))
-    if "sliding_attention" in model.config.layer_types:
-        raise ValueError(f"{source}: sliding-window layers cannot be pruned; set use_sliding_window to false")
+    family = find_family(model.config)
+    if family is not None and (reason := family.refusal(model.config)):
+        raise ValueError(f"{source}: {reason}")
     return model.requires_grad_(False).to(device), tokenizer, Path(source).name

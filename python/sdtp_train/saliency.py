@@ -26,7 +26,7 @@ DEFAULT_TARGET = "future_attention"
 def add_command(subparsers: Any) -> None:
     """Add ``saliency`` to the parsers of ``sdtp``."""
     parser = subparsers.add_parser("saliency", help="stage 1 of training: mark which tokens of many prompts mattered")
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a Qwen2 checkpoint (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: SmolLM2-135M-Instruct)")
     parser.add_argument(
         "--data",
         nargs="+",

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdtp_eval.attention import probabilities
 from sdtp_kernels import select_tokens
+from sdtp_kernels.models.family import family_of
 from sdtp_kernels.scorers import StageInput, question_attention
 from sdtp_train.targets import run_layers
 
@@ -36,7 +38,7 @@ def simulate_pruning(
 
     Parameters
     ----------
-    model : Qwen2ForCausalLM
+    model : transformers model
         Frozen, in evaluation mode.
     pruners : mapping of int to TokenPruner
         By layer.
@@ -100,24 +102,12 @@ def masked_layer(
     mask : Tensor [T]
         Of the keys, in [0, 1]; a token always sees itself.
     """
-    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
-
-    attention, length = layer.self_attn, hidden_states.shape[1]
-    normed = layer.input_layernorm(hidden_states)
-    query, key, value = (
-        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-    grouped = query.unflatten(1, (key.shape[1], -1))  # query heads that share a key head side by side
-    logits = (grouped @ key.unsqueeze(2).transpose(-1, -2)).float() * attention.scaling
-    is_causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    probabilities = logits.masked_fill(~is_causal, -torch.inf).softmax(-1)
-    is_self = torch.eye(length, dtype=torch.bool, device=mask.device)
-    weights = probabilities * torch.where(is_self, 1.0, mask)
+    is_self = torch.eye(hidden_states.shape[1], dtype=torch.bool, device=mask.device)
+    weights = probabilities(layer, hidden_states, position_embeddings) * torch.where(is_self, 1.0, mask)
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    attended = (weights.to(value.dtype) @ value.unsqueeze(2)).flatten(1, 2)
-    hidden_states = hidden_states + attention.o_proj(attended.transpose(1, 2).flatten(2))
+    value = family_of(layer).values(layer, hidden_states)
+    attended = (weights.unflatten(1, (value.shape[1], -1)).to(value.dtype) @ value.unsqueeze(2)).flatten(1, 2)
+    hidden_states = hidden_states + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))  # type: ignore[no-any-return]
 
 

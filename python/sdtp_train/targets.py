@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from sdtp_eval.attention import probabilities
 from sdtp_kernels.scorers import StageInput, question_attention
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class DensePass(NamedTuple):
     layer_inputs: list[torch.Tensor]
     """``[1, T, D]`` before each decoder layer."""
     output: torch.Tensor
-    """``[1, T, D]`` behind the last layer, before the final norm."""
+    """``[1, T, D]`` after the last layer, before the final norm."""
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
     """cos and sin, ``[1, T, head_dim]``."""
 
@@ -41,7 +42,7 @@ def dense_pass(
 
     Parameters
     ----------
-    model : Qwen2ForCausalLM
+    model : transformers model
         Frozen, in evaluation mode.
     context, continuation : sequence of int
         Token ids.
@@ -128,29 +129,13 @@ def future_attention(dense: DensePass, layers: Sequence[int]) -> torch.Tensor:
     -------
     Tensor [stages, n], float32
     """
-    from transformers.models.qwen2.modeling_qwen2 import rotate_half
-
     n, total = dense.num_context, dense.input_ids.shape[1]
-    cos, sin = (t[:, None] for t in dense.position_embeddings)
     queries = slice(n - 1, total - 1)  # the last token predicts nothing that is known
-    is_visible = torch.ones(total, total, dtype=torch.bool, device=cos.device).tril()[queries]
     received = []
     with torch.no_grad():
-        for i in range(layers[0], len(dense.layer_inputs)):
-            layer = dense.decoder.layers[i]
-            attention = layer.self_attn
-            normed = layer.input_layernorm(dense.layer_inputs[i])
-
-            query, key = (
-                projection(normed[:, tokens]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-                for projection, tokens in ((attention.q_proj, queries), (attention.k_proj, slice(None)))
-            )
-            query = query * cos[:, :, queries] + rotate_half(query) * sin[:, :, queries]
-            key = key * cos + rotate_half(key) * sin
-            grouped = query.unflatten(1, (key.shape[1], -1))  # [1, kv_heads, groups, queries, head_dim]
-            logits = (grouped @ key.unsqueeze(2).transpose(-1, -2)).float() * attention.scaling
-            probabilities = logits.masked_fill(~is_visible, -torch.inf).softmax(-1)
-            received.append(probabilities.mean(-2).flatten(0, 2).amax(0)[:n])
+        for layer, hidden_states in list(zip(dense.decoder.layers, dense.layer_inputs, strict=True))[layers[0] :]:
+            attention = probabilities(layer, hidden_states, dense.position_embeddings, queries)
+            received.append(attention.mean(-2)[0].amax(0)[:n])
     stacked = torch.stack(received)
     # Mean over layers >= stage, for all stages.
     return torch.stack([stacked[layer - layers[0] :].mean(0) for layer in layers])
