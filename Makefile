@@ -12,7 +12,7 @@ MACHINE ?= $(shell uname -m)-$(shell nproc)core
 RESULTS = benchmarks/results/$(MACHINE)
 BENCH = $(BIN)/sdtp bench
 
-.PHONY: help demo bench peers report train train-kl gpu-check test test-mutants lint format wheel clean
+.PHONY: help demo bench peers report train train-kl gpu-check test test-compat test-mutants lint format wheel clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -42,6 +42,12 @@ $(VENV)/triton-3.8: | $(VENV)/torch.done
 # kvpress pins an older transformers than ours, which it works with all the same: beside the environment, not in it.
 $(VENV)/kvpress: | $(VENV)/torch.done
 	-$(BIN)/pip install --quiet --no-deps --target $@ 'kvpress==0.5.*' cachetools fire termcolor peft
+
+# Other versions of transformers, beside the environment likewise. 5.16 wants an older hub, which wants httpx; the rest of
+# what they need (tokenizers, safetensors, regex) is in the environment in versions that they take.
+$(VENV)/transformers-%: | $(VENV)/torch.done
+	-$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==$*' \
+		$(if $(filter 5.16.%,$*),'huggingface-hub<2' 'httpx<1' httpcore)
 
 # What caches of 2 to 8 bits are quantized by. HQQ compiles kernels of its own where it finds nvcc, unless it is told.
 $(VENV)/quantizers: | $(VENV)/torch.done
@@ -102,7 +108,23 @@ test: $(VENV)/nvcc.done ## everything that proves the package right: lint, tests
 	$(MAKE) lint $(VENV)/triton-3.8 $(VENV)/kvpress $(VENV)/quantizers
 	$(BIN)/sdtp doctor
 	$(BIN)/pytest --numprocesses auto --dist loadscope $(PYTEST_ARGS)
+	$(MAKE) test-compat COMPAT="5.16.1 5.19.0"
 	$(MAKE) test-mutants
+
+# "newest" is what the environment has. A version that could not be installed is skipped, and the last lines say so.
+COMPAT ?= 5.16.1 5.19.0 5.20.2 newest
+COMPAT_TESTS = tests/test_families.py tests/test_proof.py
+test-compat: $(VENV)/install.done $(patsubst %,$(VENV)/transformers-%,$(filter-out newest,$(COMPAT))) ## the models under other versions of transformers; COMPAT='5.16.1 newest' chooses
+	@skipped=; for version in $(COMPAT); do \
+		other=$(CURDIR)/$(VENV)/transformers-$$version; \
+		if [ $$version = newest ]; then other=; \
+		elif [ ! -d $$other/transformers ]; then skipped="$$skipped $$version"; continue; fi; \
+		echo "transformers $$version"; \
+		PYTHONPATH=$$other$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -c \
+			"import transformers as t; assert '$$version' in ('newest', t.__version__), t.__version__" && \
+		PYTHONPATH=$$other$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/pytest --numprocesses auto -q $(COMPAT_TESTS) || exit 1; \
+	done; \
+	if [ -n "$$skipped" ]; then echo "SKIPPED, not installed: transformers$$skipped"; fi
 
 test-mutants: $(VENV)/install.done ## plant known bugs in copies of the source; every one must be caught
 	$(BIN)/python tests/mutants.py

@@ -27,9 +27,9 @@ from transformers.cache_utils import (
 )
 
 from sdtp_kernels import TokenPruner, apply_sdtp
-from sdtp_kernels.models.masks import ATTENTIONS, FLASH
 from sdtp_kernels.models.cache import PrunedState, install
 from sdtp_kernels.models.devices import device_of
+from sdtp_kernels.models.masks import ATTENTIONS, FLASH
 
 BOTH = ("global", "block")
 GROUP = 16  # of values that share a scale: those of a token in all heads

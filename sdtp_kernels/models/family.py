@@ -24,7 +24,7 @@ class Family(NamedTuple):
     """The model with a language-model head, whose ``model`` is the decoder."""
     decoder: type
     without_window: str
-    """Argument of ``from_pretrained`` that loads a model without sliding-window layers."""
+    """Arguments of ``from_pretrained`` that load a model without sliding-window layers, of `n` layers."""
     query_norm: str = ""
     """Attribute of the attention that normalises each query head; empty where there is none."""
     key_norm: str = ""
@@ -51,7 +51,7 @@ class Family(NamedTuple):
         if "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None) is not None):
             return (
                 "sliding-window layers count distance in tokens, which pruning changes: load the model with "
-                f"{self.without_window}"
+                f"{self.without_window.format(n=config.num_hidden_layers)}"
             )
         rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         if rope_type in ("dynamic", "longrope"):

@@ -4,4 +4,8 @@ from transformers import Qwen2ForCausalLM, Qwen2Model
 
 from .family import Family
 
-FAMILY = Family(Qwen2ForCausalLM, Qwen2Model, "use_sliding_window=False")
+FAMILY = Family(
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    without_window="use_sliding_window=False, layer_types=['full_attention'] * {n}",
+)

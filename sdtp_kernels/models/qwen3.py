@@ -4,4 +4,10 @@ from transformers import Qwen3ForCausalLM, Qwen3Model
 
 from .family import Family
 
-FAMILY = Family(Qwen3ForCausalLM, Qwen3Model, "use_sliding_window=False", query_norm="q_norm", key_norm="k_norm")
+FAMILY = Family(
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    without_window="use_sliding_window=False, layer_types=['full_attention'] * {n}",
+    query_norm="q_norm",
+    key_norm="k_norm",
+)
