@@ -192,6 +192,13 @@ MUTANTS = [
         "test_real_use.py::test_a_cache_goes_on_as_it_began",
     ),
     Mutant(
+        "a crop refused half-way",
+        MODELS + "cache.py",
+        "            layer.check_crop(tokens_to_remove)\n",
+        "            pass\n",
+        "test_real_use.py::test_a_cache_goes_on_as_it_began",
+    ),
+    Mutant(
         "padding after a completion counted",
         MODELS + "decoder.py",
         "    if is_first and padding_mask is not None and info.keep_last:\n",
@@ -239,6 +246,56 @@ MUTANTS = [
         "return grads[: len(ctx.needs_input_grad)]",
         "return grads",
         "test_real_use.py::test_gradients_with_every_default",
+    ),
+    # Families and versions.
+    Mutant(
+        "queries without their norm",
+        MODELS + "family.py",
+        'getattr(attention, self.query_norm or "q_proj")',
+        'getattr(attention, "q_proj")',
+        "test_families.py::test_attention_is_that_of_the_model_itself",
+    ),
+    Mutant(
+        "keys without their norm",
+        MODELS + "qwen3.py",
+        'key_norm="k_norm"',
+        'key_norm=""',
+        "test_families.py::test_attention_is_that_of_the_model_itself",
+    ),
+    Mutant(
+        "a sliding window let through",
+        MODELS + "family.py",
+        'if "sliding_attention" in kinds',
+        "if False",
+        "test_families.py::test_a_sliding_window_is_refused_and_the_way_out_works",
+    ),
+    Mutant(
+        "rotary tables that depend on the length let through",
+        MODELS + "family.py",
+        'if rope_type in ("dynamic", "longrope"):',
+        "if False:",
+        "test_families.py::test_rotary_tables_that_depend_on_the_length_are_refused",
+    ),
+    Mutant(
+        "a proof that a NaN passes",
+        MODELS + "proof.py",
+        "if difference <= TOLERANCE:",
+        "if not difference > TOLERANCE:",
+        "test_proof.py::test_what_differs_is_refused",
+    ),
+    Mutant(
+        "an untested version not proved",
+        MODELS + "patch.py",
+        "if not is_tested:",
+        "if False:",
+        "test_proof.py::test_a_patch_proves_itself_once",
+    ),
+    Mutant(
+        "a later turn taken for tokens to append",
+        MODELS + "call.py",
+        "(is_named_prompt and is_enabled) or has_left_out",
+        "has_left_out",
+        "test_call.py",
     ),
     # The selection: reference, then C++.
     Mutant(

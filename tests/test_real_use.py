@@ -431,6 +431,10 @@ def test_a_cache_goes_on_as_it_began(model, schedule):
     loaded = pickle.loads(pickle.dumps(cache))
     with pytest.raises(RuntimeError, match="the model that reads it is not patched"):
         model(ids(1), cache=loaded)
+    held = [layer.get_seq_length() for layer in cache.layers]
+    with pytest.raises(ValueError, match="prefill the shorter prompt instead"):
+        cache.crop(-100)
+    assert [layer.get_seq_length() for layer in cache.layers] == held, "nothing half-cropped"
     with apply_sdtp(model, pruners(), schedule):
         torch.testing.assert_close(model(ids(8), cache=cache).logits, model(ids(8), cache=loaded).logits)
     cache.reset()

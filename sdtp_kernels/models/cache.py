@@ -113,10 +113,14 @@ def _settings(layer: CacheLayerMixin) -> tuple[int, ...]:
 
 
 def tell_others(cache: Cache) -> None:
-    """Make a pruned cache refuse models that are not patched: their one mask for all layers would not fit."""
+    """Make a pruned cache refuse models that are not patched: their one mask for all layers would not fit.
+
+    Layer 0 is the one that they ask. It is also the first that a crop shortens, so it asks the others before.
+    """
     first: Any = cache.layers[0]
     if "get_mask_sizes" not in vars(first):
         first.get_mask_sizes = functools.partial(_refuse_others, cache)
+        first.crop = functools.partial(_crop, cache)
 
 
 def _refuse_others(cache: Cache, query_length: int) -> Any:
@@ -126,6 +130,14 @@ def _refuse_others(cache: Cache, query_length: int) -> Any:
             "hold different tokens, which one mask cannot fit. Go on inside the `with` block, or before handle.remove()"
         )
     return mask_sizes(cache.layers[0], query_length)
+
+
+def _crop(cache: Cache, tokens_to_remove: int) -> None:
+    for layer in cache.layers:
+        if isinstance(layer, PrunedState) and layer.kept.shape[1]:
+            layer.check_crop(tokens_to_remove)
+    first: Any = cache.layers[0]
+    type(first).crop(first, tokens_to_remove)
 
 
 def mask_sizes(layer: Any, query_length: int) -> Any:

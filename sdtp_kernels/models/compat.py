@@ -30,6 +30,9 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 BaseQuantizedLayer: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 Fp8QuantizedLayer: Any = getattr(cache_utils, "Fp8QuantizedLayer", None)
 
+RESET_EMPTIES = "reset" in vars(cache_utils.DynamicLayer)
+"""Whether ``reset()`` empties a DynamicCache: up to 5.17 it leaves zeros there, as many as there were tokens."""
+
 
 def check_version() -> bool:
     """Whether tests have run on the installed transformers.

@@ -31,7 +31,7 @@ from transformers.cache_utils import (
 )
 
 from .. import ops
-from .compat import Fp8QuantizedLayer
+from .compat import RESET_EMPTIES, Fp8QuantizedLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,7 +155,8 @@ class PrunedState(CacheLayerMixin):
         """Tokens added after the prompt; of a static layer, those that there is room for."""
         return self.keys.shape[2] - self.kept.shape[1] if self.is_initialized else 0
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuse to remove tokens of the prompt that are not in every layer."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): expected minus the number of tokens to remove")
         into_prompt = abs(tokens_to_remove) - self.num_appended
@@ -164,6 +165,10 @@ class PrunedState(CacheLayerMixin):
                 f"crop({tokens_to_remove}) would remove {into_prompt} tokens of a pruned prompt; only its last "
                 f"{self.num_tail} are known to be in every layer: prefill the shorter prompt instead"
             )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.check_crop(tokens_to_remove)
+        into_prompt = abs(tokens_to_remove) - self.num_appended
         super().crop(tokens_to_remove)
         if self.deferred is not None and tokens_to_remove != 0:
             self.deferred.tokens = self.deferred.tokens.each(lambda t: t[:, :tokens_to_remove])
@@ -173,6 +178,11 @@ class PrunedState(CacheLayerMixin):
             self.num_tail -= into_prompt
 
     def reset(self) -> None:
+        if isinstance(self, DynamicLayer) and not RESET_EMPTIES:
+            raise NotImplementedError(
+                "reset() of a DynamicCache leaves zeros in it under this version of transformers, and the next prompt "
+                "would attend to them: pass a new DynamicCache instead, or install transformers>=5.18"
+            )
         super().reset()
         self.stage = self.prompt_length = 0
         self.kept = self.kept[:, :0]
@@ -237,7 +247,7 @@ class PrunedStaticLayer(PrunedState, StaticLayer):
         self.num_dropped = prompt_length - token_index.shape[1]
         self.max_cache_len -= self.num_dropped
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def check_crop(self, tokens_to_remove: int) -> None:
         # Only the device knows how many tokens there are, so `kept` goes on naming those of the tail: what comes in
         # their place is no padding either.
         num_left = self.cumulative_length - abs(tokens_to_remove)
@@ -246,6 +256,9 @@ class PrunedStaticLayer(PrunedState, StaticLayer):
             f"crop({tokens_to_remove}) of a static cache would remove tokens of a pruned prompt before its last "
             f"{self.num_tail}, which alone are known to be in every layer: prefill the shorter prompt instead",
         )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.check_crop(tokens_to_remove)
         StaticLayer.crop(self, tokens_to_remove)
 
     def reset(self) -> None:

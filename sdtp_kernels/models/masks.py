@@ -69,7 +69,8 @@ def cached_mask(
         and padding_mask is None
     ):
         raise ValueError(
-            "flash attention over a static cache needs the attention_mask of the prompt and the new tokens"
+            "flash attention over a static cache needs the attention_mask of the prompt and the new tokens; before "
+            "transformers 5.24 generate() drops one without padding: use a DynamicCache there"
         )
     return Mask(_mask(config, hidden_states, padding_mask, cache, layer_idx), {})
 
