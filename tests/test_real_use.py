@@ -228,12 +228,12 @@ def test_a_pickled_model_prunes(model, scorer):
 
 @torch.no_grad()
 @pytest.mark.parametrize("first_to_leave", ["ours", "theirs"])
-@pytest.mark.parametrize("target", ["forward", "generate", "decoder"])
-def test_another_tool_around_the_patch(model, target, first_to_leave):
+@pytest.mark.parametrize("where", ["forward", "generate", "decoder"])
+def test_another_tool_around_the_patch(model, where, first_to_leave):
     dense, calls = model(ids()).logits, []
     handle = apply_sdtp(model, pruners(), GLOBAL)
     pruned = model(ids()).logits
-    module, name = (model.model, "forward") if target == "decoder" else (model, target)
+    module, name = (model.model, "forward") if where == "decoder" else (model, where)
     found = getattr(module, name)
 
     def wrapped(*args, **kwargs):
@@ -255,7 +255,7 @@ def test_another_tool_around_the_patch(model, target, first_to_leave):
         assert torch.equal(model(ids()).logits, pruned)
         handle.remove()
     assert torch.equal(model(ids()).logits, dense)
-    apply_sdtp(model, pruners(), GLOBAL).remove() if target != "decoder" else None
+    apply_sdtp(model, pruners(), GLOBAL).remove() if where != "decoder" else None
 
 
 @torch.no_grad()

@@ -39,6 +39,8 @@ class _Patched:
     """Mixed into the class of a patched module."""
 
     _sdtp_dense: ClassVar[type]
+    _sdtp_arguments: ClassVar[tuple[str, ...]]
+    """Names of the arguments of its own class's ``forward``."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class below is made at run time, so pickle is told how.
@@ -177,7 +179,7 @@ def _prepare(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         return args, kwargs if handle is not None else {k: v for k, v in kwargs.items() if k != INFO}
     if handle is None:
         return args, kwargs
-    given = {**dict(zip(_parameters(_dense(model)), args, strict=False)), **kwargs}
+    given = {**dict(zip(model._sdtp_arguments, args, strict=False)), **kwargs}
     info, current = _take_info(handle, kwargs), handle.current
     logits_to_keep, is_index = given.get("logits_to_keep", 0), False
     if isinstance(logits_to_keep, torch.Tensor):
@@ -204,11 +206,6 @@ def _take_info(handle: SdtpHandle, kwargs: dict[str, Any]) -> CallInfo:
     return CallInfo(prompt_length=prompt_length, settings=settings, reads_all=prompt_length is None)
 
 
-@functools.cache
-def _parameters(dense: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(dense.forward).parameters)[1:]  # type: ignore[attr-defined]
-
-
 def _dense(module: Any) -> Any:
     """The class whose methods compute without pruning."""
     return getattr(type(module), "_sdtp_dense", type(module))
@@ -220,7 +217,13 @@ def _dense(module: Any) -> Any:
 @functools.cache
 def _pruning_class(dense: Any, kind: Any) -> type:
     forward: Any = kind.forward
-    names = {"__module__": dense.__module__, "__qualname__": dense.__qualname__, "__doc__": dense.__doc__}
+    arguments = tuple(inspect.signature(dense.forward).parameters)[1:]
+    names = {
+        "_sdtp_arguments": arguments,
+        "__module__": dense.__module__,
+        "__qualname__": dense.__qualname__,
+        "__doc__": dense.__doc__,
+    }
     if kind is PruningCausalLM:  # generate() and trainers ask for the signature
         inner = forward
 
