@@ -1211,7 +1211,7 @@ MUTANTS = [
         MODELS + "patched.py",
         "        _become(module, _dense(module))\n",
         "        pass\n",
-        "test_real_use.py::test_a_handle_that_was_lost_or_removed",
+        "test_real_use.py::test_a_copy_prunes_by_itself_and_ends_with_the_original",
     ),
     Mutant(
         "scored tokens pruned",
@@ -1356,11 +1356,11 @@ MUTANTS = [
         "test_serving.py::test_an_evicted_cache_holds_what_the_last_stage_keeps",
     ),
     Mutant(
-        "evicted bytes reported as held",
+        "bytes of the keys alone reported",
         MODELS + "report.py",
-        "[layer_bytes(layer) for layer in cache.layers]",
-        "[layer_bytes(cache.layers[0]) for layer in cache.layers]",
-        "test_serving.py::test_an_evicted_cache_holds_what_the_last_stage_keeps",
+        '"keys", "values", "_quantized_keys", "_quantized_values"',
+        '"keys", "_quantized_keys"',
+        "test_real_use.py::test_layers_without_a_weight",
     ),
     Mutant(
         "one stage's eviction skipped",
@@ -1505,10 +1505,10 @@ MUTANTS = [
         "test_demo.py::test_json_agrees_with_the_schedule",
     ),
     Mutant(
-        "pruners on the first layer's device",
-        MODELS + "patch.py",
-        "device_of(decoder.layers[layer - 1])",
-        "device_of(decoder.layers[0])",
+        "tokens left on the device of the layer below",
+        MODELS + "stage.py",
+        "index = segment.token_index.to(device)",
+        "index = segment.token_index",
         "test_devices.py::test_state_and_pruners_follow_the_layers",
     ),
     Mutant(

@@ -301,6 +301,9 @@ def test_a_handle_that_was_lost_or_removed(model, tmp_path):
     handle = apply_sdtp(model, pruners(), GLOBAL)
     handle.remove()
     assert "removed" in str(handle.report())
+    with apply_sdtp(model, pruners(), GLOBAL) as used:
+        model(ids(), logits_to_keep=1)
+    assert used.report().kept_per_stage == [60, 30], "what happened stays readable"
     for use in (handle.__enter__, handle.request(keep_ratio=0.5).__enter__):
         with pytest.raises(RuntimeError, match="was removed"):
             use()

@@ -90,11 +90,11 @@ class SdtpHandle:
         """What happened in the last prefill, or chunk of one.
 
         A prompt that ``generate()`` adds to a cache without pruning it is one, and the note says why; a call of the
-        model itself that adds tokens is none.
+        model itself that adds tokens is none. The last prefill stays readable after the handle is removed.
         """
-        if not self.is_open:
-            return PrefillReport(note=_REMOVED)
-        return self._recorder.report() if self._recorder else PrefillReport(note=self._note)
+        if self._recorder:
+            return self._recorder.report()
+        return PrefillReport(note=self._note if self.is_open else _REMOVED)
 
     @contextlib.contextmanager
     def request(
