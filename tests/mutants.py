@@ -1519,13 +1519,6 @@ MUTANTS = [
         "test_devices.py::test_hooks_that_come_and_go_while_patched",
     ),
     Mutant(
-        "weights on disk taken from the meta device",
-        MODELS + "devices.py",
-        'device = getattr(one, "execution_device", None)',
-        "device = None",
-        "test_devices.py::test_offloaded_weights_of_any_batch",
-    ),
-    Mutant(
         "every process selects by itself",
         MODELS + "stage.py",
         "indices = from_first(_select(prefill, counts, scores, stage, scorer.pooling, segment), group)",
