@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 try:
     from .backends import BackendStatus, BackendUnavailableError, explain_backends
+    from .kv_predictor import KVPredictor
     from .models import PrefillReport, SdtpHandle, apply_sdtp, remove_sdtp
     from .ops import (
         PromptScores,
@@ -30,6 +31,7 @@ except (ImportError, OSError) as error:
 __all__ = [
     "BackendStatus",
     "BackendUnavailableError",
+    "KVPredictor",
     "PrefillReport",
     "PromptScores",
     "PrunedTokens",
