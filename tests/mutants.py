@@ -1946,14 +1946,17 @@ def configure(source: Path) -> None:
 
 def run_tests(source: Path, tests: str) -> tuple[int, str]:
     """(exit status, output) of pytest on the copy, in a process of its own."""
-    output = source / "output.txt"
+    output, status = source / "output.txt", source / "status.txt"
+    status.unlink(missing_ok=True)
     if (source / "build").is_dir():  # takes a bug in, and the one before it out
         subprocess.run(["cmake", "--build", source / "build"], check=True, stdout=subprocess.DEVNULL)
     # Triton's interpreter is chosen when Triton is imported, which the process that is forked has done.
     process = (SPAWNS if SUITE in tests else FORKS).Process(target=_pytest, args=(source, tests, output))
     process.start()
     process.join()
-    return process.exitcode, output.read_text(errors="replace")
+    # What pytest found counts, whatever becomes of the process afterwards; one that crashed before has found nothing.
+    found = int(status.read_text()) if status.is_file() else process.exitcode
+    return found, output.read_text(errors="replace")
 
 
 def _pytest(source: Path, tests: str, output: Path) -> None:
@@ -1975,7 +1978,9 @@ def _pytest(source: Path, tests: str, output: Path) -> None:
 
     import pytest
 
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests.split())]))
+    found = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests.split())])
+    (source / "status.txt").write_text(str(int(found)))
+    sys.exit(found)
 
 
 def try_mutant(mutant: Mutant, source: Path) -> str | None:
