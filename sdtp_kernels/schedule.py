@@ -272,6 +272,15 @@ class PruningSchedule:
             widest = _max(widest, _min(almost_finished, length))
         return widest
 
+    def max_dropped(self, length: int, stage: int) -> int:
+        """Most tokens that stage `stage` drops of any prompt of at most `length` tokens."""
+        if self.budget == "block":
+            before, after = (self._finished_keep(self._finished(length), s) for s in (stage - 1, stage))
+            return before - after
+        # Two roundings up: of a shorter prompt the first may be up where that of the longest is not.
+        before, after = (_ceil_share(length, self._share(s)) for s in (stage - 1, stage))
+        return _min(length, before - after + 1)
+
     def plan(
         self, length: int, stage: int, keep_last: int = 0, *, padded: bool = False, finished: int = 0
     ) -> StagePlan:

@@ -16,6 +16,8 @@ from fractions import Fraction
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from sdtp_kernels.models import compat
+
 
 def naive_select(scores, num_keep, sink, recent, block_size=None, pooling=1):
     """Kept indices of one row, straight from the text of the contract."""
@@ -87,19 +89,42 @@ def naive_terms(pruner, distance, attention):
     return terms
 
 
+class Substituted:
+    """A cache that keeps nothing, and replaces keys and values of frozen tokens by what is predicted for them."""
+
+    def __init__(self, predictor, frozen, embeddings):
+        self.predictor, self.frozen, self.embeddings = predictor, frozen, embeddings
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        keys, values = keys.clone(), values.clone()
+        for token, (stage, hidden) in self.frozen.items():
+            features = hidden / (hidden.square().mean() + self.predictor.rms_eps).sqrt()
+            if self.predictor.rank is not None:
+                features = self.predictor.down[str(stage)].weight @ features
+            linear = self.predictor.up[f"{stage}:{layer_idx}"]
+            key, value = (linear.weight @ features + linear.bias).view(2, *keys.shape[1::2])
+            cos, sin = (t[0, token] for t in self.embeddings)
+            left, right = key.chunk(2, dim=-1)
+            keys[0, :, token] = key * cos + torch.cat([-right, left], dim=-1) * sin
+            values[0, :, token] = value
+        return keys, values
+
+
 class MaskedDense:
     """A model of any family that computes what the pruned one must, from the whole sequence, every time.
 
     :meth:`of` makes one from a model; ``prompt_columns`` are the columns of ``input_ids`` that are the prompt. With
     ``evicts`` what follows the prompt sees the last stage's tokens alone, in all layers. Instead of pruners it takes
-    ``"attention"``, the scorer; that and pruners with an attention term need eager attention.
+    ``"attention"``, the scorer; that and pruners with an attention term need eager attention. With a `kv_predictor`
+    nothing is masked: from each stage on, keys and values of dropped tokens are those that it predicts.
     """
 
     evicts = False
 
     @classmethod
-    def of(cls, model, pruners, schedule, prompt_columns):
+    def of(cls, model, pruners, schedule, prompt_columns, kv_predictor=None):
         oracle = copy.deepcopy(model)
+        oracle.kv_predictor = kv_predictor
         oracle.__class__ = type(cls.__name__, (cls, type(model)), {})
         oracle.pruners, oracle.schedule, oracle.prompt_columns = pruners, schedule, prompt_columns
         return oracle
@@ -122,7 +147,7 @@ class MaskedDense:
         alive = list(range(prompt_length))
         opinions = [[] for _ in range(prompt_length)]
         history, probabilities = [], []
-        survivors = None
+        survivors, frozen = None, {}
         if self.evicts and prompt_length >= schedule.min_prompt and prompt_length < length:
             survivors = self.row(ids[:prompt_length], prompt_length)[1][-1]
         for i, layer in enumerate(decoder.layers):
@@ -134,12 +159,16 @@ class MaskedDense:
                 scores = self.scores(i, hidden[0, alive], alive, probabilities, opinions if is_dropping else None)
                 pooling = 1 if self.pruners == "attention" else self.pruners[i].pooling
                 kept = naive_select(scores, num_keep, schedule.sink, recent, per_block, pooling)
-                alive = [alive[k] for k in kept]
+                arrived, alive = alive, [alive[k] for k in kept]
+                frozen |= {token: (i, hidden[0, token]) for token in set(arrived) - set(alive)}
                 history.append(alive)
             visible = torch.zeros(length, dtype=torch.bool)
             visible[alive] = True
             visible[prompt_length:] = True
             allowed = causal & (visible[None] | torch.eye(length, dtype=torch.bool))  # a row must not be empty
+            substitute = {}
+            if self.kv_predictor is not None:
+                allowed, substitute = causal, {compat.CACHE: Substituted(self.kv_predictor, frozen, embeddings)}
             if survivors is not None:
                 left = torch.zeros(prompt_length, dtype=torch.bool)
                 left[survivors] = True
@@ -147,14 +176,18 @@ class MaskedDense:
             mask = torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)[None, None]
             probabilities.clear()
             hook = layer.self_attn.register_forward_hook(lambda _, __, output: probabilities.append(output[1]))
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=embeddings, use_cache=False)
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=embeddings, use_cache=False, **substitute)
             hook.remove()
         return self.lm_head(decoder.norm(hidden))[0], history
 
     def scores(self, stage_layer, hidden, alive, probabilities, opinions):
         """Scores of the tokens that arrive at a stage, whose attention in the layer below is in `probabilities`."""
+        attention = None
+        if probabilities[0] is not None:
+            attention = probabilities[0][0][:, alive][:, :, alive]
+            attention = attention / attention.sum(-1, keepdim=True)  # of predicted keys it takes no share
         if self.pruners == "attention":
-            return naive_attention(probabilities[0][0][:, alive][:, :, alive], 32).tolist()
+            return naive_attention(attention, 32).tolist()
         pruner = self.pruners[stage_layer]
         scores = pruner(hidden).tolist()
         if pruner.averaging and opinions is not None:
@@ -163,8 +196,7 @@ class MaskedDense:
             scores = [math.fsum(opinions[k]) / len(opinions[k]) for k in alive]
         if not (pruner.distance or pruner.attention) or self.schedule.budget == "block":  # a block sees no prompt's end
             return scores
-        attention = None
         if pruner.attention:
-            attention = naive_attention(probabilities[0][0][:, alive][:, :, alive], 16)
+            attention = naive_attention(attention, 16)
         terms = naive_terms(pruner, alive[-1] - torch.tensor(alive), attention)
         return (torch.tensor(scores, dtype=torch.double) + terms).tolist()

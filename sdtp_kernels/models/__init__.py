@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .handle import SdtpHandle
 from .report import PrefillReport
@@ -10,6 +10,7 @@ from .report import PrefillReport
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from ..kv_predictor import KVPredictor
     from ..schedule import PruningSchedule
     from ..scorers import StageInput
 
@@ -24,6 +25,8 @@ def apply_sdtp(
     *,
     later_turns: bool = True,
     evict_earlier_kv: bool = False,
+    dropped_kv: Literal["none", "predicted"] | None = None,
+    kv_predictor: KVPredictor | None = None,
 ) -> SdtpHandle:
     """Make a model prune long prompts during prefill.
 
@@ -66,6 +69,14 @@ def apply_sdtp(
         Drop what a stage prunes from the caches of the layers below it as well. All layers then hold the same tokens,
         those that the last stage keeps; tokens that come later see nothing else in any layer. A prompt has to be
         prefilled in one call, and later turns are not pruned.
+    dropped_kv : {"none", "predicted"}, optional
+        What later layers keep of a dropped token. ``"none"``, as in the paper: nothing. ``"predicted"``: a key and a
+        value in each, from a linear map of the hidden state that it was dropped with. That loses less, and gives up the
+        memory that dropping saves: all layers of the cache have the prompt's length. A prompt has to be prefilled in
+        one call, and later turns are not pruned. By default predicted where there is a predictor, and the report says
+        which.
+    kv_predictor : KVPredictor, optional
+        The maps; by default those in the pruner file. Needed for scorers by name.
 
     Returns
     -------
@@ -93,7 +104,7 @@ def apply_sdtp(
     """
     from .patch import apply  # transformers is imported where it is used
 
-    return apply(model, pruners, schedule, backend, later_turns, evict_earlier_kv)
+    return apply(model, pruners, schedule, backend, later_turns, evict_earlier_kv, dropped_kv, kv_predictor)
 
 
 def remove_sdtp(model: Any) -> None:

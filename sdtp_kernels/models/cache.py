@@ -124,7 +124,8 @@ def tell_others(cache: Cache) -> None:
 
 
 def _refuse_others(cache: Cache, query_length: int) -> Any:
-    if any(isinstance(layer, PrunedState) and layer.kept.shape[1] for layer in cache.layers):
+    pruned = [layer for layer in cache.layers if isinstance(layer, PrunedState)]
+    if any(layer.kept.shape[1] and (layer.is_ragged or layer.kept.shape[1] != layer.prompt_length) for layer in pruned):
         raise RuntimeError(
             "this cache holds a prompt pruned by apply_sdtp, and the model that reads it is not patched: its layers "
             "hold different tokens, which one mask cannot fit. Go on inside the `with` block, or before handle.remove()"

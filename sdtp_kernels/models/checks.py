@@ -7,29 +7,51 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .cache import check_supported, is_growing, pruned_layer
-from .masks import ATTENTIONS
+from .masks import ATTENTIONS, POSITION_ATTENTIONS
 
 if TYPE_CHECKING:
+    from ..kv_predictor import KVPredictor
     from ..schedule import PruningSchedule
     from .call import CallInfo
     from .handle import SdtpHandle
 
 
-def check_model(model: Any, config: Any) -> None:
+def check_model(model: Any, config: Any, is_predicted: bool) -> None:
     """Refuse what no call of this model could do right."""
     if getattr(model, "_pp_stage", None) is not None:
         raise NotImplementedError(
             "pipeline parallelism: the next stage would take the pruned prompt for a whole one. Use one device"
         )
-    _check_attention(config)
+    _check_attention(config, is_predicted)
 
 
-def _check_attention(config: Any) -> None:
+def _check_attention(config: Any, is_predicted: bool) -> None:
     attention = config._attn_implementation
+    if is_predicted and attention not in POSITION_ATTENTIONS:
+        raise NotImplementedError(
+            f"dropped_kv='predicted' with attn_implementation={attention!r}: queries of kept tokens over the keys of "
+            f"all need {' or '.join(POSITION_ATTENTIONS)}; load the model with one of them, or pass dropped_kv='none'"
+        )
     if attention not in ATTENTIONS:
         raise NotImplementedError(
             f"attn_implementation={attention!r}: supported are {', '.join(ATTENTIONS)}; load the model with one of "
             "them, or go back by model.set_attn_implementation"
+        )
+
+
+def check_predicted(
+    kv_predictor: KVPredictor, config: Any, schedule: PruningSchedule, evict_earlier_kv: bool, group: Any
+) -> None:
+    """Refuse predicted keys and values where they do not fit, or would be lost again."""
+    kv_predictor.check(config, schedule)
+    if evict_earlier_kv:
+        raise NotImplementedError(
+            "evict_earlier_kv=True drops from memory what dropped_kv='predicted' keeps there: pass one of them. A "
+            "cache press gives memory back on top of predicted keys and values"
+        )
+    if group is not None:
+        raise NotImplementedError(
+            "dropped_kv='predicted' with tensor parallelism: each process has some of the heads. Pass dropped_kv='none'"
         )
 
 
@@ -103,7 +125,7 @@ def check_inputs(
     """Refuse a call that prunes, or that meets a pruned cache, where it could not be right."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("pass exactly one of input_ids and inputs_embeds")
-    _check_attention(decoder.config)
+    _check_attention(decoder.config, handle.kv_predictor is not None)
     if info.reads_loss:
         raise NotImplementedError(
             "labels: a loss over pruned logits would be wrong. Score a continuation with logits_to_keep=k, which is "

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
     from ..schedule import PruningSchedule
+    from .dropped import CompletedCache
     from .handle import SdtpHandle
     from .masks import Mask
     from .scoring import RunningMean
@@ -69,6 +70,8 @@ class Prefill(NamedTuple):
     protected: Protected | None
     earlier: PrunedState | None
     """The layer at the first stage that holds what earlier chunks deferred."""
+    completed: CompletedCache | None
+    """Where dropped tokens keep predicted keys and values: what layers are handed for a cache."""
 
     @property
     def schedule(self) -> PruningSchedule:
@@ -199,19 +202,23 @@ def _count_rows(prefill: Prefill, tokens: Tokens, least: int, most: int) -> Coun
 
 
 def hold(
-    prefill: Prefill, counts: Counts, deferred: Deferred | None, layer_idx: int, segment: Segment
+    prefill: Prefill, counts: Counts, deferred: Deferred | None, layer_idx: int, stage: int, token_index: torch.Tensor
 ) -> PrunedState | None:
-    """Tell a layer of the cache what is about to be written to it. None below the first stage and without a cache."""
+    """Tell a layer of the cache which tokens are about to be written to it, behind `stage` stages.
+
+    None where it needs no telling: below the first stage, without a cache, and where a whole prompt is written that
+    nothing can continue.
+    """
     cache, (columns, keep_last, is_padded, is_ragged, _) = prefill.cache, prefill.chunk
-    if segment.stage == 0 or cache is None:
+    if stage == 0 or cache is None or (prefill.completed is not None and not prefill.may_continue):
         return None
     layer = pruned_layer(cache, layer_idx) if prefill.earlier is not None else None
     if layer is None:
-        layer = install(cache, layer_idx, segment.token_index[:, :0], prefill.handle.schedule)
+        layer = install(cache, layer_idx, token_index[:, :0], prefill.handle.schedule)
     else:
         layer.drop_deferred(prefill.handle.backend)
-    layer.stage, layer.is_padded, layer.is_ragged = segment.stage, is_padded, is_ragged
-    layer.expect(segment.token_index, columns)
+    layer.stage, layer.is_padded, layer.is_ragged = stage, is_padded, is_ragged
+    layer.expect(token_index, columns)
     num_deferred = 0 if prefill.leaves_out else counts.num_deferred
     layer.num_tail = keep_last if is_ragged else num_deferred
     if not prefill.may_continue:
@@ -219,7 +226,8 @@ def hold(
     layer.finished = None if counts.finished_end is None else counts.finished_end.to(layer.kept.device)
     layer.num_finished = layer.kept.shape[1] - num_deferred
     if is_ragged:
-        layer.most_kept = max(layer.most_kept, *(own.block_keep(segment.stage) for _, own in prefill.groups))
+        kept_stages = 0 if prefill.completed is not None else stage
+        layer.most_kept = max(layer.most_kept, *(own.block_keep(kept_stages) for _, own in prefill.groups))
         most = columns // prefill.schedule.block_size * layer.most_kept + counts.most_protected
         layer.num_finished = min(layer.kept.shape[1], most)
     if layer_idx == prefill.schedule.layers[0]:

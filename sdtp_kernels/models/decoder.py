@@ -29,6 +29,7 @@ from .chunks import (
     join,
     token_index,
 )
+from .dropped import CompletedCache
 from .masks import Mask, as_it_is, cached_mask, prompt_mask
 from .report import PrefillRecorder
 from .stage import Below, prune
@@ -124,7 +125,7 @@ def run(
     if is_first and padding_mask is not None:
         mask = prompt_mask(config, hidden_states, padding_mask, cache, 0)
     segment = Segment(0, mask, decoder.rotary_emb(hidden_states, position_ids), position_ids, index)
-    prefill, recorder = None, None
+    prefill, completed, recorder = None, None, None
     if call.prunes:
         assert info.settings is not None
         is_padded = padding_mask is not None
@@ -137,10 +138,13 @@ def run(
         groups = info.settings.groups(inputs_embeds.shape[0], handle.current.rows_per_setting)
         if info.settings.protected is not None:
             info.settings.protected.check(info.prompt_length or past + width)
-        prefill = Prefill(decoder, handle, cache, chunk, groups, info.settings.protected, earlier)
+        completed = None
+        if handle.kv_predictor is not None:
+            completed = CompletedCache(handle.kv_predictor, cache, handle.backend)
+        prefill = Prefill(decoder, handle, cache, chunk, groups, info.settings.protected, earlier, completed)
         is_captured = inputs_embeds.is_cuda and torch.cuda.is_current_stream_capturing()
         if not (torch.compiler.is_compiling() or is_captured):  # a graph has no clock
-            recorder = PrefillRecorder(handle.backend, inputs_embeds)
+            recorder = PrefillRecorder(handle.backend, inputs_embeds, "none" if completed is None else "predicted")
 
     counts, deferred, below, queries = Counts(), None, None, None
     for i, layer in enumerate(decoder.layers[: config.num_hidden_layers]):
@@ -150,20 +154,27 @@ def run(
                 stage = schedule.layers.index(i) + 1
                 if stage == 1:
                     hidden_states, segment, counts, deferred = join(prefill, hidden_states, segment)
+                    if completed is not None:
+                        completed.begin(segment.token_index)
                 if any(own.drops(stage) for _, own in prefill.groups):
                     begin = recorder.now() if recorder else None
                     hidden_states, segment, indices = prune(prefill, counts, i, hidden_states, segment, below)
                     end = recorder.now() if recorder else None
                 if segment.token_index is not arrived.token_index:  # other tokens than in the layer below
                     segment = segment._replace(stage=stage, position_ids=None)
-            held = hold(prefill, counts, deferred, i, segment)
+            arriving = segment.token_index if completed is None or segment.stage == 0 else completed.token_index
+            held = hold(prefill, counts, deferred, i, segment.stage, arriving)
             if handle.evict_earlier_kv and indices is not None and held is not None and cache is not None:
                 evict(cache, i, held, indices, handle.backend)
             if segment.token_index is not arrived.token_index:  # after the above: a static layer has its size now
-                written = segment.token_index if held is None else held.kept
+                written = arriving if held is None else held.kept
                 padding = written >= 0 if prefill.chunk.is_ragged else None
-                of_segment = prompt_mask if earlier is None or cache is None else cached_mask
-                segment = segment._replace(mask=of_segment(config, hidden_states, padding, cache, i))
+                if completed is not None and not completed.is_complete:
+                    mask = completed.mask(config, hidden_states, segment.token_index, written)
+                else:
+                    of_segment = prompt_mask if earlier is None or cache is None else cached_mask
+                    mask = of_segment(config, hidden_states, padding, cache, i)
+                segment = segment._replace(mask=mask)
             if recorder:
                 recorder.layer(tokens_in, hidden_states.shape[1], begin, end)
             if hidden_states.shape[1] == 0:  # all of it is deferred
@@ -184,7 +195,7 @@ def run(
                 position_embeddings=segment.position_embeddings,
                 position_ids=segment.position_ids,
                 use_cache=use_cache,
-                **{compat.CACHE: cache},
+                **{compat.CACHE: cache if completed is None or completed.is_complete else completed},
                 **segment.mask.kwargs,
                 **kwargs,
             )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
+    from ..kv_predictor import KVPredictor
     from ..schedule import PruningSchedule
     from .report import PrefillRecorder
     from .scoring import Scorer
@@ -60,9 +61,12 @@ class SdtpHandle:
         backend: str,
         later_turns: bool,
         evict_earlier_kv: bool,
+        kv_predictor: KVPredictor | None,
         group: ProcessGroup | None,
     ) -> None:
         self.schedule, self.scorers, self.backend = schedule, scorers, backend
+        self.kv_predictor = kv_predictor
+        """Where dropped tokens keep predicted keys and values: its maps, where the layers are."""
         self.later_turns, self.evict_earlier_kv = later_turns, evict_earlier_kv
         self.group = group
         """The processes of tensor parallelism; ``None`` for one alone."""
@@ -214,7 +218,7 @@ class SdtpHandle:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("schedule", "scorers", "backend", "later_turns", "evict_earlier_kv")
+        names = ("schedule", "scorers", "backend", "later_turns", "evict_earlier_kv", "kv_predictor")
         return {**{name: getattr(self, name) for name in names}, "_is_closed": not self.is_open}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 FLASH = ("flash_attention_2", "flash_attention_3")
 ATTENTIONS = ("sdpa", "eager", "flex_attention", *FLASH)
+POSITION_ATTENTIONS = ("sdpa", "eager")
+"""Those that take queries at any position, over more keys."""
 
 
 class Mask(NamedTuple):
@@ -73,6 +75,28 @@ def cached_mask(
             "transformers 5.24 generate() drops one without padding: use a DynamicCache there"
         )
     return Mask(_mask(config, hidden_states, padding_mask, cache, layer_idx), {})
+
+
+def position_mask(
+    config: PreTrainedConfig, dtype: torch.dtype, num_visible: torch.Tensor, is_token: torch.Tensor
+) -> Mask:
+    """The mask of queries at any position.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+    dtype : torch.dtype
+        Of the hidden states.
+    num_visible : Tensor [B, n], int64
+        Query i of a row sees its first ``num_visible[i]`` keys.
+    is_token : bool Tensor [B, num_keys]
+        Those of them that are no padding.
+    """
+    columns = torch.arange(is_token.shape[1], device=num_visible.device)
+    is_seen = ((columns < num_visible.unsqueeze(-1)) & is_token.unsqueeze(1)).unsqueeze(1)
+    if config._attn_implementation == "eager":
+        return Mask(torch.zeros_like(is_seen, dtype=dtype).masked_fill(~is_seen, torch.finfo(dtype).min), {})
+    return Mask(is_seen, {})
 
 
 class _Snapshot:

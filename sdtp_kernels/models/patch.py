@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from .. import backends
 from ..schedule import PruningSchedule
 from . import compat, proof
-from .checks import check_layers, check_model
+from .checks import check_layers, check_model, check_predicted
 from .devices import device_of
+from .dropped import on_layers
 from .family import FAMILIES, Family, find_family
 from .handle import SdtpHandle
 from .patched import PruningCausalLM, PruningDecoder, exchange, handle_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ..kv_predictor import KVPredictor
     from ..scorers import StageInput
 
 
@@ -30,6 +32,8 @@ def apply(
     backend: str,
     later_turns: bool,
     evict_earlier_kv: bool,
+    dropped_kv: str | None,
+    kv_predictor: KVPredictor | None,
 ) -> SdtpHandle:
     """See :func:`sdtp_kernels.apply_sdtp`. Everything is checked before anything is changed."""
     is_tested = compat.check_version()
@@ -38,7 +42,7 @@ def apply(
         proof.prove(family)
     return patch(
         family, model, decoder, pruners, _schedule(schedule, pruners, decoder.config), backend, later_turns,
-        evict_earlier_kv,
+        evict_earlier_kv, _predictor(dropped_kv, kv_predictor, pruners),
     )  # fmt: skip
 
 
@@ -51,13 +55,14 @@ def patch(
     backend: str = "auto",
     later_turns: bool = True,
     evict_earlier_kv: bool = False,
+    kv_predictor: KVPredictor | None = None,
 ) -> SdtpHandle:
     """Patch a model of this family, whatever the version of transformers."""
     config = decoder.config
     backends.check_name(backend)
     for module in (decoder, model):
         _check_unpatched(module, is_decoder=module is decoder)
-    check_model(model, config)
+    check_model(model, config, kv_predictor is not None)
     if refusal := family.refusal(config):
         raise NotImplementedError(refusal)
     check_layers(schedule, config)
@@ -67,7 +72,10 @@ def patch(
         backends.choose(backend, device, decoder.dtype)
     scorers = resolve_pruners(pruners, schedule, config, devices, decoder.dtype)
     group = compat.tensor_parallel_group(model)
-    handle = SdtpHandle(schedule, scorers, backend, later_turns, evict_earlier_kv, group)
+    if kv_predictor is not None:
+        check_predicted(kv_predictor, config, schedule, evict_earlier_kv, group)
+        kv_predictor = on_layers(kv_predictor, decoder, schedule)
+    handle = SdtpHandle(schedule, scorers, backend, later_turns, evict_earlier_kv, kv_predictor, group)
     exchange(decoder, PruningDecoder, handle)
     if model is not decoder:
         exchange(model, PruningCausalLM, handle)
@@ -155,3 +163,17 @@ def _schedule(schedule: Any, pruners: Any, config: Any) -> PruningSchedule:
     if hasattr(pruners, "keys"):
         return PruningSchedule(tuple(sorted(pruners.keys())), schedule)
     return PruningSchedule.every(config.num_hidden_layers, keep_ratio=schedule)
+
+
+def _predictor(dropped_kv: str | None, kv_predictor: KVPredictor | None, pruners: Any) -> KVPredictor | None:
+    """The maps for dropped tokens; None where these are dropped from memory as well."""
+    if dropped_kv not in (None, "none", "predicted"):
+        raise ValueError(f"dropped_kv={dropped_kv!r}: expected 'none', 'predicted', or None for what the pruners have")
+    if dropped_kv == "none":
+        return None
+    found = getattr(pruners, "kv_predictor", None) if kv_predictor is None else kv_predictor
+    if found is None and dropped_kv == "predicted":
+        raise ValueError(
+            "dropped_kv='predicted' needs a KVPredictor: pass kv_predictor=..., or pruners of a file that holds one"
+        )
+    return found

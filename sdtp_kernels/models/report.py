@@ -22,7 +22,7 @@ class LayerReport:
     tokens_in: int
     """Tokens that arrived, padding of the batch included."""
     tokens_out: int
-    """Tokens that the layer computed and cached."""
+    """Tokens that the layer computed."""
     kv_bytes: int
     """Bytes of what the layer has left in its cache after the prefill."""
     prune_seconds: float | None
@@ -44,6 +44,8 @@ class PrefillReport:
     """``[B, K]`` int64: which of its row's tokens each row of the output is, counted from the row's first token without
     padding; -1 is padding. ``logits[b, j]`` and ``last_hidden_state[b, j]`` belong to token ``kept[b, j]``; with
     ``logits_to_keep`` they are the last ones of them."""
+    dropped_kv: str = "none"
+    """What later layers keep of a dropped token: ``"none"``, or ``"predicted"`` keys and values."""
     note: str = ""
     """Why nothing was pruned, where that is so."""
 
@@ -62,7 +64,7 @@ class PrefillReport:
             return f"SDTP: {self.note}"
         lines = [
             f"SDTP prefill: {self.tokens} tokens, backend {self.backend}, {self.seconds:.3f} s, "
-            f"KV {self.kv_bytes / 2**20:.1f} MiB",
+            f"KV {self.kv_bytes / 2**20:.1f} MiB, dropped_kv {self.dropped_kv!r}",
             f"{'layer':>5} {'in':>8} {'out':>8} {'KV KiB':>10} {'prune ms':>9}",
         ]
         for r in self.layers:
@@ -74,12 +76,12 @@ class PrefillReport:
 class PrefillRecorder:
     """Collects one prefill without waiting for the device: times are read when the report is asked for."""
 
-    def __init__(self, backend: str, inputs_embeds: torch.Tensor) -> None:
+    def __init__(self, backend: str, inputs_embeds: torch.Tensor, dropped_kv: str) -> None:
         self._device = inputs_embeds.device
         if backend == "auto":
             found = backends.explain_backends(self._device, inputs_embeds.dtype)
             backend = f"auto ({next(status.name for status in found if status.chosen)})"
-        self._tokens, self._backend = inputs_embeds.shape[1], backend
+        self._tokens, self._backend, self._dropped_kv = inputs_embeds.shape[1], backend, dropped_kv
         self._layers: list[tuple[int, int, Any, Any]] = []
         self._kv_bytes: list[int] = []
         self._kept: torch.Tensor | None = None
@@ -109,7 +111,7 @@ class PrefillRecorder:
             seconds = None if begin is None else self._seconds(begin, end)
             layers.append(LayerReport(i, n_in, n_out, self._kv_bytes[i] if self._kv_bytes else 0, seconds))
         seconds = self._seconds(self._begin, self._end)
-        return PrefillReport(self._tokens, self._backend, layers, seconds, self._kept)
+        return PrefillReport(self._tokens, self._backend, layers, seconds, self._kept, self._dropped_kv)
 
     def _seconds(self, begin: Any, end: Any) -> float:
         if isinstance(begin, float):

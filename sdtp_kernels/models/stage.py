@@ -80,6 +80,11 @@ def prune(
     scorer = handle.scorers[layer_idx].ready(hidden_states)
     has_joined = stage == 1 and prefill.earlier is not None
     queries = None if below is None or below.queries is None else below.queries.value
+    keys = None
+    if prefill.completed is not None and prefill.completed.computed_keys is not None:
+        keys = prefill.completed.computed_keys
+    elif prefill.earlier is None:
+        keys = cached_keys(prefill.cache, layer_idx - 1, hidden_states.shape[1])
     cos, sin = (t.to(device) for t in segment.position_embeddings)
     index = segment.token_index.to(device)
     is_protected = None if segment.is_protected is None else segment.is_protected.to(device)
@@ -92,13 +97,14 @@ def prune(
         prefill.decoder.layers[layer_idx - 1],
         None if below is None or has_joined else below.hidden_states.to(device),
         None if queries is None or has_joined else queries.to(device),
-        None if prefill.earlier is not None else cached_keys(prefill.cache, layer_idx - 1, hidden_states.shape[1]),
+        keys,
         group=group,
         backend=backend,
     )
     # Every row has positions of its own from here on.
     batch = hidden_states.shape[0]
     carried = [*(t.expand(batch, -1, -1) for t in (cos, sin)), index]
+    arrived = hidden_states, segment
     if is_protected is not None:
         carried.append(is_protected)
     is_simple = not chunk.is_ragged or (prefill.earlier is None and is_protected is None)
@@ -120,6 +126,11 @@ def prune(
         if running_mean is not None:
             running_mean = RunningMean(others.pop(), running_mean.number)
         is_protected = others[0] if others else None
+    if prefill.completed is not None:
+        most = arrived[0].shape[1] - indices.shape[1]
+        if chunk.is_ragged:
+            most = max(own.max_dropped(counts.length, stage) for _, own in prefill.groups)
+        prefill.completed.drop(layer_idx, *arrived, indices, most)
     if chunk.is_ragged:
         index = torch.where(indices < 0, -1, index)  # a gather leaves zeros in padding, and 0 is a token
     segment = segment._replace(

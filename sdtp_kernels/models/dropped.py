@@ -1,0 +1,143 @@
+"""Dropped tokens that keep predicted keys and values: out of the computation, not out of memory.
+
+A stage reduces what is computed, as it always does, and what it drops is encoded once. The layers behind it compute
+queries, keys and values of the tokens that are left; the cache that they are handed completes keys and values to the
+whole prompt, by position, and stores them at once. So every layer of the cache has the logical length, and is what it
+would be after a dense prefill: later calls are the model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers.cache_utils import StaticLayer
+
+from .. import ops
+from ..reference import rotate
+from .devices import device_of
+from .masks import position_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers.cache_utils import Cache
+
+    from ..kv_predictor import KVPredictor
+    from ..schedule import PruningSchedule
+    from .chunks import Segment
+    from .masks import Mask
+
+
+def on_layers(predictor: KVPredictor, decoder: Any, schedule: PruningSchedule) -> KVPredictor:
+    """The maps that the schedule needs, in the model's dtype, each where the layers are that use it."""
+    own = copy.copy(predictor)
+    own._modules = dict(predictor._modules)
+    own.down, own.up = torch.nn.ModuleDict(), torch.nn.ModuleDict()
+    for name, linear in predictor.down.items():
+        if int(name) in schedule.layers:
+            own.down[name] = _moved(linear, decoder.layers[int(name) - 1], decoder.dtype)
+    for name, linear in predictor.up.items():
+        stage, layer = map(int, name.split(":"))
+        if stage in schedule.layers:
+            own.up[name] = _moved(linear, decoder.layers[layer], decoder.dtype)
+    return own
+
+
+def _moved(linear: torch.nn.Module, layer: Any, dtype: torch.dtype) -> torch.nn.Module:
+    return copy.deepcopy(linear).to(device_of(layer), dtype).requires_grad_(False)
+
+
+class _Dropped(NamedTuple):
+    """What one stage has dropped."""
+
+    stage: int
+    """The layer that it stands before."""
+    tokens: torch.Tensor
+    """``[B, n, R]``, encoded for the maps of this stage."""
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    columns: torch.Tensor
+    """``[B, n]`` column of each in the batch; -1 for none."""
+
+
+class CompletedCache:
+    """Stands in for the cache in the layers of one prefill: what they compute is completed by what is predicted."""
+
+    def __init__(self, predictor: KVPredictor, cache: Cache | None, backend: str) -> None:
+        self._predictor, self._cache, self._backend = predictor, cache, backend
+        self._dropped: list[_Dropped] = []
+        self.computed_keys: torch.Tensor | None = None
+        """Those that the last layer computed, ``[B, kv_heads, n, d]``, for a stage that scores by them."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing has been dropped yet."""
+        return not self._dropped
+
+    def begin(self, token_index: torch.Tensor) -> None:
+        """Tokens ``[B, N]`` arrive at the first stage: layers from here on write all of them, each row's last one at
+        the end."""
+        self.token_index = token_index
+        self._offset = token_index.shape[1] - 1 - token_index[:, -1:]
+
+    def drop(
+        self, layer_idx: int, hidden_states: torch.Tensor, arrived: Segment, indices: torch.Tensor, most: int
+    ) -> None:
+        """Note what the stage before layer `layer_idx` drops of the tokens that arrived.
+
+        `indices` ``[B, K]`` are those that it keeps; no row drops more than `most`.
+        """
+        batch, width = hidden_states.shape[:2]
+        is_kept = torch.zeros(batch, width + 1, dtype=torch.bool, device=hidden_states.device)
+        is_kept = is_kept.scatter(1, indices + 1, torch.ones_like(indices, dtype=torch.bool))[:, 1:]
+        is_dropped = ~is_kept & (arrived.token_index >= 0)
+        order = is_dropped.int().argsort(dim=-1, stable=True)[:, width - most :]
+        order = torch.where(is_dropped.gather(1, order), order, -1)
+        carried = [hidden_states, *(t.expand(batch, -1, -1) for t in arrived.position_embeddings)]
+        dropped, cos, sin, index = ops.gather_tokens([*carried, arrived.token_index], order, backend=self._backend)
+        columns = torch.where(order < 0, -1, self._columns(index))
+        self._dropped.append(_Dropped(layer_idx, self._predictor.encode(layer_idx, dropped), (cos, sin), columns))
+
+    def mask(
+        self, config: PreTrainedConfig, hidden_states: torch.Tensor, token_index: torch.Tensor, written: torch.Tensor
+    ) -> Mask:
+        """The mask of the tokens that are left, over all keys that their layers hold.
+
+        `written` ``[B, cached + N]`` are the tokens of these keys. From here on `token_index` are what layers compute.
+        """
+        computed = self._columns(token_index)
+        columns = torch.cat([computed, *(d.columns.to(computed.device) for d in self._dropped)], dim=-1)
+        num_columns, num_keys = self.token_index.shape[1], written.shape[1]
+        source = columns.new_full((columns.shape[0], num_columns + 1), -1)
+        place = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+        self._source = source.scatter(1, columns + 1, place)[:, 1:].contiguous()  # -1 is padding, which nobody sees
+        is_token = written.to(columns.device) >= 0
+        # A query that is padding sees the first key: what it computes is finite, and nobody reads it.
+        num_padding = (is_token.cumsum(-1) == 0).sum(-1, keepdim=True)
+        num_visible = torch.where(token_index < 0, num_padding + 1, num_keys - num_columns + computed + 1)
+        return position_mask(config, hidden_states.dtype, num_visible, is_token)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the cache's own: the layer's keys, rotated, and values come in; those of all tokens go out."""
+        self.computed_keys = key_states
+        device, dtype = key_states.device, key_states.dtype
+        all_keys, all_values = [key_states], [value_states]
+        for stage, tokens, (cos, sin), _ in self._dropped:
+            keys, values = self._predictor(stage, layer_idx, tokens.to(device))
+            all_keys.append(rotate(keys, cos.to(device), sin.to(device)).to(dtype))
+            all_values.append(values.to(dtype))
+        both = [torch.cat(all_keys, dim=2), torch.cat(all_values, dim=2)]
+        keys, values = ops.gather_tokens(both, self._source.to(device), backend=self._backend)
+        if self._cache is None:
+            return keys, values
+        keys, values = self._cache.update(keys, values, layer_idx, *args, **kwargs)
+        if not isinstance(self._cache.layers[layer_idx], StaticLayer):
+            return keys, values
+        num_columns = self.token_index.shape[1]  # a static layer hands out the room behind the prompt as well
+        return keys[:, :, :num_columns], values[:, :, :num_columns]
+
+    def _columns(self, token_index: torch.Tensor) -> torch.Tensor:
+        """Where these tokens stand among all that are written."""
+        return torch.where(token_index < 0, -1, token_index + self._offset.to(token_index.device))
