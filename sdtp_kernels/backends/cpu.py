@@ -122,13 +122,16 @@ def position_attention(
     firsts = [0] * batch if first_visible is None else first_visible.clamp(min=0).tolist()
     for row, (first, visible) in enumerate(zip(firsts, num_visible.clamp(max=key.shape[2]).tolist(), strict=True)):
         padding = next((i for i, end in enumerate(visible) if end > first), num_queries)
-        keys = torch.arange(first, max(visible, default=0))
         for stop in range(num_queries, padding, -_BLOCK_QUERIES):
             queries = slice(max(stop - _BLOCK_QUERIES, padding), stop)
             end = max(visible[queries])
             if end > first:  # torch's kernel divides by the number of keys
                 output[row, :, queries] = F.scaled_dot_product_attention(
-                    query[row : row + 1, :, queries], key[row : row + 1, :, first:end], value[row : row + 1, :, first:end],
-                    attn_mask=keys[: end - first] < num_visible[row, queries, None], scale=scale, enable_gqa=True,
-                )[0]  # fmt: skip
+                    query[row : row + 1, :, queries],
+                    key[row : row + 1, :, first:end],
+                    value[row : row + 1, :, first:end],
+                    attn_mask=torch.arange(first, end) < num_visible[row, queries, None],
+                    scale=scale,
+                    enable_gqa=True,
+                )[0]
     return output
