@@ -441,8 +441,8 @@ def position_attention(
     """Attention of some tokens to the whole prompt, causal by position.
 
     Only the kept tokens have queries, every token has a key and a value. Query `i` of row `b` attends to the keys
-    ``first_visible[b]`` to ``num_visible[b, i] - 1``: for a token at position `p`, ``num_visible`` is ``p + 1``. A query
-    that sees no key gives zeros.
+    ``first_visible[b]`` to ``num_visible[b, i] - 1``; the token in column `c` has ``num_visible`` ``c + 1``. A query that
+    sees no key gives zeros.
 
     Parameters
     ----------
@@ -452,8 +452,8 @@ def position_attention(
         In the dtype of `query`; each of the KV heads serves H / KV query heads, in order. Finite throughout, also where
         no query sees them: room of a static cache must not hold NaN.
     num_visible : Tensor [B, n], int64
-        The keys before it, of each query, from 0 to N. Ascending, as kept tokens stand; any order is right, but others
-        take longer. Less than 0 counts as 0, more than N as N.
+        End of the keys that each query sees, from 0 to N. Ascending, as kept tokens stand; other orders are right too,
+        but take longer. Less than 0 counts as 0, more than N as N.
     first_visible : Tensor [B], int64, optional
         First key that the row's queries see, that is the padding of a left-padded row; 0 by default.
     scale : float, optional
@@ -1004,8 +1004,8 @@ def _position_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     # Recomputed through the oracle, as the score is.
     *attended, num_visible, first_visible = ctx.saved_tensors
     with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in attended]
-        output = reference.position_attention(*inputs, num_visible, first_visible, ctx.scale)
+        query, key, value = inputs = [tensor.detach().requires_grad_() for tensor in attended]
+        output = reference.position_attention(query, key, value, num_visible, first_visible, ctx.scale)
         grads = torch.autograd.grad(output, inputs, grad)
     return _as_passed(ctx, *grads, None, None, None, None)
 

@@ -70,6 +70,51 @@ SCORE_UNALIGNED: dict[str, dict[int, ScoreConfig]] = {
 }
 
 
+class AttentionConfig(NamedTuple):
+    """Tile of the attention: queries x keys, for heads of any size up to a limit."""
+
+    block_queries: int
+    block_keys: int
+    num_warps: int
+    num_stages: int
+    input_precision: str = "ieee"
+
+
+# Architecture -> bytes of an element -> configurations by the largest head that they hold.
+_HEADS_16 = {
+    64: AttentionConfig(128, 64, 4, 3),
+    128: AttentionConfig(128, 64, 8, 2),
+    256: AttentionConfig(64, 32, 8, 2),
+}
+_HEADS_32 = {
+    64: AttentionConfig(64, 32, 4, 2, "tf32x3"),
+    128: AttentionConfig(64, 32, 8, 2, "tf32x3"),
+    256: AttentionConfig(32, 16, 8, 1, "tf32x3"),
+}
+_HEADS_CDNA = {
+    64: AttentionConfig(128, 64, 4, 2),
+    128: AttentionConfig(128, 64, 8, 2),
+    256: AttentionConfig(64, 32, 8, 2),
+}
+_HEADS_CDNA_32 = {
+    64: AttentionConfig(64, 32, 4, 2),
+    128: AttentionConfig(64, 32, 4, 1),
+    256: AttentionConfig(32, 32, 4, 1),
+}
+
+ATTENTION: dict[str, dict[int, dict[int, AttentionConfig]]] = {
+    **{target: {2: _HEADS_16, 4: _HEADS_32} for target in SCORE if target.startswith("sm_")},
+    **{target: {2: _HEADS_CDNA, 4: _HEADS_CDNA_32} for target in SCORE if target.startswith("gfx")},
+    "interpreter": {2: _HEADS_CDNA, 4: _HEADS_CDNA_32},
+}
+MAX_HEAD = 256
+
+
+def attention_config(query: torch.Tensor) -> AttentionConfig:
+    table = ATTENTION[device_of(query.device).target][query.itemsize]
+    return next(config for largest, config in table.items() if query.shape[3] <= largest)
+
+
 class Device(NamedTuple):
     """The accelerator as far as a launch cares."""
 
