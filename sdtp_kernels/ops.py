@@ -441,8 +441,8 @@ def position_attention(
     """Attention of some tokens to the whole prompt, causal by position.
 
     Only the kept tokens have queries, every token has a key and a value. Query `i` of row `b` attends to the keys
-    ``first_visible[b]`` to ``num_visible[b, i] - 1``; the token in column `c` has ``num_visible`` ``c + 1``. A query that
-    sees no key gives zeros.
+    ``first_visible[b]`` to ``num_visible[b, i] - 1``; the token in column `c` has ``num_visible`` ``c + 1``. A query
+    that sees no key gives zeros.
 
     Parameters
     ----------

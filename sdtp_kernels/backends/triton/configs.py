@@ -80,39 +80,30 @@ class AttentionConfig(NamedTuple):
     input_precision: str = "ieee"
 
 
-# Architecture -> bytes of an element -> configurations by the largest head that they hold.
-_HEADS_16 = {
-    64: AttentionConfig(128, 64, 4, 3),
-    128: AttentionConfig(128, 64, 8, 2),
-    256: AttentionConfig(64, 32, 8, 2),
-}
-_HEADS_32 = {
-    64: AttentionConfig(64, 32, 4, 2, "tf32x3"),
-    128: AttentionConfig(64, 32, 8, 2, "tf32x3"),
-    256: AttentionConfig(32, 16, 8, 1, "tf32x3"),
+# Bytes of an element -> configuration by the largest head that it holds. Larger heads, whose queries alone would fill
+# the registers, take the reference.
+_HEADS = {
+    2: {64: AttentionConfig(128, 64, 4, 3), 128: AttentionConfig(128, 64, 8, 2), 256: AttentionConfig(64, 32, 8, 2)},
+    4: {64: AttentionConfig(64, 16, 4, 2, "tf32x3"), 128: AttentionConfig(32, 16, 8, 2, "tf32x3")},
 }
 _HEADS_CDNA = {
-    64: AttentionConfig(128, 64, 4, 2),
-    128: AttentionConfig(128, 64, 8, 2),
-    256: AttentionConfig(64, 32, 8, 2),
-}
-_HEADS_CDNA_32 = {
-    64: AttentionConfig(64, 32, 4, 2),
-    128: AttentionConfig(64, 32, 4, 1),
-    256: AttentionConfig(32, 32, 4, 1),
+    2: {64: AttentionConfig(128, 64, 4, 2), 128: AttentionConfig(128, 64, 4, 2), 256: AttentionConfig(64, 32, 8, 2)},
+    4: {64: AttentionConfig(64, 32, 4, 2), 128: AttentionConfig(64, 32, 4, 1)},
 }
 
 ATTENTION: dict[str, dict[int, dict[int, AttentionConfig]]] = {
-    **{target: {2: _HEADS_16, 4: _HEADS_32} for target in SCORE if target.startswith("sm_")},
-    **{target: {2: _HEADS_CDNA, 4: _HEADS_CDNA_32} for target in SCORE if target.startswith("gfx")},
-    "interpreter": {2: _HEADS_CDNA, 4: _HEADS_CDNA_32},
+    **{target: _HEADS for target in SCORE if target.startswith("sm_")},
+    **{target: _HEADS_CDNA for target in SCORE if not target.startswith("sm_")},
 }
-MAX_HEAD = 256
 
 
 def attention_config(query: torch.Tensor) -> AttentionConfig:
     table = ATTENTION[device_of(query.device).target][query.itemsize]
     return next(config for largest, config in table.items() if query.shape[3] <= largest)
+
+
+def largest_head(query: torch.Tensor) -> int:
+    return max(ATTENTION[device_of(query.device).target][query.itemsize])
 
 
 class Device(NamedTuple):
