@@ -204,7 +204,15 @@ def _check_backend(backend: str, device: str) -> None:
     """Compare one backend with the reference on small inputs; AssertionError says what differs."""
     import torch
 
-    from sdtp_kernels import gather_tokens, prune_tokens, score_prompt, score_tokens, select_tokens, window_attention
+    from sdtp_kernels import (
+        gather_tokens,
+        position_attention,
+        prune_tokens,
+        score_prompt,
+        score_tokens,
+        select_tokens,
+        window_attention,
+    )
 
     def expect_equal(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
         if not torch.equal(got.cpu(), expected.cpu()):
@@ -267,6 +275,16 @@ def _check_backend(backend: str, device: str) -> None:
         )  # fmt: skip
         if not torch.allclose(scores, expected, rtol=tolerance, atol=tolerance):
             raise AssertionError(f"score_prompt is off by {(scores - expected).abs().max().item():.3g} in {dtype}")
+
+        first_visible = torch.tensor([0, 9], device=device)
+        attended, expected = (
+            position_attention(query, heads, heads, positions[:, 20:60:8] + 1, first_visible, backend=name)
+            for name in (backend, "reference")
+        )
+        if not torch.allclose(attended, expected, rtol=tolerance, atol=tolerance):
+            raise AssertionError(
+                f"position_attention is off by {(attended - expected).abs().max().item():.3g} in {dtype}"
+            )
 
 
 def _describe(error: BaseException) -> str:

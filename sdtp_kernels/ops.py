@@ -1,7 +1,7 @@
 """The operators: schema, shapes, gradients and the public functions.
 
-``torch.ops.sdtp`` holds six ops. They are opaque to ``torch.compile``; the backend is chosen inside them. All are
-functional, none reads a tensor's value on the host, and output shapes follow from input shapes and ``num_keep`` alone.
+``torch.ops.sdtp`` holds seven ops. They are opaque to ``torch.compile``; the backend is chosen inside them. All are
+functional, none makes the host wait for an accelerator, and output shapes follow from input shapes and ``num_keep``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ __all__ = [
     "PromptScores",
     "PrunedTokens",
     "gather_tokens",
+    "position_attention",
     "prune_tokens",
     "score_prompt",
     "score_tokens",
@@ -44,6 +45,8 @@ _SCHEMAS = (
     "Tensor distance_table, Tensor? mean_score=None, int num_scores=0, Tensor? attention=None, "
     "float attention_weight=0., Tensor? query=None, Tensor? key=None, Tensor? cos=None, Tensor? sin=None, "
     'float scaling=1., int pooling=1, str backend="auto") -> (Tensor, Tensor)',
+    "position_attention(Tensor query, Tensor key, Tensor value, Tensor num_visible, Tensor? first_visible=None, "
+    'float? scale=None, str backend="auto") -> Tensor',
 )
 
 # Module-level: a Library takes its definitions with it when it is collected.
@@ -425,6 +428,66 @@ def score_prompt(
     )  # fmt: skip
 
 
+def position_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_visible: torch.Tensor,
+    first_visible: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention of some tokens to the whole prompt, causal by position.
+
+    Only the kept tokens have queries, every token has a key and a value. Query `i` of row `b` attends to the keys
+    ``first_visible[b]`` to ``num_visible[b, i] - 1``; the token in column `c` has ``num_visible`` ``c + 1``. A query
+    that sees no key gives zeros.
+
+    Parameters
+    ----------
+    query : Tensor [B, H, n, d]
+        float32, bfloat16, float16 (or float64, reference backend only).
+    key, value : Tensor [B, KV, N, d]
+        In the dtype of `query`; each of the KV heads serves H / KV query heads, in order. Finite throughout, also where
+        no query sees them: room of a static cache must not hold NaN.
+    num_visible : Tensor [B, n], int64
+        End of the keys that each query sees, from 0 to N. Ascending, as kept tokens stand; other orders are right too,
+        but take longer. Less than 0 counts as 0, more than N as N.
+    first_visible : Tensor [B], int64, optional
+        First key that the row's queries see, that is the padding of a left-padded row; 0 by default.
+    scale : float, optional
+        Factor of the logits, ``d ** -0.5`` by default.
+    backend : str, default "auto"
+        As in :func:`score_tokens`.
+
+    Returns
+    -------
+    Tensor [B, H, n, d]
+        In the dtype and memory layout of `query`. The softmax is in float32. Equal across backends up to rounding, and
+        so is each row in a batch to the row alone. Differentiable in `query`, `key` and `value`; the backward pass
+        computes the weights again and holds ``B * H * n * N`` of them.
+
+    Raises
+    ------
+    ValueError
+        If shapes, dtypes or devices do not fit.
+    BackendUnavailableError
+        If the named backend cannot run on these inputs.
+
+    Examples
+    --------
+    >>> kept = torch.tensor([[0, 3, 7]])
+    >>> query, key, value = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
+    >>> attended = position_attention(query, key, value, kept + 1)
+    >>> torch.allclose(attended[:, :, 0], value[:, :, 0].repeat_interleave(2, dim=1))
+    True
+    """
+    return torch.ops.sdtp.position_attention.default(  # type: ignore[no-any-return]
+        query, key, value, num_visible, first_visible, scale, backend
+    )
+
+
 # ---------------------------------------------------------------------------------------------- argument checks
 # Messages are put together where a check fails, and nowhere else: they take longer than many a call.
 
@@ -526,6 +589,20 @@ def _check_gather(tensors: Sequence[torch.Tensor], indices: torch.Tensor) -> Non
             )
 
 
+def _check_heads(query: torch.Tensor, key: torch.Tensor, num_queries: str, num_keys: str) -> None:
+    """`num_queries` and `num_keys` are the letters that the op's docstring has for them."""
+    if query.dim() != 4 or query.dtype not in _FLOATS:
+        raise ValueError(f"query: expected [B, H, {num_queries}, d] of a floating dtype, got {_describe(query)}")
+    batch, heads, _, head_dim = query.shape
+    if key.dim() != 4 or (key.shape[0], key.shape[3], key.dtype) != (batch, head_dim, query.dtype):
+        raise ValueError(
+            f"key: expected [{batch}, KV, {num_keys}, {head_dim}] in the dtype of query, {query.dtype}, got "
+            f"{_describe(key)}"
+        )
+    if key.shape[1] == 0 or heads % key.shape[1] != 0:
+        raise ValueError(f"key: got {key.shape[1]} heads, expected a divisor of the {heads} heads of query")
+
+
 def _check_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -535,15 +612,8 @@ def _check_attention(
     pooling: int,
 ) -> None:
     """What :func:`window_attention` and :func:`score_prompt` have in common; `num_rotary` tokens in cos and sin."""
-    if query.dim() != 4 or query.dtype not in _FLOATS:
-        raise ValueError(f"query: expected [B, H, w, d] of a floating dtype, got {_describe(query)}")
-    batch, heads, _, head_dim = query.shape
-    if key.dim() != 4 or (key.shape[0], key.shape[3], key.dtype) != (batch, head_dim, query.dtype):
-        raise ValueError(
-            f"key: expected [{batch}, KV, n, {head_dim}] in the dtype of query, {query.dtype}, got {_describe(key)}"
-        )
-    if key.shape[1] == 0 or heads % key.shape[1] != 0:
-        raise ValueError(f"key: got {key.shape[1]} heads, expected a divisor of the {heads} heads of query")
+    _check_heads(query, key, "w", "n")
+    batch, _, _, head_dim = query.shape
     if (cos is None) != (sin is None) or (cos is not None and head_dim % 2 != 0):
         raise ValueError(f"cos and sin: expected both, and queries of even size, got {_describe(query)}")
     for name, tensor in (("cos", cos), ("sin", sin)):
@@ -625,6 +695,33 @@ def _check_terms(
     ):
         if tensor is not None and tensor.device != hidden_states.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden_states on {hidden_states.device}: move one of them")
+
+
+def _check_position(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_visible: torch.Tensor,
+    first_visible: torch.Tensor | None,
+) -> None:
+    _check_heads(query, key, "n", "N")
+    if value.shape != key.shape or value.dtype != key.dtype:
+        raise ValueError(f"value: expected the shape and dtype of key, {_describe(key)}, got {_describe(value)}")
+    batch, _, num_queries, _ = query.shape
+    for name, tensor, shape in (
+        ("num_visible", num_visible, [batch, num_queries]),
+        ("first_visible", first_visible, [batch]),
+    ):
+        if tensor is not None and (list(tensor.shape) != shape or tensor.dtype != torch.int64):
+            raise ValueError(f"{name}: expected {shape} torch.int64, got {_describe(tensor)}")
+    for name, tensor in (
+        ("key", key),
+        ("value", value),
+        ("num_visible", num_visible),
+        ("first_visible", first_visible),
+    ):
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move one of them")
 
 
 # ----------------------------------------------------------------------------------------------- implementations
@@ -754,6 +851,20 @@ def _prompt(
         )  # fmt: skip
 
 
+def _position(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_visible: torch.Tensor,
+    first_visible: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    _check_position(query, key, value, num_visible, first_visible)
+    chosen = backends.choose(backend, query.device, query.dtype)
+    return chosen.position_attention(query, key, value, num_visible, first_visible, scale)
+
+
 for _name, _implementation in (
     ("score_tokens", _score),
     ("select_tokens", _select),
@@ -761,6 +872,7 @@ for _name, _implementation in (
     ("prune_tokens", _prune),
     ("window_attention", _window),
     ("score_prompt", _prompt),
+    ("position_attention", _position),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
 
@@ -806,6 +918,11 @@ def _window_fake(query: torch.Tensor, key: torch.Tensor, *_: Any) -> torch.Tenso
 @torch.library.register_fake("sdtp::score_prompt", lib=_library)
 def _prompt_fake(hidden_states: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _score_fake(hidden_states), _score_fake(hidden_states)
+
+
+@torch.library.register_fake("sdtp::position_attention", lib=_library)
+def _position_fake(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(query)
 
 
 def _empty_rows(tensor: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -878,6 +995,21 @@ def _prune_backward(
     return _as_passed(ctx, first, others, *[None] * 13)
 
 
+def _position_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.scale, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _position_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    # Recomputed through the oracle, as the score is.
+    *attended, num_visible, first_visible = ctx.saved_tensors
+    with torch.enable_grad():
+        query, key, value = inputs = [tensor.detach().requires_grad_() for tensor in attended]
+        output = reference.position_attention(query, key, value, num_visible, first_visible, ctx.scale)
+        grads = torch.autograd.grad(output, inputs, grad)
+    return _as_passed(ctx, *grads, None, None, None, None)
+
+
 def _as_passed(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     """One gradient for each argument that the op was called with: trailing ones that equal their default are not."""
     return grads[: len(ctx.needs_input_grad)]
@@ -886,6 +1018,9 @@ def _as_passed(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 torch.library.register_autograd("sdtp::score_tokens", _score_backward, setup_context=_score_setup, lib=_library)
 torch.library.register_autograd("sdtp::gather_tokens", _gather_backward, setup_context=_gather_setup, lib=_library)
 torch.library.register_autograd("sdtp::prune_tokens", _prune_backward, setup_context=_prune_setup, lib=_library)
+torch.library.register_autograd(
+    "sdtp::position_attention", _position_backward, setup_context=_position_setup, lib=_library
+)
 # These have no gradient: autograd passes them by, at no cost. Int64 output says so by itself; the implementations of
 # the others see to it.
 _library.impl("select_tokens", torch.library.fallthrough_kernel, "Autograd")

@@ -157,6 +157,32 @@ def window_attention(
     return _max_pool(per_head, pooling).mean(1)
 
 
+def position_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_visible: torch.Tensor,
+    first_visible: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention in float32 over the keys ``first_visible .. num_visible - 1`` of each query."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    group = query.shape[1] // key.shape[1]  # query heads that share a key head stand side by side
+    key, value = (t.to(wide).repeat_interleave(group, dim=1) for t in (key, value))
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    logits = scale * query.to(wide) @ key.mT
+
+    column = torch.arange(key.shape[2], device=key.device)
+    is_visible = column < num_visible[..., None]
+    if first_visible is not None:
+        is_visible &= column >= first_visible[:, None, None]
+    is_visible = is_visible[:, None]
+    # Not -inf: neither a query that sees no key nor its gradient may become NaN.
+    weights = logits.masked_fill(~is_visible, torch.finfo(wide).min).softmax(-1).where(is_visible, 0)
+    return torch.empty_like(query).copy_(weights @ value)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding of ``[B, heads, n, d]`` by ``[B or 1, n, d]``, in halves of the head."""
     first, second = x.chunk(2, dim=-1)

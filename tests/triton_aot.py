@@ -107,6 +107,14 @@ def _prune_unaligned(ops: Any, dtype: torch.dtype, pooling: int, block_size: int
     ops.prune_tokens(hidden_states, carried, *pruner, num_keep, 4, recent, block_size, None, pooling, None, None)
 
 
+def _attend(ops: Any, dtype: torch.dtype, head_dim: int, padded: bool, tokens: int = 2048) -> None:
+    """Queries as a projection leaves them, over a cache."""
+    query = torch.empty(1, max(tokens * 4 // 5, 1), 28, head_dim, dtype=dtype).transpose(1, 2)
+    key, value = torch.empty(2, 1, 4, tokens, head_dim, dtype=dtype)
+    first_visible = torch.empty(1, dtype=torch.int64) if padded else None
+    ops.position_attention(query, key, value, torch.empty(1, query.shape[2], dtype=torch.int64), first_visible)
+
+
 class Case(NamedTuple):
     """A call of an op, whose launches are compiled."""
 
@@ -134,6 +142,13 @@ CASES = {
     "prune one block of 208 bf16, pooled": Case(_prune, (torch.bfloat16, False, 7, 1998, 4, 1840, 208), True),
     "prune blocks of 512 bf16": Case(_prune, (torch.bfloat16, False, 1, 1600, 4, 0, 512)),
     "prune blocks of 2048 fp32, padded, pooled": Case(_prune, (torch.float32, True, 7, 1600, 4, 0, 2048), True),
+    "heads of 64 bf16": Case(_attend, (torch.bfloat16, 64, False), True),
+    "heads of 64 fp32, padded": Case(_attend, (torch.float32, 64, True), True),
+    "heads of 96 fp16, padded": Case(_attend, (torch.float16, 96, True)),
+    "heads of 128 bf16, padded": Case(_attend, (torch.bfloat16, 128, True), True),
+    "heads of 128 fp32": Case(_attend, (torch.float32, 128, False), True),
+    "heads of 128 bf16, one query and one key": Case(_attend, (torch.bfloat16, 128, False, 1)),
+    "heads of 256 bf16": Case(_attend, (torch.bfloat16, 256, False), True),
     "prune unaligned bf16": Case(_prune_unaligned, (torch.bfloat16, 1, 200, False)),
     "prune unaligned bf16, transposed, pooled": Case(_prune_unaligned, (torch.bfloat16, 7, 200, True), True),
     "prune unaligned fp32, transposed, pooled": Case(_prune_unaligned, (torch.float32, 7, 200, True), True),
@@ -188,11 +203,12 @@ def compile_target(name: str, first_cases: bool) -> list[dict[str, Any]]:
     triton.runtime.driver.set_active(_Driver(GPUTarget(target.backend, target.arch, target.warp_size)))
     launch = JITFunction.run
     compiled: list[tuple[dict[str, Any], Any]] = []
-    constants = ("BLOCK_TOKENS", "BLOCK_WIDTH", "BLOCK_HIDDEN", "num_warps", "num_stages", "INPUT_PRECISION")
+    blocks = ("BLOCK_TOKENS", "BLOCK_WIDTH", "BLOCK_HIDDEN", "BLOCK_QUERIES", "BLOCK_KEYS")
+    constants = (*blocks, "num_warps", "num_stages", "INPUT_PRECISION")
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        config = [kwargs[constant] for constant in constants] if "INPUT_PRECISION" in kwargs else None
+        config = [kwargs[c] for c in constants if c in kwargs] if "INPUT_PRECISION" in kwargs else None
         compiled.append(({"kernel": self.__name__, "tile": kwargs.get("TILE"), "config": config}, kernel))
 
     JITFunction.run = compile_only

@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from test_position_attention import assert_close, make_inputs
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
@@ -27,6 +28,7 @@ from sdtp_kernels import (
     backends,
     explain_backends,
     gather_tokens,
+    position_attention,
     prune_tokens,
     score_tokens,
     select_tokens,
@@ -342,9 +344,12 @@ def test_the_longest_prompt():
     assert torch.equal(kept, hidden_states[:, columns[0]])
 
 
+MAKES_TENSORS = (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like)
+
+
 class OnlyMakesTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.is_view or func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty), func
+        assert func.is_view or func.overloadpacket in MAKES_TENSORS, func
         return func(*args, **(kwargs or {}))
 
 
@@ -515,10 +520,126 @@ def test_prune_many_tensors(launches):
     assert_equals_composition(got, arguments, selection, {})
 
 
+# -------------------------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"lengths": (1,)},
+        {"lengths": (70, 41), "heads": 9, "key_heads": 3, "head_dim": 64},
+        {"lengths": (300, 190), "heads": 2, "key_heads": 1, "head_dim": 16, "room": 100},  # more than a block
+        {"lengths": (200,), "heads": 2, "key_heads": 2, "head_dim": 75},  # copied, into heads of 128
+        {"lengths": (150, 150, 9), "heads": 2, "key_heads": 1, "head_dim": 32, "keep": 0.1},
+        {"lengths": (90, 60), "heads": 1, "key_heads": 1, "head_dim": 128, "keep": 1.0},
+    ],
+)
+def test_position_attention(dtype, shape, launches):
+    inputs = make_inputs(**shape, dtype=dtype)
+    got = position_attention(*inputs, scale=0.3, backend="triton")
+    assert launches == ["attention_kernel"]
+    assert got.stride() == inputs[0].stride()
+    assert_close(got, position_attention(*inputs, scale=0.3, backend="reference"))
+    no_padding = (*inputs[:4], None)
+    got, expected = (position_attention(*no_padding, backend=name) for name in ("triton", "reference"))
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("head_dim", [129, 256, 300])
+def test_position_attention_of_large_heads(head_dim, launches):
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = make_inputs((40,), heads=1, key_heads=1, head_dim=head_dim, dtype=dtype)
+        got, expected = (position_attention(*inputs, backend=name) for name in ("triton", "reference"))
+        assert_close(got, expected)
+    assert launches == ["attention_kernel"] * (head_dim <= 256)  # of float32, and above, the reference
+
+
+def test_position_attention_in_any_order():
+    """Neither the order of the queries nor counts that are out of range read a key that is not there."""
+    query, key, value, _, _ = make_inputs((300,), keep=1.0, heads=2, key_heads=1, head_dim=16)
+    for num_visible in (torch.randint(-50, 400, (1, 300)), torch.full((1, 300), 2**40), torch.full((1, 300), -1)):
+        for first in (None, torch.tensor([37]), torch.tensor([-5]), torch.tensor([2**40])):
+            inputs = (query, key, value, num_visible, first)
+            got, expected = (position_attention(*inputs, backend=name) for name in ("triton", "reference"))
+            assert_close(got, expected)
+            assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_position_attention_does_not_depend_on_the_company(dtype):
+    lengths = (300, 213, 3, 1)
+    query, key, value, num_visible, first_visible = make_inputs(lengths, head_dim=16, room=9, dtype=dtype)
+    query[1:, :, 0] = torch.nan  # padding may hold anything
+    together = position_attention(query, key, value, num_visible, first_visible, backend="triton")
+    for row, (length, first) in enumerate(zip(lengths, first_visible.tolist(), strict=True)):
+        own = slice(num_visible[row].eq(0).sum().item(), None)
+        cached = slice(first, first + length)
+        alone = position_attention(
+            query[row : row + 1, :, own], key[row : row + 1, :, cached], value[row : row + 1, :, cached],
+            num_visible[row : row + 1, own] - first, backend="triton",
+        )  # fmt: skip
+        assert torch.equal(alone[0], together[row, :, own])
+        assert together[row, :, : own.start].eq(0).all()
+
+
+def test_position_attention_reads_what_its_queries_see():
+    """Counted: neither padding nor a static cache's room, and by each block of queries no key behind them."""
+    query, key, value, num_visible, first_visible = make_inputs(
+        (300, 160), keep=1.0, heads=2, key_heads=1, head_dim=16, room=70, dtype=torch.bfloat16
+    )
+    with traffic() as count:
+        got = position_attention(query, key, value, num_visible, first_visible, backend="triton")
+    size = configs.attention_config(query).block_queries
+    expected = torch.zeros(2, 1, 370, 16, dtype=torch.int64)
+    for block in range(0, 300, size):
+        for row, first in enumerate(first_visible.tolist()):
+            expected[row, :, first : num_visible[row, block : block + size].max()] += 2  # both heads
+    assert torch.equal(count("load", key), expected)
+    assert torch.equal(count("load", value), expected)
+    assert count("load", query).eq(1).all()
+    assert count("store", got).eq(1).all()
+
+
+def test_position_attention_offsets_beyond_32_bits():
+    values = torch.randn(3, 1, 3, 16).half()
+    far = [far_apart(tokens=3, width=16, stride=2**30 + 16, dtype=torch.float16).copy_(v) for v in values]
+    num_visible = torch.tensor([[1, 2, 3]])
+    near, far = ([t.unsqueeze(1) for t in tensors] for tensors in (values, far))
+    expected = position_attention(*near, num_visible, backend="triton")
+    for i in range(3):
+        mixed = [far[j] if i == j else near[j] for j in range(3)]
+        assert torch.equal(position_attention(*mixed, num_visible, backend="triton"), expected)
+
+
+def test_the_host_only_launches_attention(monkeypatch):
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *_, **__: None)
+    monkeypatch.setattr(configs, "device_of", lambda _: configs.Device("sm_90", 1))
+    inputs = [t.to("meta") for t in make_inputs((300, 200), head_dim=64, dtype=torch.bfloat16)]
+    with OnlyMakesTensors():
+        assert backend.position_attention(*inputs).is_meta
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_attention_programs_run_at_once(seed):
+    inputs = make_inputs((200, 90), heads=2, key_heads=1, head_dim=16)
+    expected = position_attention(*inputs, backend="triton")
+    with concurrent_programs(seed):
+        assert torch.equal(position_attention(*inputs, backend="triton"), expected)
+
+
 # ------------------------------------------------------------------------------- tracing, models, errors, coverage
 
 
-OPS = ("score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "window_attention", "score_prompt")
+OPS = (
+    "score_tokens",
+    "select_tokens",
+    "gather_tokens",
+    "prune_tokens",
+    "window_attention",
+    "score_prompt",
+    "position_attention",
+)
 
 
 def op_inputs(requires_grad):
@@ -546,6 +667,13 @@ def op_inputs(requires_grad):
             None,
             0.5,
             *window[:2],
+        ),
+        "position_attention": (
+            torch.randn(2, 4, 12, 16, requires_grad=requires_grad),
+            *torch.randn(2, 2, 2, 40, 16, requires_grad=requires_grad),
+            torch.randint(41, (2, 12)).sort(-1).values,
+            torch.tensor([0, 9]),
+            0.3,
         ),
     }
 
@@ -641,4 +769,6 @@ def test_every_kernel_is_right_here(launches):
         inputs = (arguments[0], *arguments[2:])
         scores = score_tokens(*inputs, **scoring, backend="reference")
         torch.testing.assert_close(score_tokens(*inputs, **scoring, backend="triton"), scores, atol=1e-4, rtol=0)
+    inputs = make_inputs((40,), heads=1, key_heads=1, head_dim=16)
+    assert_close(position_attention(*inputs, backend="triton"), position_attention(*inputs, backend="reference"))
     assert set(launches) == set(KERNELS) == kernel_names()

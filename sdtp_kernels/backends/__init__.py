@@ -1,6 +1,6 @@
 """Who can run the ops, why not, and the choice.
 
-A backend is a module with the six ops of :mod:`sdtp_kernels.reference` and ``unavailable_reason(device, dtype)``. It
+A backend is a module with the seven ops of :mod:`sdtp_kernels.reference` and ``unavailable_reason(device, dtype)``. It
 is imported when it is first asked for. The choice is made inside the ops, where Dynamo does not look.
 """
 
@@ -41,6 +41,7 @@ class Backend(Protocol):
     prune_tokens: Callable[..., tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]]
     window_attention: Callable[..., torch.Tensor]
     score_prompt: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    position_attention: Callable[..., torch.Tensor]
     unavailable_reason: Callable[..., str | None]
 
 

@@ -1,14 +1,16 @@
-"""The compiled CPU library: thin calls of ``csrc/bindings/cpu.cpp``."""
+"""The compiled CPU library: thin calls of ``csrc/bindings/cpu.cpp``. Attention is torch's own, in blocks of queries."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ._native import load_error
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCK_QUERIES = 256
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
@@ -101,3 +103,35 @@ def score_prompt(
     return torch.ops.sdtp_native.score_prompt(  # type: ignore[no-any-return]
         hidden_states, w1, b1, w2, b2, rms_eps, *terms
     )
+
+
+def position_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_visible: torch.Tensor,
+    first_visible: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """A block of queries at a time, over the keys that one of them sees: half the products of a causal prompt.
+
+    Blocks are cut from the row's end, so that they are the same in a left-padded row as in the row alone.
+    """
+    batch, _, num_queries, _ = query.shape
+    output = torch.zeros_like(query)
+    firsts = [0] * batch if first_visible is None else first_visible.clamp(min=0).tolist()
+    for row, (first, visible) in enumerate(zip(firsts, num_visible.clamp(max=key.shape[2]).tolist(), strict=True)):
+        padding = next((i for i, end in enumerate(visible) if end > first), num_queries)
+        for stop in range(num_queries, padding, -_BLOCK_QUERIES):
+            queries = slice(max(stop - _BLOCK_QUERIES, padding), stop)
+            end = max(visible[queries])
+            if end > first:  # torch's kernel divides by the number of keys
+                output[row, :, queries] = F.scaled_dot_product_attention(
+                    query[row : row + 1, :, queries],
+                    key[row : row + 1, :, first:end],
+                    value[row : row + 1, :, first:end],
+                    attn_mask=torch.arange(first, end) < num_visible[row, queries, None],
+                    scale=scale,
+                    enable_gqa=True,
+                )[0]
+    return output

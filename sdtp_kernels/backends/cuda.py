@@ -117,4 +117,5 @@ def prune_tokens(
 
 # No kernels of their own: a product of torch, and a few small steps.
 window_attention = reference.window_attention
+position_attention = reference.position_attention
 score_prompt = functools.partial(reference.score_prompt_by, score_tokens)

@@ -117,3 +117,18 @@ def prune_tokens(
 # No kernels of their own: a product of torch, and a few small steps.
 window_attention = reference.window_attention
 score_prompt = functools.partial(reference.score_prompt_by, score_tokens)
+
+
+def position_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_visible: torch.Tensor,
+    first_visible: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    from . import attention
+
+    limits.check_size("triton", query.shape[0], max(query.shape[2], key.shape[2]))
+    with torch.cuda.device_of(query):
+        return attention.position_attention(query, key, value, num_visible, first_visible, scale)

@@ -70,6 +70,42 @@ SCORE_UNALIGNED: dict[str, dict[int, ScoreConfig]] = {
 }
 
 
+class AttentionConfig(NamedTuple):
+    """Tile of the attention: queries x keys, for heads of any size up to a limit."""
+
+    block_queries: int
+    block_keys: int
+    num_warps: int
+    num_stages: int
+    input_precision: str = "ieee"
+
+
+# Bytes of an element -> configuration by the largest head that it holds. Larger heads, whose queries alone would fill
+# the registers, take the reference.
+_HEADS = {
+    2: {64: AttentionConfig(128, 64, 4, 3), 128: AttentionConfig(128, 64, 8, 2), 256: AttentionConfig(64, 32, 8, 2)},
+    4: {64: AttentionConfig(64, 16, 4, 2, "tf32x3"), 128: AttentionConfig(32, 16, 8, 2, "tf32x3")},
+}
+_HEADS_CDNA = {
+    2: {64: AttentionConfig(128, 64, 4, 2), 128: AttentionConfig(128, 64, 4, 2), 256: AttentionConfig(64, 32, 8, 2)},
+    4: {64: AttentionConfig(64, 32, 4, 2), 128: AttentionConfig(64, 32, 4, 1)},
+}
+
+ATTENTION: dict[str, dict[int, dict[int, AttentionConfig]]] = {
+    **{target: _HEADS for target in SCORE if target.startswith("sm_")},
+    **{target: _HEADS_CDNA for target in SCORE if not target.startswith("sm_")},
+}
+
+
+def attention_config(query: torch.Tensor) -> AttentionConfig:
+    table = ATTENTION[device_of(query.device).target][query.itemsize]
+    return next(config for largest, config in table.items() if query.shape[3] <= largest)
+
+
+def largest_head(query: torch.Tensor) -> int:
+    return max(ATTENTION[device_of(query.device).target][query.itemsize])
+
+
 class Device(NamedTuple):
     """The accelerator as far as a launch cares."""
 
