@@ -45,6 +45,7 @@ class Mutant(NamedTuple):
     tests: str
 
 
+PREDICTED = "test_predicted.py::test_"
 MODELS, CPU, BENCH = "sdtp_kernels/models/", "csrc/cpu/", "python/sdtp_bench/"
 TRITON, SUITE = "sdtp_kernels/backends/triton/", "triton_interpreter_suite.py"
 FORGOTTEN = "\n\n@triton.jit\ndef forgotten_kernel(ptr):\n    tl.store(ptr, 0)\n"
@@ -215,7 +216,7 @@ MUTANTS = [
     Mutant(
         "attention checked once",
         MODELS + "checks.py",
-        "    _check_attention(decoder.config)\n    if info",
+        "    _check_attention(decoder.config, handle.kv_predictor is not None)\n    if info",
         "    if info",
         "test_real_use.py::test_attention_set_after_patching",
     ),
@@ -1254,6 +1255,154 @@ MUTANTS = [
         "grad = grad.masked_fill(rows < 0, 0)",
         "",
         "test_ops.py::test_gradients_of_gather",
+    ),
+    # Predicted keys and values.
+    Mutant(
+        "maps of another stage",
+        MODELS + "dropped.py",
+        "self._predictor(stage, layer_idx, tokens.to(device))",
+        "self._predictor(self._dropped[0].stage, layer_idx, tokens.to(device))",
+        PREDICTED + "prefill_equals_the_dense_loop",
+    ),
+    Mutant(
+        "predicted keys are not rotated",
+        MODELS + "dropped.py",
+        "reference.rotate(keys, cos.to(device), sin.to(device)).to(dtype)",
+        "keys.to(dtype)",
+        PREDICTED + "prefill_equals_the_dense_loop",
+    ),
+    Mutant(
+        "predicted and computed rows in the order they came in",
+        MODELS + "dropped.py",
+        "source.scatter(1, columns + 1, place)[:, 1:].contiguous()",
+        "torch.arange(num_columns).expand(len(columns), -1).contiguous()",
+        PREDICTED + "prefill_equals_the_dense_loop",
+    ),
+    Mutant(
+        "a token sees one that follows it",
+        MODELS + "dropped.py",
+        "num_keys - num_columns + computed + 1)",
+        "num_keys - num_columns + computed + 2)",
+        PREDICTED + "prefill_equals_the_dense_loop",
+    ),
+    Mutant(
+        "keys cut to as many as there are queries",
+        MODELS + "dropped.py",
+        "return Mask(Visible(num_visible, num_padding if is_ragged else None, self._backend), {})",
+        "return Mask(None, {})",
+        PREDICTED + "prefill_equals_the_dense_loop",
+    ),
+    Mutant(
+        "padding seen by queries at any position",
+        MODELS + "dropped.py",
+        "num_padding if is_ragged else None, self._backend",
+        "None, self._backend",
+        PREDICTED + "padded_rows_equal_rows_alone",
+    ),
+    Mutant(
+        "padding seen through a mask by position",
+        MODELS + "masks.py",
+        "(columns < num_visible.unsqueeze(-1)) & is_token.unsqueeze(1)",
+        "(columns < num_visible.unsqueeze(-1))",
+        PREDICTED + "one_masked_attention_equals_the_op",
+    ),
+    Mutant(
+        "padding between chunks seen",
+        MODELS + "dropped.py",
+        "is_contiguous = num_keys == num_columns or not is_ragged",
+        "is_contiguous = True",
+        PREDICTED + "chunks_equal_one_call",
+    ),
+    Mutant(
+        "scores by predicted keys",
+        MODELS + "dropped.py",
+        "        self.computed_keys = key_states\n",
+        "",
+        PREDICTED + "scorers_by_name",
+    ),
+    Mutant(
+        "room of a static layer seen",
+        MODELS + "dropped.py",
+        "return keys[:, :, :num_columns], values[:, :, :num_columns]",
+        "return keys, values",
+        PREDICTED + "a_static_cache_has_room_for_more",
+    ),
+    Mutant(
+        "fewer dropped than a shorter row drops",
+        "sdtp_kernels/schedule.py",
+        "return _min(length, before - after + 1)",
+        "return _min(length, before - after)",
+        PREDICTED + "no_prompt_drops_more_than_the_schedule_says",
+    ),
+    Mutant(
+        "the caller's predictor changed",
+        MODELS + "dropped.py",
+        "copy.deepcopy(linear).to(",
+        "linear.to(",
+        PREDICTED + "bfloat16_has_maps_of_its_own",
+    ),
+    Mutant(
+        "finished blocks with predicted rows counted as kept ones",
+        MODELS + "chunks.py",
+        "kept_stages = 0 if prefill.completed is not None else stage",
+        "kept_stages = stage",
+        PREDICTED + "chunks_equal_one_call",
+    ),
+    Mutant(
+        "a predictor for other layers let through",
+        "sdtp_kernels/kv_predictor.py",
+        "missing = sorted(set(schedule.layers) - set(self.stages))",
+        "missing = []",
+        PREDICTED + "what_does_not_fit_is_refused",
+    ),
+    Mutant(
+        "a predictor with NaN let through",
+        "sdtp_kernels/kv_predictor.py",
+        "if not torch.isfinite(parameter).all():",
+        "if False:",
+        PREDICTED + "what_does_not_fit_is_refused",
+    ),
+    Mutant(
+        "a file's predictor not taken",
+        MODELS + "patch.py",
+        'found = getattr(pruners, "kv_predictor", None) if kv_predictor is None else kv_predictor',
+        "found = kv_predictor",
+        PREDICTED + "pruners_that_bring_a_predictor",
+    ),
+    Mutant(
+        "an unpickled model whose attention was not taught",
+        MODELS + "patched.py",
+        "                teach_sdpa()  # of this process\n",
+        "                pass\n",
+        PREDICTED + "copies_and_pickles_predict",
+    ),
+    Mutant(
+        "attention taught twice",
+        MODELS + "masks.py",
+        'if getattr(known, "takes_visible", False):',
+        "if False:",
+        PREDICTED + "the_attention_of_others_is_left_alone",
+    ),
+    Mutant(
+        "dropout of attention forgotten",
+        MODELS + "masks.py",
+        'if kwargs.get("dropout"):',
+        "if False:",
+        PREDICTED + "dropout_of_attention_is_refused",
+    ),
+    Mutant(
+        "attention that takes no positions let through",
+        MODELS + "checks.py",
+        "if is_predicted and attention not in POSITION_ATTENTIONS:",
+        "if False:",
+        PREDICTED + "attention_without_queries_at_any_position",
+    ),
+    Mutant(
+        "what was left out read by an unpatched model",
+        MODELS + "cache.py",
+        "layer.kept.shape[1] and (layer.is_ragged or layer.kept.shape[1] != layer.prompt_length)",
+        "False",
+        PREDICTED + "a_prompt_that_is_not_whole_yet",
     ),
     # The patch.
     Mutant(

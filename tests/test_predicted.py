@@ -27,8 +27,10 @@ from test_families import (
 )
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
 
-from sdtp_kernels import KVPredictor, PruningSchedule, apply_sdtp
+from sdtp_kernels import KVPredictor, PruningSchedule, apply_sdtp, backends, reference
 from sdtp_kernels.models.compat import CACHE
 
 UNEVEN = PruningSchedule(LAYERS, (0.9, 0.35, 0.61), sink=0, recent=0, min_prompt=20)
@@ -210,9 +212,10 @@ def test_the_cache_is_that_of_a_dense_model():
     assert [layer.get_seq_length() for layer in cache.layers] == [TOKENS - 20] * 5
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_a_static_cache_has_room_for_more():
-    model, ids = model_of("qwen2"), prompt()
+def test_a_static_cache_has_room_for_more(attention):
+    model, ids = random_model("qwen2", attention=attention), prompt()
     dynamic, static = DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=TOKENS + 40)
     with patched(model):
         logits = model(ids, logits_to_keep=1, **{CACHE: dynamic}).logits
@@ -225,12 +228,57 @@ def test_a_static_cache_has_room_for_more():
         )
 
 
-def test_copies_and_pickles_predict():
+def test_copies_and_pickles_predict(monkeypatch):
     model, ids = random_model("qwen2"), prompt()
     with torch.no_grad(), patched(model):
         expected = model(ids).logits
+        # As in another process, whose transformers knows nothing of us yet.
+        monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa_attention_forward)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(other(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_the_attention_of_others_is_left_alone(monkeypatch):
+    """sdpa learns a kind of mask, once, on top of what another tool has put there."""
+    seen = []
+
+    def of_another_tool(module, query, key, value, attention_mask, **kwargs):
+        seen.append(attention_mask)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", of_another_tool)
+    model, ids = random_model("llama"), prompt()
+    dense = model(ids).logits
+    for _ in range(2):
+        with patched(model) as handle:
+            model(ids, logits_to_keep=1)
+            assert handle.report().dropped_kv == "predicted"
+        assert len(seen) == 5 + 1  # the dense pass, and the layer below the first stage
+        seen[5:] = []
+    assert torch.equal(model(ids).logits, dense)
+    assert AttentionInterface._global_mapping["sdpa"].__wrapped__ is of_another_tool
+
+
+@torch.no_grad()
+def test_one_masked_attention_equals_the_op(monkeypatch):
+    """A GPU without Triton takes the mask."""
+    model, batch = model_of("qwen3"), padded_batch()
+    with patched(model) as handle:
+        expected = model(**batch, logits_to_keep=1).logits
+        handle.attends_by_position = False
+        torch.testing.assert_close(model(**batch, logits_to_keep=1).logits, expected, atol=1e-4, rtol=1e-4)
+    with apply_sdtp(model, "recent", GLOBAL, kv_predictor=predictor_of("qwen3")) as handle:
+        assert handle.attends_by_position
+    monkeypatch.setattr(backends.choose("cpu", torch.device("cpu")), "position_attention", reference.position_attention)
+    with apply_sdtp(model, "recent", GLOBAL, kv_predictor=predictor_of("qwen3")) as handle:
+        assert not handle.attends_by_position
+
+
+def test_dropout_of_attention_is_refused():
+    model = random_model("llama", attention_dropout=0.1).train()
+    with patched(model), pytest.raises(NotImplementedError, match=r"model\.eval"):
+        model(prompt(), logits_to_keep=1)
 
 
 def test_bfloat16_has_maps_of_its_own():
@@ -335,6 +383,25 @@ def test_chunks_equal_one_call(family, padded):
                 for row in range(len(got)):
                     one, other = (entries_of_row(layer, batch["attention_mask"], row) for layer in (a, b))
                     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prompt_that_is_not_whole_yet():
+    """What waits at the first stage is missing in later layers: another model must not read such a cache."""
+    model, ids = model_of("llama"), prompt()
+    cache = DynamicCache(config=model.config)
+    with patched(model, BLOCK):
+        model(ids[:, :90], sdtp_prompt_length=TOKENS, **{CACHE: cache})
+        assert [layer.get_seq_length() for layer in cache.layers] == [90] + [64] * 4
+    with pytest.raises(RuntimeError, match="not patched"):
+        model(ids[:, 90:], **{CACHE: cache})
+    with patched(model, BLOCK):
+        model(ids[:, 90:], sdtp_prompt_length=TOKENS, logits_to_keep=1, **{CACHE: cache})
+    assert [layer.get_seq_length() for layer in cache.layers] == [TOKENS] * 5
+    more = prompt(tokens=5, seed=4)
+    with patched(model, BLOCK):
+        expected = model(more, **{CACHE: copy.deepcopy(cache)}).logits
+    torch.testing.assert_close(model(more, **{CACHE: cache}).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @of_both_budgets

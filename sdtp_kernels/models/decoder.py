@@ -140,7 +140,7 @@ def run(
             info.settings.protected.check(info.prompt_length or past + width)
         completed = None
         if handle.kv_predictor is not None:
-            completed = CompletedCache(handle.kv_predictor, cache, handle.backend)
+            completed = CompletedCache(handle.kv_predictor, cache, handle.backend, handle.attends_by_position)
         prefill = Prefill(decoder, handle, cache, chunk, groups, info.settings.protected, earlier, completed)
         is_captured = inputs_embeds.is_cuda and torch.cuda.is_current_stream_capturing()
         if not (torch.compiler.is_compiling() or is_captured):  # a graph has no clock
@@ -170,7 +170,7 @@ def run(
                 written = arriving if held is None else held.kept
                 padding = written >= 0 if prefill.chunk.is_ragged else None
                 if completed is not None and not completed.is_complete:
-                    mask = completed.mask(config, hidden_states, segment.token_index, written)
+                    mask = completed.mask(config, hidden_states, segment.token_index, written, prefill.chunk.is_ragged)
                 else:
                     of_segment = prompt_mask if earlier is None or cache is None else cached_mask
                     mask = of_segment(config, hidden_states, padding, cache, i)

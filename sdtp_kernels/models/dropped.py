@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers.cache_utils import StaticLayer
 
-from .. import ops
-from ..reference import rotate
+from .. import backends, ops, reference
 from .devices import device_of
-from .masks import position_mask
+from .masks import Mask, Visible, position_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from ..kv_predictor import KVPredictor
     from ..schedule import PruningSchedule
     from .chunks import Segment
-    from .masks import Mask
 
 
 def on_layers(predictor: KVPredictor, decoder: Any, schedule: PruningSchedule) -> KVPredictor:
@@ -48,6 +46,18 @@ def _moved(linear: torch.nn.Module, layer: Any, dtype: torch.dtype) -> torch.nn.
     return copy.deepcopy(linear).to(device_of(layer), dtype).requires_grad_(False)
 
 
+def has_position_attention(backend: str, decoder: Any) -> bool:
+    """Whether the op beats one attention with a mask wherever this model has layers.
+
+    The CUDA library has no kernel of its own for it.
+    """
+    devices = {device_of(layer) for layer in decoder.layers}
+    if backend == "reference":
+        return True
+    chosen = [backends.choose(backend, device, decoder.dtype) for device in devices]
+    return all(module.position_attention is not reference.position_attention for module in chosen)
+
+
 class _Dropped(NamedTuple):
     """What one stage has dropped."""
 
@@ -63,8 +73,8 @@ class _Dropped(NamedTuple):
 class CompletedCache:
     """Stands in for the cache in the layers of one prefill: what they compute is completed by what is predicted."""
 
-    def __init__(self, predictor: KVPredictor, cache: Cache | None, backend: str) -> None:
-        self._predictor, self._cache, self._backend = predictor, cache, backend
+    def __init__(self, predictor: KVPredictor, cache: Cache | None, backend: str, by_position: bool) -> None:
+        self._predictor, self._cache, self._backend, self._by_position = predictor, cache, backend, by_position
         self._dropped: list[_Dropped] = []
         self.computed_keys: torch.Tensor | None = None
         """Those that the last layer computed, ``[B, kv_heads, n, d]``, for a stage that scores by them."""
@@ -99,7 +109,12 @@ class CompletedCache:
         self._dropped.append(_Dropped(layer_idx, self._predictor.encode(layer_idx, dropped), (cos, sin), columns))
 
     def mask(
-        self, config: PreTrainedConfig, hidden_states: torch.Tensor, token_index: torch.Tensor, written: torch.Tensor
+        self,
+        config: PreTrainedConfig,
+        hidden_states: torch.Tensor,
+        token_index: torch.Tensor,
+        written: torch.Tensor,
+        is_ragged: bool,
     ) -> Mask:
         """The mask of the tokens that are left, over all keys that their layers hold.
 
@@ -112,9 +127,14 @@ class CompletedCache:
         place = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
         self._source = source.scatter(1, columns + 1, place)[:, 1:].contiguous()  # -1 is padding, which nobody sees
         is_token = written.to(columns.device) >= 0
+        num_padding = (is_token.cumsum(-1) == 0).sum(-1)
+        num_visible = torch.where(token_index < 0, num_padding.unsqueeze(-1), num_keys - num_columns + computed + 1)
+        # Chunks of padded rows have padding between those that are cached and those that come.
+        is_contiguous = num_keys == num_columns or not is_ragged
+        if self._by_position and is_contiguous and config._attn_implementation == "sdpa":
+            return Mask(Visible(num_visible, num_padding if is_ragged else None, self._backend), {})
         # A query that is padding sees the first key: what it computes is finite, and nobody reads it.
-        num_padding = (is_token.cumsum(-1) == 0).sum(-1, keepdim=True)
-        num_visible = torch.where(token_index < 0, num_padding + 1, num_keys - num_columns + computed + 1)
+        num_visible = torch.maximum(num_visible, num_padding.unsqueeze(-1) + 1)
         return position_mask(config, hidden_states.dtype, num_visible, is_token)
 
     def update(
@@ -126,7 +146,7 @@ class CompletedCache:
         all_keys, all_values = [key_states], [value_states]
         for stage, tokens, (cos, sin), _ in self._dropped:
             keys, values = self._predictor(stage, layer_idx, tokens.to(device))
-            all_keys.append(rotate(keys, cos.to(device), sin.to(device)).to(dtype))
+            all_keys.append(reference.rotate(keys, cos.to(device), sin.to(device)).to(dtype))
             all_values.append(values.to(dtype))
         both = [torch.cat(all_keys, dim=2), torch.cat(all_values, dim=2)]
         keys, values = ops.gather_tokens(both, self._source.to(device), backend=self._backend)

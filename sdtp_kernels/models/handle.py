@@ -67,6 +67,8 @@ class SdtpHandle:
         self.schedule, self.scorers, self.backend = schedule, scorers, backend
         self.kv_predictor = kv_predictor
         """Where dropped tokens keep predicted keys and values: its maps, where the layers are."""
+        self.attends_by_position = False
+        """Whether their attention is :func:`~sdtp_kernels.position_attention` rather than one with a mask."""
         self.later_turns, self.evict_earlier_kv = later_turns, evict_earlier_kv
         self.group = group
         """The processes of tensor parallelism; ``None`` for one alone."""
@@ -218,7 +220,15 @@ class SdtpHandle:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("schedule", "scorers", "backend", "later_turns", "evict_earlier_kv", "kv_predictor")
+        names = (
+            "schedule",
+            "scorers",
+            "backend",
+            "later_turns",
+            "evict_earlier_kv",
+            "kv_predictor",
+            "attends_by_position",
+        )
         return {**{name: getattr(self, name) for name in names}, "_is_closed": not self.is_open}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

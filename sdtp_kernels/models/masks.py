@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from .. import ops
 from .cache import is_empty, mask_sizes
 from .compat import take_cache
 
@@ -77,10 +80,54 @@ def cached_mask(
     return Mask(_mask(config, hidden_states, padding_mask, cache, layer_idx), {})
 
 
+class Visible(NamedTuple):
+    """Stands in for an attention mask of queries at any position: see :func:`~sdtp_kernels.position_attention`."""
+
+    num_visible: torch.Tensor
+    """``[B, n]``"""
+    first_visible: torch.Tensor | None
+    """``[B]``; ``None`` where no row is padded."""
+    backend: str
+
+
+def teach_sdpa() -> None:
+    """Make transformers' ``sdpa`` take :class:`Visible` for a mask. Everything else goes to what was there before.
+
+    Not by an attention of another name, which the config would have to be changed for during a call. A function that
+    has not been taught fails on such a mask: it would cut the keys to as many as there are queries if there were none.
+    """
+    known = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if getattr(known, "takes_visible", False):
+        return
+
+    @functools.wraps(known)
+    def sdpa(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if not isinstance(attention_mask, Visible):
+            return known(module, query, key, value, attention_mask, *args, **kwargs)
+        if kwargs.get("dropout"):
+            raise NotImplementedError("attention_dropout with dropped_kv='predicted': call model.eval() first")
+        num_visible, first_visible, backend = attention_mask
+        attended = ops.position_attention(
+            query, key, value, num_visible, first_visible, scale=kwargs.get("scaling"), backend=backend
+        )
+        return attended.transpose(1, 2).contiguous(), None
+
+    sdpa.takes_visible = True  # type: ignore[attr-defined]
+    AttentionInterface.register("sdpa", sdpa)
+
+
 def position_mask(
     config: PreTrainedConfig, dtype: torch.dtype, num_visible: torch.Tensor, is_token: torch.Tensor
 ) -> Mask:
-    """The mask of queries at any position.
+    """The mask of queries at any position, for attention that takes no :class:`Visible`.
 
     Parameters
     ----------

@@ -10,9 +10,10 @@ from ..schedule import PruningSchedule
 from . import compat, proof
 from .checks import check_layers, check_model, check_predicted
 from .devices import device_of
-from .dropped import on_layers
+from .dropped import has_position_attention, on_layers
 from .family import FAMILIES, Family, find_family
 from .handle import SdtpHandle
+from .masks import teach_sdpa
 from .patched import PruningCausalLM, PruningDecoder, exchange, handle_of
 from .scoring import resolve_pruners
 
@@ -76,6 +77,9 @@ def patch(
         check_predicted(kv_predictor, config, schedule, evict_earlier_kv, group)
         kv_predictor = on_layers(kv_predictor, decoder, schedule)
     handle = SdtpHandle(schedule, scorers, backend, later_turns, evict_earlier_kv, kv_predictor, group)
+    if kv_predictor is not None:
+        handle.attends_by_position = has_position_attention(backend, decoder)
+        teach_sdpa()
     exchange(decoder, PruningDecoder, handle)
     if model is not decoder:
         exchange(model, PruningCausalLM, handle)

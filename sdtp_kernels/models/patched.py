@@ -19,7 +19,7 @@ from . import compat
 from .call import Call, CallInfo
 from .checks import check_takes_chunks
 from .decoder import classify, run
-from .masks import masks_for_generate
+from .masks import masks_for_generate, teach_sdpa
 from .settings import SETTINGS, make_settings
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class _Patched:
         if handle is None:
             _restore(self)
         else:
+            if handle.kv_predictor is not None:
+                teach_sdpa()  # of this process
             handle.attach(self, _restore)  # type: ignore[arg-type]
 
 
