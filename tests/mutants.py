@@ -1675,7 +1675,7 @@ MUTANTS = [
     # Files.
     Mutant(
         "two logits folded the wrong way",
-        "sdtp_kernels/pruner.py",
+        "sdtp_kernels/pruner_file.py",
         "state[name][0] - state[name][1]",
         "state[name][1] - state[name][0]",
         "test_pruner.py",

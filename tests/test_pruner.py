@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdtp_kernels import TokenPruner, load_pruners, save_pruners, score_tokens
-from sdtp_kernels.pruner import FORMAT_VERSION
+from sdtp_kernels.pruner_file import FORMAT_VERSION
 
 
 class Config:
