@@ -3,6 +3,9 @@
 A safetensors file with ``layers.<l>.{w1,b1,w2,b2}`` and one metadata entry ``sdtp``, a JSON header. Files with two
 output logits (``w2 [2, H]``, ``b2 [2]``, the form of the paper) are folded on load into the one-logit form that the ops
 take.
+
+From version 2 on a file may also hold the model's KV predictor: its parameters as ``kv.<name>``, all of one dtype, and
+its sizes in the header. A file without one is of version 1.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .kv_predictor import KVPredictor
 from .pruner import TokenPruner, check_finite
 from .schedule import PruningSchedule
 
@@ -22,7 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FORMAT = "sdtp-pruners"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read. What is written says the oldest that has what the file holds."""
+
+KV_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -46,21 +53,30 @@ class PrunerHeader:
     averaging: bool = False
     schedule: dict[str, Any] | None = None
     """Arguments of the :class:`PruningSchedule` that the pruners are meant for; None where the file has none."""
+    kv_predictor: dict[str, Any] | None = None
+    """Arguments of the :class:`KVPredictor` besides `hidden_size`, and its dtype; None where the file has none."""
 
 
 class PrunerStack(dict[int, TokenPruner]):
-    """The pruners of one model by decoder layer, with the header of the file they come from.
+    """The pruners of one model by decoder layer, with what else is in the file they come from.
+
+    Attributes
+    ----------
+    header : PrunerHeader
+    kv_predictor : KVPredictor or None
 
     Examples
     --------
     >>> stack = PrunerStack({4: TokenPruner(64)}, PrunerHeader(64, [4], rms_norm=True, rms_eps=1e-6))
-    >>> sorted(stack), stack.header.hidden_size, stack.schedule
-    ([4], 64, None)
+    >>> sorted(stack), stack.header.hidden_size, stack.schedule, stack.kv_predictor
+    ([4], 64, None, None)
     """
 
-    def __init__(self, pruners: Mapping[int, TokenPruner], header: PrunerHeader) -> None:
+    def __init__(
+        self, pruners: Mapping[int, TokenPruner], header: PrunerHeader, kv_predictor: KVPredictor | None = None
+    ) -> None:
         super().__init__(pruners)
-        self.header = header
+        self.header, self.kv_predictor = header, kv_predictor
 
     @property
     def schedule(self) -> PruningSchedule | None:
@@ -75,6 +91,7 @@ def save_pruners(
     config: Any = None,
     training: Mapping[str, Any] | None = None,
     schedule: PruningSchedule | None = None,
+    kv_predictor: KVPredictor | None = None,
 ) -> None:
     """Write the pruners of one model to one file.
 
@@ -90,11 +107,14 @@ def save_pruners(
         Facts of the training, JSON-serialisable.
     schedule : PruningSchedule, optional
         What the pruners are meant for: the default of ``apply_sdtp(model, load_pruners(path))``.
+    kv_predictor : KVPredictor, optional
+        Of the same model, stored in the dtype that it has. Taken from ``pruners.kv_predictor`` where that exists.
 
     Raises
     ------
     ValueError
-        If the mapping is empty, a weight is NaN or infinite, or the pruners disagree on size or normalisation.
+        If the mapping is empty, a weight is NaN or infinite, the pruners disagree on size or normalisation, or the KV
+        predictor has other sizes than they or more than one dtype.
 
     Examples
     --------
@@ -112,6 +132,7 @@ def save_pruners(
         raise ValueError(f"pruners of one file share ({', '.join(names)}), got {sorted(shared)}")
     check_finite(pruners)
     known = getattr(pruners, "header", None)
+    kv_predictor = kv_predictor if kv_predictor is not None else getattr(pruners, "kv_predictor", None)
     header = PrunerHeader(
         **dict(zip(names, shared.pop(), strict=True)),
         layers=sorted(pruners),
@@ -119,14 +140,20 @@ def save_pruners(
         num_hidden_layers=config.num_hidden_layers if config is not None else getattr(known, "num_hidden_layers", None),
         training=dict(training) if training is not None else getattr(known, "training", {}),
         schedule=asdict(schedule) if schedule is not None else getattr(known, "schedule", None),
+        kv_predictor=_describe(kv_predictor) if kv_predictor is not None else None,
     )
+    if kv_predictor is not None:
+        _check_fit(kv_predictor, header)
+    modules = {f"layers.{layer}": pruner for layer, pruner in pruners.items()}
     tensors = {
-        f"layers.{layer}.{name}": parameter.detach().cpu().contiguous()
-        for layer, pruner in pruners.items()
-        for name, parameter in pruner.named_parameters()
+        f"{prefix}.{name}": parameter.detach().cpu().contiguous()
+        for prefix, module in {**modules, **({"kv": kv_predictor} if kv_predictor is not None else {})}.items()
+        for name, parameter in module.named_parameters()
     }
-    facts = {name: value for name, value in asdict(header).items() if (name, value) != ("schedule", None)}
-    metadata = {"sdtp": json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **facts})}
+    absent = {name for name in ("schedule", "kv_predictor") if getattr(header, name) is None}
+    facts = {name: value for name, value in asdict(header).items() if name not in absent}
+    version = 1 if kv_predictor is None else 2
+    metadata = {"sdtp": json.dumps({"format": FORMAT, "format_version": version, **facts})}
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
@@ -142,7 +169,8 @@ def load_pruners(path: str | os.PathLike[str]) -> PrunerStack:
     Returns
     -------
     PrunerStack
-        Mapping of decoder layer to :class:`TokenPruner` (float32, on the CPU), with the file's header.
+        Mapping of decoder layer to :class:`TokenPruner` (float32, on the CPU), with the file's header and KV predictor
+        (in the dtype of the file).
 
     Raises
     ------
@@ -200,10 +228,65 @@ def load_pruners(path: str | os.PathLike[str]) -> PrunerStack:
                 )
         pruner.load_state_dict(state)
         pruners[layer] = pruner
+    kv_predictor = _take_kv_predictor(path, header, tensors)
     if tensors:
         raise ValueError(f"{path}: tensors that the header does not list: {', '.join(sorted(tensors))}")
     check_finite(pruners)
-    return PrunerStack(pruners, header)
+    return PrunerStack(pruners, header, kv_predictor)
+
+
+def _describe(predictor: KVPredictor) -> dict[str, Any]:
+    """The header's entry."""
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in predictor.parameters()})
+    if len(dtypes) > 1 or dtypes[0] not in KV_DTYPES:
+        raise ValueError(f"KV predictor: weights in {', '.join(dtypes)}, expected all in one of {', '.join(KV_DTYPES)}")
+    predictor.check_finite()
+    names = ("num_key_value_heads", "head_dim", "num_hidden_layers", "stages", "rank", "rms_eps")
+    return {**{name: getattr(predictor, name) for name in names}, "dtype": dtypes[0]}
+
+
+def _check_fit(predictor: KVPredictor, header: PrunerHeader) -> None:
+    for name in ("hidden_size", "num_hidden_layers"):
+        ours, theirs = getattr(predictor, name), getattr(header, name)
+        if theirs is not None and ours != theirs:
+            raise ValueError(
+                f"the KV predictor was made for {name}={ours}, the pruners for {theirs}: one file holds those of one "
+                "model"
+            )
+
+
+def _take_kv_predictor(
+    path: str | os.PathLike[str], header: PrunerHeader, tensors: dict[str, torch.Tensor]
+) -> KVPredictor | None:
+    """The KV predictor that the header describes, its tensors removed from `tensors`."""
+    if header.kv_predictor is None:
+        return None
+    try:
+        sizes = dict(header.kv_predictor)
+        dtype = sizes.pop("dtype")
+        if dtype not in KV_DTYPES:
+            raise ValueError(f"dtype {dtype!r}, expected one of {', '.join(KV_DTYPES)}")
+        with torch.device("meta"):
+            predictor = KVPredictor(header.hidden_size, **sizes)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: malformed header (kv_predictor: {error})") from None
+    try:
+        _check_fit(predictor, header)
+        state = {}
+        for name, wanted in predictor.state_dict().items():
+            if f"kv.{name}" not in tensors:
+                raise ValueError(f"the header describes a KV predictor, but kv.{name} is missing")
+            state[name] = tensor = tensors.pop(f"kv.{name}")
+            if (tensor.shape, tensor.dtype) != (wanted.shape, getattr(torch, dtype)):
+                raise ValueError(
+                    f"kv.{name} is {tensor.dtype} {list(tensor.shape)}, expected torch.{dtype} {list(wanted.shape)} by "
+                    "the header"
+                )
+        predictor.load_state_dict(state, assign=True)
+        predictor.check_finite()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return predictor
 
 
 def _parse_header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> PrunerHeader:
