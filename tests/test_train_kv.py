@@ -311,12 +311,22 @@ def test_statistics_can_be_added_later(place, whole, tmp_path):
     assert contents(out) == contents(whole)
 
 
-def test_a_shard_that_is_computed_again_is_not_counted_again(place, whole, tmp_path):
-    out = tmp_path / "out"
-    mark(place, out, **WITH_KV)
-    shards.shard_path(out, 1).unlink()
-    mark(place, out, **WITH_KV)
-    assert contents(out) == contents(whole)
+def test_a_shard_that_is_computed_again_is_not_counted_again(place, whole, tmp_path, monkeypatch):
+    out, save = tmp_path / "out", kv.Recorder.save
+
+    def stopping(self, shard):
+        save(self, shard)
+        if shard == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv.Recorder, "save", stopping)
+        with pytest.raises(Killed):
+            mark(place, out, **WITH_KV)
+    for _ in ("unfinished", "finished"):
+        shards.shard_path(out, 1).unlink()
+        mark(place, out, **WITH_KV)
+        assert contents(out) == contents(whole)
 
 
 @pytest.fixture
