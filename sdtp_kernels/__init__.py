@@ -17,7 +17,8 @@ try:
         select_tokens,
         window_attention,
     )
-    from .pruner import PrunerStack, TokenPruner, load_pruners, save_pruners
+    from .pruner import TokenPruner
+    from .pruner_file import PrunerStack, load_pruners, save_pruners
     from .schedule import PruningSchedule, StagePlan, front_loaded
 except (ImportError, OSError) as error:
     # Without a torch that loads nothing above can work, but `sdtp doctor` must be able to say so.

@@ -136,6 +136,10 @@ class KVPredictor(nn.Module):
                 f"the schedule prunes at layers {missing}, for which the KV predictor has no maps; it has them for "
                 f"{list(self.stages)}: prune there, or pass dropped_kv='none'"
             )
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinite weights, by name."""
         for name, parameter in self.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise ValueError(f"KV predictor: {name} has NaN or infinite weights; train or load it again")

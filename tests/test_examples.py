@@ -7,7 +7,7 @@ import torch
 from conftest import make_qwen2
 
 import sdtp_kernels
-from sdtp_kernels.pruner import PrunerHeader
+from sdtp_kernels.pruner_file import PrunerHeader
 
 WITHOUT = {"BackendStatus", "BackendUnavailableError", "PrefillReport", "PromptScores", "PrunedTokens", "StagePlan"}
 """Results and errors: the functions that give them have the examples."""

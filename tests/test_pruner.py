@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdtp_kernels import TokenPruner, load_pruners, save_pruners, score_tokens
-from sdtp_kernels.pruner import FORMAT_VERSION
+from sdtp_kernels import KVPredictor, PruningSchedule, TokenPruner, load_pruners, save_pruners, score_tokens
+from sdtp_kernels.pruner_file import FORMAT_VERSION
 
 
 class Config:
@@ -24,12 +24,26 @@ def path(tmp_path):
     return path
 
 
-def rewrite(path, header=None, **changes):
-    """Write the file again with some tensors replaced (or, where None, left out) and some header fields changed."""
+def make_predictor(rank=None, dtype=torch.bfloat16, hidden_size=24):
+    return KVPredictor(hidden_size, 2, 6, num_hidden_layers=12, stages=(4, 7), rank=rank).to(dtype)
+
+
+@pytest.fixture
+def path_with_kv(path):
+    save_pruners(load_pruners(path), path, kv_predictor=make_predictor(rank=5))
+    return path
+
+
+def read_header(path):
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        metadata = json.loads(file.metadata()["sdtp"])
+        return json.loads(file.metadata()["sdtp"])
+
+
+def rewrite(path, header=None, **changes):
+    """Write the file again with some tensors replaced (or, where None, left out) and some header fields changed."""
+    metadata = read_header(path)
     tensors = {**load_file(path), **changes}
     save_file(
         {k: v for k, v in tensors.items() if v is not None}, path, {"sdtp": json.dumps({**metadata, **(header or {})})}
@@ -54,6 +68,48 @@ def test_round_trip(path):
     again = path.with_name("again.safetensors")
     save_pruners(stack, again)
     assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [None, 5])
+def test_a_kv_predictor_comes_back_as_it_was(path, rank, dtype):
+    predictor = make_predictor(rank, dtype)
+    save_pruners(load_pruners(path), path, kv_predictor=predictor)
+    assert read_header(path)["format_version"] == 2
+    stack = load_pruners(path)
+    assert sorted(stack) == [4, 7]
+    assert (stack.kv_predictor.stages, stack.kv_predictor.rank, stack.kv_predictor.rms_eps) == ((4, 7), rank, 1e-6)
+    assert stack.kv_predictor.state_dict().keys() == predictor.state_dict().keys()
+    for name, tensor in predictor.state_dict().items():
+        found = stack.kv_predictor.state_dict()[name]
+        assert found.dtype == dtype
+        assert torch.equal(found, tensor)
+    tokens = stack.kv_predictor.encode(4, torch.randn(1, 3, 24))
+    assert stack.kv_predictor(4, 11, tokens)[0].shape == (1, 2, 3, 6)
+
+
+def test_a_loaded_stack_keeps_its_kv_predictor(path_with_kv):
+    again = path_with_kv.with_name("again.safetensors")
+    save_pruners(load_pruners(path_with_kv), again, schedule=PruningSchedule((4, 7), 0.8))
+    assert torch.equal(
+        load_pruners(again).kv_predictor.up["4:9"].weight, load_pruners(path_with_kv).kv_predictor.up["4:9"].weight
+    )
+    save_pruners(dict(load_pruners(path_with_kv)), again)
+    assert load_pruners(again).kv_predictor is None
+
+
+def test_a_file_without_a_kv_predictor_is_of_version_1(path, tmp_path):
+    """Older readers take it: the files that ship were written before there was a version 2."""
+    assert load_pruners(path).kv_predictor is None
+    assert read_header(path).keys() == {
+        "format", "format_version", "hidden_size", "layers", "rms_norm", "rms_eps", "model_type", "num_hidden_layers",
+        "training", "distance", "attention", "pooling", "averaging",
+    }  # fmt: skip
+    assert read_header(path)["format_version"] == 1
+    checkpoints = pytest.importorskip("sdtp_eval.checkpoints", reason="python/ is not installed")
+    for shipped in checkpoints.bundled_pruners().values():
+        save_pruners(load_pruners(shipped), tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == shipped.read_bytes()
 
 
 def test_score_bias():
@@ -108,6 +164,47 @@ def test_files_that_do_not_fit(path, header, changes, message):
         load_pruners(path)
 
 
+def entry(**changes):
+    sizes = {"num_key_value_heads": 2, "head_dim": 6, "num_hidden_layers": 12, "stages": [4, 7], "rank": 5}
+    return {"kv_predictor": {**sizes, "rms_eps": 1e-6, "dtype": "bfloat16", **changes}}
+
+
+@pytest.mark.parametrize(
+    ("header", "changes", "message"),
+    [
+        ({"kv_predictor": None}, {}, "tensors that the header does not list: kv.down"),
+        ({"kv_predictor": "yes"}, {}, r"malformed header \(kv_predictor: "),
+        ({"kv_predictor": {"rank": 5}}, {}, "malformed header .kv_predictor: 'dtype'"),
+        (entry(ranks=5), {}, "malformed header .kv_predictor: .*'ranks'"),
+        (entry(dtype="int8"), {}, "malformed header .kv_predictor: dtype 'int8', expected one of float32, bfloat16"),
+        (entry(stages=[7, 4]), {}, "malformed header .kv_predictor: stages=.* expected ascending layers"),
+        (entry(head_dim=-6), {}, "malformed header .kv_predictor: "),
+        (entry(num_hidden_layers=13), {}, "made for num_hidden_layers=13, the pruners for 12"),
+        (entry(stages=[4, 6, 7]), {}, r"describes a KV predictor, but kv\.down\.6\.weight is missing"),
+        (entry(stages=[4]), {}, r"does not list: kv\.down\.7\.weight"),
+        (
+            entry(rank=None),
+            {},
+            r"kv\.up\.4:4\.weight is torch.bfloat16 \[24, 5\], expected .* \[24, 24\] by the header",
+        ),
+        (entry(rank=6), {}, r"kv\.down\.4\.weight is torch.bfloat16 \[5, 24\], expected torch.bfloat16 \[6, 24\]"),
+        (entry(dtype="float32"), {}, r"kv\.down\.4\.weight is torch.bfloat16 .* expected torch.float32"),
+        ({}, {"kv.up.7:9.bias": None}, r"kv\.up\.7:9\.bias is missing"),
+        ({}, {"kv.up.8:9.bias": torch.ones(24)}, r"does not list: kv\.up\.8:9\.bias"),
+        (
+            {},
+            {"kv.up.7:9.bias": torch.full((24,), torch.nan, dtype=torch.bfloat16)},
+            "KV predictor: up.7:9.bias has NaN or infinite weights; train or load it again",
+        ),
+    ],
+)
+def test_kv_predictors_that_do_not_fit(path_with_kv, header, changes, message):
+    rewrite(path_with_kv, header, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        load_pruners(path_with_kv)
+    assert str(path_with_kv) in str(error.value)
+
+
 @pytest.mark.parametrize("keep", [0, 7, 60, 300])
 def test_truncated_files(path, keep):
     path.write_bytes(path.read_bytes()[:keep])
@@ -136,4 +233,20 @@ def test_refused_saves_write_nothing(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             save_pruners(pruners, tmp_path / "x")
+    mixed, broken = make_predictor(), make_predictor()
+    mixed.up["4:5"].float()
+    broken.up["4:5"].bias.data[3] = torch.inf
+    for predictor, config, message in (
+        (make_predictor(hidden_size=32), None, "made for hidden_size=32, the pruners for 24: one file holds"),
+        (make_predictor().double(), None, "weights in float64, expected all in one of float32"),
+        (mixed, None, "weights in bfloat16, float32, expected all in one of"),
+        (broken, None, "up.4:5.bias has NaN or infinite"),
+        (
+            make_predictor(),
+            type("Other", (Config,), {"num_hidden_layers": 13}),
+            "num_hidden_layers=12, the pruners for 13",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_pruners({4: TokenPruner(24)}, tmp_path / "x", config=config, kv_predictor=predictor)
     assert not list(tmp_path.iterdir())

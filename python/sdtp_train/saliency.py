@@ -10,14 +10,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtp_train import shards
-from sdtp_train.data import PYTHON, Sample, build_samples
+from sdtp_train import kv, shards
+from sdtp_train.data import PYTHON, build_samples
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Sequence
 
     import torch
+
+    from sdtp_train.targets import DensePass
 
 DTYPES = ("float32", "bfloat16")
 DEFAULT_TARGET = "future_attention"
@@ -52,6 +54,9 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides every choice (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
     parser.add_argument("--hidden-dtype", choices=DTYPES, default="bfloat16", help="of what is kept (%(default)s)")
+    parser.add_argument(
+        "--kv-statistics", action="store_true", help="also add up what 'sdtp train --kv-rank' makes a KV predictor from"
+    )
     parser.add_argument("--shard-size", type=int, default=16, help="prompts in a shard (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.set_defaults(run=run)
@@ -72,7 +77,8 @@ def mark(args: argparse.Namespace) -> None:
     """Compute what is missing in ``args.out``.
 
     Each sample is run alone, so the bytes of a shard depend neither on the other shards nor on how many processes there
-    are, nor on whether the run was interrupted.
+    are, nor on whether the run was interrupted. KV statistics are sums over all samples: several processes add them up
+    in another order than one, so the last bits may differ.
 
     Raises
     ------
@@ -88,7 +94,7 @@ def mark(args: argparse.Namespace) -> None:
     from sdtp_eval.parallel import join_workers
     from sdtp_kernels import PruningSchedule
     from sdtp_train.checkpoint import load_frozen
-    from sdtp_train.targets import check_names
+    from sdtp_train.targets import check_names, dense_pass, need_graph
 
     check_names(args.targets)
     if args.shard_size < 1:
@@ -126,36 +132,49 @@ def mark(args: argparse.Namespace) -> None:
     mine = list(enumerate(starts))[workers.index :: workers.number]
     # All that is there is checked before anything is added.
     slices = {i: slice(start, start + args.shard_size) for i, start in mine}
-    missing = [i for i, part in slices.items() if not shards.is_done(folder, i, infos[part], run_id)]
-    total = sum(len(samples[slices[i]]) for i in missing)
+    missing = {i for i, part in slices.items() if not shards.is_done(folder, i, infos[part], run_id)}
+    recorder, uncounted = None, set[int]()
+    if args.kv_statistics:
+        recorder = kv.Recorder(folder, run_id, workers.index, kv.Statistics(model.config, layers, workers.device))
+        uncounted = set(slices) - recorder.counted
+    todo = sorted(missing | uncounted)
+    graph_from = layers[0] if need_graph(settings["targets"]) else None
+    total = sum(len(samples[slices[i]]) for i in todo)
     with _deterministic(), tqdm(total=total, unit="prompt", disable=workers.index > 0) as progress:
-        for i in missing:
+        for i in todo:
             found = []
             for sample in samples[slices[i]]:
-                found.append(_mark_sample(model, sample, layers, settings["targets"], args.hidden_dtype))
+                dense = dense_pass(model, sample.context, sample.continuation, graph_from)
+                try:
+                    if i in missing:
+                        found.append(_mark_sample(model, dense, layers, settings["targets"], args.hidden_dtype))
+                    if recorder and i in uncounted:
+                        recorder.statistics.add(dense, sample.is_validation)
+                except ValueError as error:
+                    raise ValueError(f"sample {sample.id} of {sample.source}: {error}") from None
                 progress.update()
-            shards.write_shard(folder, i, shards.join_samples(found), infos[slices[i]], run_id)
+            if i in missing:
+                shards.write_shard(folder, i, shards.join_samples(found), infos[slices[i]], run_id)
+            if recorder and i in uncounted:
+                recorder.save(i)
     workers.wait()
     if workers.index == 0:
         shards.finish(folder, len(starts))
+        if recorder:
+            kv.finish(folder, run_id, len(starts))
         num_validation = sum(info.is_validation for info in infos)
         print(f"{folder}: {len(infos) - num_validation} prompts for training, {num_validation} held out")
 
 
 def _mark_sample(
-    model: Any, sample: Sample, layers: Sequence[int], targets: Sequence[str], hidden_dtype: str
+    model: Any, dense: DensePass, layers: Sequence[int], targets: Sequence[str], hidden_dtype: str
 ) -> dict[str, torch.Tensor]:
     """Everything that a shard holds of one sample."""
     import torch
 
-    from sdtp_train.targets import compute_targets, dense_pass, last_window_attention, need_graph
+    from sdtp_train.targets import compute_targets, last_window_attention
 
-    graph_from = layers[0] if need_graph(targets) else None
-    dense = dense_pass(model, sample.context, sample.continuation, graph_from)
-    try:
-        found = compute_targets(dense, model.lm_head, layers, targets)
-    except ValueError as error:
-        raise ValueError(f"sample {sample.id} of {sample.source}: {error}") from None
+    found = compute_targets(dense, model.lm_head, layers, targets)
     tensors = {"token_ids": dense.input_ids[0]}
     for stage, layer in enumerate(layers):
         hidden_states = dense.layer_inputs[layer][0, : dense.num_context]

@@ -119,14 +119,18 @@ def write_shard(
     run : str
         :func:`run_id` of the manifest, so that a shard of another run is recognised.
     """
+    write_tensors(shard_path(folder, index), tensors, {"format": FORMAT, "run": run, "samples": samples})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+    """Write a safetensors file whole or not at all, with a hash of its content in the header."""
     from safetensors.torch import save_file
 
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     # One entry: safetensors writes several in random order.
-    header = {"format": FORMAT, "run": run, "samples": samples, "content": _content_hash(content)}
-    path = shard_path(folder, index)
+    metadata = {"sdtp": json.dumps({**header, "content": _content_hash(content)})}
     draft = _draft_of(path)  # a killed run leaves at most this one, and the next one replaces it
-    save_file(content, draft, {"sdtp": json.dumps(header)})
+    save_file(content, draft, metadata)
     with draft.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(draft, path)
@@ -143,12 +147,11 @@ def is_done(folder: Path, index: int, samples: Sequence[SampleInfo], run: str) -
     path = shard_path(folder, index)
     if not path.exists():
         return False
-    tensors, header = _read_shard(path)
+    header = read_header(path)
     if header.get("run") != run:
         raise SaliencyError(f"{path} belongs to another run: remove it to have it computed again")
     _check_samples(path, header, samples)
-    if header["content"] != _content_hash(tensors):
-        raise SaliencyError(f"{path} is damaged (its content hash differs): remove it to have it computed again")
+    read_tensors(path)
     return True
 
 
@@ -206,7 +209,7 @@ class Saliency:
                     f"{path} is damaged (its SHA-256 is not that of {MANIFEST}): remove it and run 'sdtp saliency' "
                     "with the same settings"
                 )
-            _check_samples(path, _read_header(path), expected)
+            _check_samples(path, read_header(path), expected)
             contexts = itertools.accumulate((s.num_context for s in expected), initial=0)
             tokens = itertools.accumulate((s.num_context + s.num_continuation for s in expected), initial=0)
             self._places += [(path, a, b) for a, b, _ in zip(contexts, tokens, expected, strict=False)]
@@ -277,18 +280,29 @@ def _draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.draft")
 
 
-def _read_shard(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What :func:`write_tensors` wrote, checked against the hash.
+
+    Raises
+    ------
+    SaliencyError
+        If it is damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    header = _read_header(path)
+    header = read_header(path)
     try:
-        return load_file(path), header
+        tensors = load_file(path)
     except SafetensorError as error:
         raise SaliencyError(f"{path} is damaged ({error}): remove it to have it computed again") from None
+    if header["content"] != _content_hash(tensors):
+        raise SaliencyError(f"{path} is damaged (its content hash differs): remove it to have it computed again")
+    return tensors
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of such a file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdtp_train import shards
+from sdtp_train import kv, shards
 from sdtp_train.shards import Marked, Saliency
 
 if TYPE_CHECKING:
@@ -89,7 +89,12 @@ def add_command(subparsers: Any) -> None:
         "--no-averaging", action="store_false", dest="averaging",
         help="rank by the MLP of a stage alone, not by the mean over the stages so far",
     )  # fmt: skip
-    parser.add_argument("--init", metavar="FILE", help="begin with these pruners")
+    parser.add_argument("--init", metavar="FILE", help="begin with these pruners; their KV predictor is kept")
+    parser.add_argument(
+        "--kv-rank", metavar="N|full",
+        help="also make a KV predictor, with a bottleneck of this width or full matrices; needs 'sdtp saliency "
+        "--kv-statistics'",
+    )  # fmt: skip
     parser.add_argument(
         "--keep", nargs="+", type=float, default=[0.9, 0.8], help="keep ratios of lm and kl, drawn at random (0.9 0.8)"
     )
@@ -237,7 +242,7 @@ def train(args: argparse.Namespace) -> None:
     """
     from sdtp_eval.checkpoints import identify
     from sdtp_eval.parallel import join_workers
-    from sdtp_kernels import PruningSchedule, save_pruners
+    from sdtp_kernels import PruningSchedule, load_pruners, save_pruners
     from sdtp_train.checkpoint import load_frozen
 
     weights = _parse_losses(args.loss)
@@ -268,6 +273,16 @@ def train(args: argparse.Namespace) -> None:
         model if {"lm", "kl"} & set(weights) else None,
     )
     del model
+    statistics, kv_predictor, kv_facts = None, None, None
+    if args.kv_rank:
+        kv_rank = kv.parse_rank(args.kv_rank, config.hidden_size)
+        if workers.index == 0:
+            statistics = kv.load_statistics(saliency, config)
+    elif args.init:
+        known = load_pruners(args.init)
+        kv_predictor, kv_facts = known.kv_predictor, known.header.training.get("kv_predictor")
+        if kv_predictor is not None:
+            kv_predictor.check(config, objective.schedules[0])
     settings = {
         **{name: value for name, value in vars(args).items() if name not in ("run", "command", "resume", "device")},
         "out": out.name,
@@ -290,7 +305,12 @@ def train(args: argparse.Namespace) -> None:
             "steps": history[-1]["step"],
             "versions": _versions(),
         }
-        save_pruners(pruners, out, config=config, training=facts)
+        if statistics is not None:
+            kv_predictor, kv_facts = kv.make_predictor(statistics, kv_rank, workers.device)
+            print(kv.summary(kv_predictor, kv_facts))
+        if kv_predictor is not None:
+            facts["kv_predictor"] = kv_facts
+        save_pruners(pruners, out, config=config, training=facts, kv_predictor=kv_predictor)
         _draw_curves(history, out.with_name(f"{out.name}.png"))
         _state_path(out).unlink(missing_ok=True)
         correlation = best["validation"]["spearman"]

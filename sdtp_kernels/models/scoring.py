@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..pruner import FARTHEST, PrunerStack, PrunerWeights, TokenPruner, check_finite
+from ..pruner import FARTHEST, PrunerWeights, TokenPruner, check_finite
+from ..pruner_file import PrunerStack
 from ..scorers import (
     ATTENTION_POOLING,
     ATTENTION_WINDOW,
