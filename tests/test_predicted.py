@@ -284,7 +284,7 @@ def test_dropout_of_attention_is_refused():
 def test_bfloat16_has_maps_of_its_own():
     """The predictor that was passed stays as it was."""
     model, ids = model_of("qwen3", torch.bfloat16), prompt()
-    predictor = predictor_of("qwen3")
+    predictor = predictor_of("qwen3", None)  # the very one that `patched` passes
     with torch.no_grad():
         with patched(model_of("qwen3")) as handle:
             expected, kept = model_of("qwen3")(ids, logits_to_keep=1).logits, handle.report().kept
