@@ -79,7 +79,7 @@ def test_what_is_freed_serves_nobody_unseen(monkeypatch):
         return subprocess.CompletedProcess([], 0, json.dumps([{"peak_bytes": n} for n in (1, 2, 3)]), "")
 
     monkeypatch.setattr(processes, "run_module", run_module)
-    options = ("model", "method", "block_size", "device", "backend", "text")
+    options = ("model", "method", "block_size", "device", "backend", "text", "kv_predictor")
     args = argparse.Namespace(**dict.fromkeys(options))
     ways = [prompts.Way(keep, "global") for keep in (0.9, 0.8)]
     pair = Pair(None, torch.zeros(1, 600), None, None)
@@ -95,7 +95,7 @@ def test_a_prompt_far_beyond_the_limit_ends_at_it(tmp_path, address_space, fits)
     # Tensors of 128 MiB: more than any of glibc's arenas, of 64, has reserved unused.
     save_byte_model(tmp_path, num_hidden_layers=5, hidden_size=32, intermediate_size=8192)
     args = argparse.Namespace(
-        model=str(tmp_path), method="recent", block_size=512, device="cpu", backend="auto", text=None
+        model=str(tmp_path), method="recent", block_size=512, device="cpu", backend="auto", text=None, kv_predictor=None
     )
     measured = memory.measure(args, "float32", 4096, [None], address_space)
     assert (measured is not None) == fits

@@ -141,7 +141,7 @@ def prefill_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, A
 def whole_prompts(setting: Setting) -> list[torch.Tensor]:
     """Logits of the patched model where it keeps every token, by budget; they have to be those of the dense one."""
     found = []
-    for pair in {way.budget: pair for way, pair in setting.pairs.items()}.values():
+    for pair in {(way.budget, way.dropped_kv): pair for way, pair in setting.pairs.items()}.values():
         with pair.patched(keep_ratio=KEEP_ALL):
             found.append(pair.prefill().logits)
     return found
@@ -162,7 +162,7 @@ def gate(setting: Setting) -> dict[Way | None, int]:
     """
     output = setting.dense.prefill()
     kv_bytes: dict[Way | None, int] = {None: cache_bytes(cache_of(output))}
-    for pair in {way.budget: pair for way, pair in setting.pairs.items()}.values():
+    for pair in {(way.budget, way.dropped_kv): pair for way, pair in setting.pairs.items()}.values():
         pair.check_keeping_all(output.logits, KEEP_ALL)
     for way, pair in setting.pairs.items():
         kv_bytes[way] = cache_bytes(cache_of(pair.check_kept()[1]))
@@ -183,6 +183,7 @@ def common(
         "tokens": pair.tokens,
         "keep": way.keep,
         "budget": way.budget,
+        "dropped_kv": way.dropped_kv,
         "block_size": pair.schedule.block_size if way.budget == "block" else None,
         "dtype": setting.dtype,
         "method": setting.method,
@@ -236,7 +237,7 @@ def decode_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, An
         for way in in_turns([None, *setting.pairs], args.repeats):
             with setting.pruning(way) as (pair, _):
                 generated = generate(pair, args.new_tokens)
-            expected = [pair.tokens] * len(generated.cached) if way is None else pair.tokens_per_layer
+            expected = [pair.tokens] * len(generated.cached) if way is None else pair.cached_per_layer
             if generated.cached != [n + args.new_tokens - 1 for n in expected]:  # the last token is not cached
                 raise GateError(f"no figures: {args.new_tokens} tokens behind {expected} left {generated.cached}")
             first[way].append(generated.first_s)
@@ -315,7 +316,7 @@ def check_first_tokens(setting: Setting) -> None:
     GateError
     """
     dense = generate(setting.dense, FEW).new
-    for pair in {way.budget: pair for way, pair in setting.pairs.items()}.values():
+    for pair in {(way.budget, way.dropped_kv): pair for way, pair in setting.pairs.items()}.values():
         with pair.patched(keep_ratio=KEEP_ALL):
             new = generate(pair, FEW).new
         if new != dense:
@@ -340,7 +341,8 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
         Console(highlight=False).print(shown)
 
     first = rows[0]
-    ways = [f"{row['keep']:g}, {row['budget']}" for row in rows]
+    notes = {"none": "", "predicted": ", predicted"}
+    ways = [f"{row['keep']:g}, {row['budget']}{notes[row['dropped_kv']]}" for row in rows]
     lines = [
         [
             way,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import resource
 import signal
@@ -83,10 +84,10 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{CLEAR} is missing: resident memory can be measured on Linux only; or use --device cuda")
         for dtype in args.dtype:
             dense = 0
-            for way in (None, *(Way(keep, budget) for budget in args.budget for keep in args.keep)):
+            for way in (None, *map(Way._make, itertools.product(args.keep, args.budget, args.dropped_kv))):
                 row = longest(args, dtype, way)
                 dense = dense or row["tokens"]
-                name = DENSE if way is None else f"{way.keep:g}, {way.budget}"
+                name = DENSE if way is None else ", ".join(map(str, way))
                 ratio = f", {row['tokens'] / dense:.2f} x dense" if dense else ""
                 print(f"{dtype}, {name}: {row['tokens']} tokens{ratio}", flush=True)
                 if args.out:
@@ -131,6 +132,7 @@ def longest(args: argparse.Namespace, dtype: str, way: Way | None) -> dict[str, 
         "method": method,
         "keep": way and way.keep,
         "budget": way and way.budget,
+        "dropped_kv": way and way.dropped_kv,
         "block_size": args.block_size if way and way.budget == "block" else None,
         "dtype": dtype,
         "limit_bytes": limit,
@@ -221,12 +223,13 @@ def measure(
     TrialError
         If the process fails for another reason.
     """
-    names = ("model", "method", "block_size", "device", "backend", "text")
+    names = ("model", "method", "block_size", "device", "backend", "text", "kv_predictor")
     settings = {name: getattr(args, name) for name in names} | {
         "dtype": [dtype],
         "tokens": [tokens],
         "keep": list(dict.fromkeys(way.keep for way in ways if way)) or [1.0],
         "budget": list(dict.fromkeys(way.budget for way in ways if way)) or ["global"],
+        "dropped_kv": list(dict.fromkeys(way.dropped_kv for way in ways if way)) or ["none"],
         "ways": list(ways),
         "address_space": address_space,
     }

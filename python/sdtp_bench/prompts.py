@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sdtp_bench import processes
 from sdtp_eval.paired import Pair
+from sdtp_eval.quality import DROPPED_KV
 
 if TYPE_CHECKING:
     import argparse
@@ -23,6 +24,7 @@ class Way(NamedTuple):
 
     keep: float
     budget: str
+    dropped_kv: str = "none"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +39,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--budget", nargs="+", choices=BUDGETS, default=["global"], help="default: global")
     parser.add_argument("--block-size", type=int, default=512, help="tokens of a block (%(default)s)")
+    parser.add_argument(
+        "--dropped-kv", nargs="+", choices=DROPPED_KV, default=["none"],
+        help="what later layers keep of a dropped token (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kv-predictor", metavar="FILE", help="a pruner file that predicts keys and values (default: the method's)"
+    )
     parser.add_argument("--dtype", nargs="+", choices=processes.DTYPES, default=["float32"], help="default: float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--backend", default="auto", help="who runs the ops; see 'sdtp doctor' (%(default)s)")
@@ -92,6 +101,7 @@ def settings_of(args: argparse.Namespace) -> Iterator[Setting]:
 
     text = texts.read_text(args.text) if args.text else texts.language_reference()
     (method,) = quality.find_methods([args.method], oracles=False)
+    forms = quality.with_dropped_kv(args, method)
     for dtype in args.dtype:
         model, tokenizer = load_checkpoint(args.model, getattr(torch, dtype))
         model = model.to(args.device)
@@ -102,7 +112,10 @@ def settings_of(args: argparse.Namespace) -> Iterator[Setting]:
                 raise ValueError(f"--tokens {tokens}: {notes[0]}; give a longer one with --text")
             input_ids = torch.tensor([prompt], device=args.device)
             pairs = {}
-            for keep, budget in itertools.product(args.keep, args.budget):
+            for keep, budget, form in itertools.product(args.keep, args.budget, forms):
                 schedule = PruningSchedule(layers, keep, budget=budget, block_size=args.block_size)
-                pairs[Way(keep, budget)] = Pair(model, input_ids, method.pruners, schedule, args.backend)
+                predictor = form.kv_predictor if form.dropped_kv == "predicted" else None
+                pairs[Way(keep, budget, form.dropped_kv)] = Pair(
+                    model, input_ids, form.pruners, schedule, args.backend, predictor
+                )
             yield Setting(method.name, dtype, pairs)

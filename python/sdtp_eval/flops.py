@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from sdtp_kernels import PruningSchedule, TokenPruner
+    from sdtp_kernels import KVPredictor, PruningSchedule, TokenPruner
 
 
-def prefill_flops(config: Any, tokens_per_layer: Sequence[int]) -> int:
+def prefill_flops(config: Any, tokens_per_layer: Sequence[int], keys_per_layer: Sequence[int] | None = None) -> int:
     """Operations of one prefill at batch size 1 with logits for the last token only.
 
     Parameters
@@ -26,18 +26,22 @@ def prefill_flops(config: Any, tokens_per_layer: Sequence[int]) -> int:
         Of a supported family: grouped-query attention and a gated MLP.
     tokens_per_layer : sequence of int
         Tokens that each decoder layer computes, ``n_l``.
+    keys_per_layer : sequence of int, optional
+        Tokens that it has keys for, ``N_l``; by default those that it computes. Where they are more, kept tokens are
+        counted as if they were spread evenly; pruners keep late ones more often, which see more keys.
 
     Returns
     -------
     int
-        ``sum_l (2 P n_l + 2 n_l^2 heads head_dim) + 2 D V`` with P the weights of a layer's matrices. The attention
-        term is the two products QK^T and PV, ``2 n^2 heads head_dim`` each, of which causality needs half. A kernel
+        ``sum_l (2 P n_l + 2 n_l N_l heads head_dim) + 2 D V`` with P the weights of a layer's matrices. The attention
+        term is the two products QK^T and PV, ``2 n N heads head_dim`` each, of which causality needs half. A kernel
         that computes the full square does more than this, and pruning then saves more than the ideal says.
     """
     hidden, heads, kv_heads, head_dim = _sizes(config)
     attention_weights = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim  # q and o, k and v
     layer_weights = attention_weights + 3 * hidden * config.intermediate_size
-    layers = sum(2 * layer_weights * n + 2 * n * n * heads * head_dim for n in tokens_per_layer)
+    pairs = zip(tokens_per_layer, keys_per_layer or tokens_per_layer, strict=True)
+    layers = sum(2 * layer_weights * n + 2 * n * keys * heads * head_dim for n, keys in pairs)
     return int(layers + 2 * hidden * config.vocab_size)
 
 
@@ -88,6 +92,17 @@ def scoring_flops(
         elif pruners in ("attention", attention_score):
             window = ATTENTION_WINDOW
         total += 2 * min(window, n) * heads * head_dim * (hidden + n)
+    return total
+
+
+def predicting_flops(predictor: KVPredictor, schedule: PruningSchedule, tokens_per_layer: Sequence[int]) -> int:
+    """Operations of all maps of a :class:`~sdtp_kernels.KVPredictor` in one prefill."""
+    total = 0
+    for layer in schedule.layers:
+        dropped = tokens_per_layer[layer - 1] - tokens_per_layer[layer]
+        names = [f"up.{layer}:{later}" for later in range(layer, len(tokens_per_layer))]
+        names += [f"down.{layer}"] if predictor.rank is not None else []
+        total += sum(2 * dropped * predictor.get_parameter(f"{name}.weight").numel() for name in names)
     return total
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from sdtp_eval.flops import prefill_flops, scoring_flops, tokens_per_layer
+from sdtp_eval.flops import predicting_flops, prefill_flops, scoring_flops, tokens_per_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +32,8 @@ class Pair(NamedTuple):
     """As :func:`sdtp_kernels.apply_sdtp` takes them."""
     schedule: PruningSchedule
     backend: str = "auto"
+    kv_predictor: Any = None
+    """Dropped tokens keep the keys and values that it predicts; with ``None`` they keep none."""
 
     @property
     def tokens(self) -> int:
@@ -43,20 +45,34 @@ class Pair(NamedTuple):
         """What each layer computes of the prompt where it is pruned."""
         return tokens_per_layer(self.schedule, self.tokens, self.model.config.num_hidden_layers)
 
+    @property
+    def cached_per_layer(self) -> list[int]:
+        """What each layer of the cache holds then."""
+        computed = self.tokens_per_layer
+        return computed if self.kv_predictor is None else [self.tokens] * len(computed)
+
     def flops(self) -> dict[str, int]:
-        """Operations of a prefill, ``dense`` and ``pruned``; those of the scorers are part of the latter."""
+        """Operations of a prefill, ``dense`` and ``pruned``; scorers and predicted keys and values are part of the
+        latter."""
         config, lengths = self.model.config, self.tokens_per_layer
-        scoring = scoring_flops(config, self.schedule, self.tokens, self.pruners)
-        return {
-            "dense": prefill_flops(config, [self.tokens] * len(lengths)),
-            "pruned": prefill_flops(config, lengths) + scoring,
-        }
+        pruned = prefill_flops(config, lengths, self.cached_per_layer)
+        pruned += scoring_flops(config, self.schedule, self.tokens, self.pruners)
+        if self.kv_predictor is not None:
+            pruned += predicting_flops(self.kv_predictor, self.schedule, lengths)
+        return {"dense": prefill_flops(config, [self.tokens] * len(lengths)), "pruned": pruned}
 
     def patched(self, **changes: Any) -> SdtpHandle:
         """The model, pruning by the schedule with these changes."""
         from sdtp_kernels import apply_sdtp
 
-        return apply_sdtp(self.model, self.pruners, dataclasses.replace(self.schedule, **changes), self.backend)
+        return apply_sdtp(
+            self.model,
+            self.pruners,
+            dataclasses.replace(self.schedule, **changes),
+            self.backend,
+            dropped_kv="none" if self.kv_predictor is None else "predicted",
+            kv_predictor=self.kv_predictor,
+        )
 
     def prefill(self) -> Any:
         """The model's output for the prompt: its cache, and logits of the last token only."""
@@ -120,7 +136,7 @@ class Pair(NamedTuple):
 
         expected, cached = self.tokens_per_layer, cached_tokens(cache_of(output))
         reported = [layer.tokens_out for layer in report.layers] or expected  # empty where nothing was pruned
-        if not cached == expected == reported:
+        if reported != expected or cached != self.cached_per_layer:
             raise GateError(f"no figures: the schedule keeps {expected} tokens per layer, the cache holds {cached}")
         if not torch.isfinite(output.logits).all():
             raise GateError("no figures: the pruned model's logits are not finite; try --dtype float32")

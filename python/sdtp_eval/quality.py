@@ -16,7 +16,7 @@ import itertools
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sdtp_eval import compare, tasks
 from sdtp_eval.compare import DENSE, SAMPLES
@@ -26,7 +26,7 @@ from sdtp_eval.tasks import INSIDE, PROTOCOLS, Sample
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 RUNS = "runs.jsonl"
 LAYERS = "4:3"  # the paper's pattern: from layer 4, every third
+DROPPED_KV = ("none", "predicted")
 SHAPES = ("even", "early")  # how a ratio becomes those of the stages: as it is, or front_loaded
 DEFAULT_METHODS = ("random", "recent", "norm", "attention")
 # Keeps every token of up to a million, yet is less than 1: scorers run, and nothing is dropped.
@@ -124,6 +125,11 @@ def add_schedule_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", nargs="+", type=int, default=[512], help="tokens of a block (default: 512)")
     parser.add_argument("--sink", type=int, default=4, help="first tokens always kept (%(default)s)")
     parser.add_argument("--recent", type=float, default=0.1, help="share of the end always kept (%(default)s)")
+    parser.add_argument(
+        "--dropped-kv", nargs="+", choices=DROPPED_KV,
+        help="what later layers keep of a dropped token (default: predicted where the file has a KV predictor)",
+    )  # fmt: skip
+    parser.add_argument("--kv-predictor", metavar="FILE", help="take it from this pruner file, for any method")
 
 
 def add_against_option(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +154,9 @@ class Method(NamedTuple):
     """Those that a pruner file has pruners for."""
     press: Any = None
     """A class of kvpress, which compresses the cache of a dense prefill."""
+    kv_predictor: Any = None
+    """The file's, or another's; whether it is used is what `dropped_kv` says."""
+    dropped_kv: Literal["none", "predicted"] = "none"
 
 
 def find_method(word: str) -> Method:
@@ -177,7 +186,7 @@ def find_method(word: str) -> Method:
         raise ValueError(f"no method {word!r}: neither a pruner file nor one of {known}")
     stack = load_pruners(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:6]
-    return Method(f"{path.stem}@{digest}", stack, layers=tuple(sorted(stack)))
+    return Method(f"{path.stem}@{digest}", stack, layers=tuple(sorted(stack)), kv_predictor=stack.kv_predictor)
 
 
 def find_methods(words: Sequence[str], *, oracles: bool = True) -> list[Method]:
@@ -205,8 +214,35 @@ def plan(args: argparse.Namespace, methods: Sequence[Method], num_layers: int, t
     entries: list[Entry] = [(None, DENSE, None)]
     for method in methods:
         schedules = make_schedules(args, method, num_layers, tokens)
-        entries += [(method, label, schedule) for label, schedule in schedules.items()]
+        for own in with_dropped_kv(args, method):
+            note = "" if own.dropped_kv == "none" else f" {own.dropped_kv}"
+            entries += [(own, label + note, schedule) for label, schedule in schedules.items()]
     return entries
+
+
+def with_dropped_kv(args: argparse.Namespace, method: Method) -> list[Method]:
+    """The method in each form that was asked for, or in the one that its file is meant for.
+
+    Raises
+    ------
+    ValueError
+        If a form needs a KV predictor, and there is none.
+    """
+    from sdtp_kernels import load_pruners
+
+    if method.press is not None:  # it drops nothing from the computation
+        return [method]
+    predictor = method.kv_predictor
+    if args.kv_predictor is not None:
+        predictor = load_pruners(args.kv_predictor).kv_predictor
+        if predictor is None:
+            raise ValueError(f"--kv-predictor {args.kv_predictor}: this pruner file has none")
+    forms = args.dropped_kv or ["none" if predictor is None else "predicted"]
+    if predictor is None and "predicted" in forms:
+        raise ValueError(
+            f"{method.name}: --dropped-kv predicted needs a pruner file with a KV predictor, --kv-predictor"
+        )
+    return [method._replace(kv_predictor=predictor, dropped_kv=form) for form in forms]
 
 
 def patch(model: Any, method: Method | None, schedule: PruningSchedule | None, backend: str) -> Any:
@@ -215,7 +251,15 @@ def patch(model: Any, method: Method | None, schedule: PruningSchedule | None, b
 
     if method is None or schedule is None:
         return contextlib.nullcontext()
-    return apply_sdtp(model, method.pruners, schedule, backend, later_turns=False)  # a question stays whole
+    return apply_sdtp(
+        model,
+        method.pruners,
+        schedule,
+        backend,
+        later_turns=False,  # a question stays whole
+        dropped_kv=method.dropped_kv,
+        kv_predictor=method.kv_predictor,
+    )
 
 
 def make_schedules(
@@ -338,7 +382,7 @@ class Scored(NamedTuple):
     log_probabilities: torch.Tensor
     """``[answer, vocabulary]``, float32, of the answer's positions."""
     mean_keep: float
-    """B, from the lengths of the cache."""
+    """B, from the lengths of the cache, or from the report where that is whole."""
     seconds: float
     """Time of the forward pass over prompt and answer."""
 
@@ -381,13 +425,17 @@ class Reader:
         if method is not None and schedule is not None and method.press is not None:
             scored = self._forward(prompt_length, method.press, self._mean_keep(schedule, prompt_length))
         elif method is not None and schedule is not None:
-            with self.patched(protocol, method, schedule):
+            with self.patched(protocol, method, schedule) as handle:
                 scored = self._forward(prompt_length)
+            if method.dropped_kv == "predicted":  # the cache is whole, the computation is not
+                computed = sum(layer.tokens_out for layer in handle.report().layers) / len(handle.report().layers)
+                behind = len(self.sample.ids) - prompt_length
+                scored = scored._replace(mean_keep=(computed - behind) / prompt_length)
             expected = self._mean_keep(schedule, prompt_length)
             if abs(scored.mean_keep - expected) > 1e-9:
                 raise RuntimeError(
-                    f"{method.name}: the cache holds B={scored.mean_keep}, the schedule says {expected}; this is a bug "
-                    "of sdtp-kernels, please report it"
+                    f"{method.name}: the prefill kept B={scored.mean_keep}, the schedule says {expected}; this is a "
+                    "bug of sdtp-kernels, please report it"
                 )
         nll = self._nll(scored)
         dense = self.dense.log_probabilities
@@ -402,16 +450,11 @@ class Reader:
             "prompt_tokens": prompt_length,
         }
 
-    @contextlib.contextmanager
-    def patched(self, protocol: str, method: Method, schedule: PruningSchedule) -> Iterator[None]:
+    def patched(self, protocol: str, method: Method, schedule: PruningSchedule) -> Any:
         """The model pruning by this method; an oracle looks at the answer first."""
-        from sdtp_kernels import apply_sdtp
-
-        pruners = method.pruners
         if method.oracle is not None:
-            pruners = self.oracle_scores(method.oracle, protocol, schedule.layers)
-        with apply_sdtp(self.model, pruners, schedule, self.backend, later_turns=False):  # a question stays whole
-            yield
+            method = method._replace(pruners=self.oracle_scores(method.oracle, protocol, schedule.layers))
+        return patch(self.model, method, schedule, self.backend)
 
     def oracle_scores(self, oracle: Oracle, protocol: str, layers: tuple[int, ...]) -> Mapping[int, Any]:
         """The oracle's scores by layer, as scorers; computed once a sample."""
