@@ -255,6 +255,8 @@ def by_the_batch(scores):
         ("prune_tokens", copy_of_another_row, "tensor 0: not the rows"),
         ("prune_tokens", lambda output: (*output[:2], output[2] - 1), "indices differ"),
         ("prune_tokens", raises, "RuntimeError"),
+        ("position_attention", lambda output: output.roll(1, dims=1), "results differ"),
+        ("position_attention", lambda output: output.fill_(torch.nan), "results differ"),
     ],
 )
 def test_checks_find_wrong_kernels(monkeypatch: pytest.MonkeyPatch, op: str, spoil, message: str) -> None:
@@ -275,7 +277,7 @@ def test_the_cuda_backend_is_among_them(monkeypatch: pytest.MonkeyPatch) -> None
     rows = list(gpu_check.check_kernels(FakeDevice(), [SHAPE]))
     assert not [row for row in rows if row["error"]]
     checked = {row["op"] for row in rows if row["backend"] == "cuda"}
-    assert checked == {"score_tokens", "select_tokens", "gather_tokens", "prune_tokens"}
+    assert checked == {"score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "position_attention"}
     assert ("cuda", False) in measure()
 
 

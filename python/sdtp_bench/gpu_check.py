@@ -25,7 +25,14 @@ from sdtp_bench.rows import summary
 from sdtp_bench.shapes import DTYPES, GPUS, Case, Stage, make_stage, random_stage
 from sdtp_bench.timing import CudaDevice, interleave
 from sdtp_eval.provenance import describe_run
-from sdtp_kernels import PruningSchedule, gather_tokens, prune_tokens, score_tokens, select_tokens
+from sdtp_kernels import (
+    PruningSchedule,
+    gather_tokens,
+    position_attention,
+    prune_tokens,
+    score_tokens,
+    select_tokens,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -63,6 +70,9 @@ CHECK_SHAPES = (
 SMALL_SHAPES = (Shape(2, 300, 100, 130), Shape(1, 1100, 64, 16), Shape(1, 9000, 16, 8))
 # Block 256 takes one launch where there are enough blocks, 512 two.
 BLOCK_SIZES = (None, 128, 256, 512)
+# Of the attention: a configuration each, and one that is copied. The reference holds the weights of all its keys.
+HEAD_SIZES = (64, 80, 128, 256)
+MAX_KEYS = 4096
 
 BENCH_CASES = tuple(
     Case(model, 2**power, keep=0.8, budget=budget, block_size=block_size)
@@ -78,8 +88,8 @@ BENCH_CASES = tuple(
 def check_kernels(device: Device, shapes: Sequence[Shape] = CHECK_SHAPES) -> Iterator[dict[str, Any]]:
     """Every op of every backend that can run on `device`, against the reference.
 
-    Selections and copies bit for bit, scores by tolerance, a row's scores bit for bit without its neighbours, and
-    ``prune_tokens`` bit for bit as the composition of the backend's own scores with the reference.
+    Selections and copies bit for bit, scores and attention by tolerance, a row's scores bit for bit without its
+    neighbours, and ``prune_tokens`` bit for bit as the composition of the backend's own scores with the reference.
 
     Parameters
     ----------
@@ -112,6 +122,14 @@ def check_kernels(device: Device, shapes: Sequence[Shape] = CHECK_SHAPES) -> Ite
                         )
                     )
             checks.append(("gather_tokens", {}, functools.partial(_check_gather, stage)))
+            checks += [
+                (
+                    "position_attention",
+                    {"head_dim": head_dim},
+                    functools.partial(_check_attention, shape, head_dim, dtype, device.torch_device),
+                )
+                for head_dim in HEAD_SIZES
+            ]
             for op, settings, check in checks:
                 for backend in backends:
                     error = error_of(check, backend)
@@ -172,6 +190,24 @@ def _check_gather(stage: Stage, backend: str) -> str:
     tensors = [stage.hidden_states, *stage.tensors, keys, *[positions] * 64, positions % 2 == 0]
     got, expected = (gather_tokens(tensors, indices, backend=name) for name in (backend, "reference"))
     return copy_error(got, expected)
+
+
+def _check_attention(shape: Shape, head_dim: int, dtype: torch.dtype, device: torch.device, backend: str) -> str:
+    """Every row but the first left-padded, a fifth of the tokens dropped."""
+    tokens = min(shape.tokens, MAX_KEYS)
+    generator = torch.Generator(device).manual_seed(0)
+    normal = functools.partial(torch.randn, device=device, generator=generator, dtype=dtype)
+    kept = torch.arange(tokens, device=device)
+    kept = kept[(kept % 5 != 3) | (tokens < 5)].expand(shape.batch, -1)
+    query = normal(shape.batch, kept.shape[1], 4, head_dim).transpose(1, 2)
+    key, value = (normal(shape.batch, 2, tokens + 7, head_dim) for _ in range(2))  # room, as in a static cache
+    first = torch.arange(shape.batch, device=device) * tokens // (shape.batch + 1)
+    got, expected = (
+        position_attention(query, key, value, kept + 1, first, backend=name).float() for name in (backend, "reference")
+    )
+    error = (got - expected).abs().max().item()
+    allowed = allowed_error(expected, max(1e-5, 2 * torch.finfo(dtype).eps))
+    return "" if error <= allowed else f"results differ by {error:.3g}, allowed are {allowed:.3g}"
 
 
 def _check_prune(stage: Stage, selection: dict[str, Any], backend: str) -> str:

@@ -82,9 +82,15 @@ class AttentionConfig(NamedTuple):
 
 # Bytes of an element -> configuration by the largest head that it holds. Larger heads, whose queries alone would fill
 # the registers, take the reference.
-_HEADS = {
+_HEADS_SPLIT = {64: AttentionConfig(64, 16, 4, 2, "tf32x3"), 128: AttentionConfig(32, 16, 8, 2, "tf32x3")}
+_HEADS_WARP_GROUPS = {
     2: {64: AttentionConfig(128, 64, 4, 3), 128: AttentionConfig(128, 64, 8, 2), 256: AttentionConfig(64, 32, 8, 2)},
-    4: {64: AttentionConfig(64, 16, 4, 2, "tf32x3"), 128: AttentionConfig(32, 16, 8, 2, "tf32x3")},
+    4: _HEADS_SPLIT,
+}
+# Where a warp multiplies alone, blocks of 64 keys spill with Triton 3.8.
+_HEADS_WARPS = {
+    2: {64: AttentionConfig(128, 32, 4, 3), 128: AttentionConfig(128, 32, 8, 3), 256: AttentionConfig(64, 32, 8, 2)},
+    4: _HEADS_SPLIT,
 }
 _HEADS_CDNA = {
     2: {64: AttentionConfig(128, 64, 4, 2), 128: AttentionConfig(128, 64, 4, 2), 256: AttentionConfig(64, 32, 8, 2)},
@@ -92,8 +98,15 @@ _HEADS_CDNA = {
 }
 
 ATTENTION: dict[str, dict[int, dict[int, AttentionConfig]]] = {
-    **{target: _HEADS for target in SCORE if target.startswith("sm_")},
-    **{target: _HEADS_CDNA for target in SCORE if not target.startswith("sm_")},
+    "sm_80": _HEADS_WARPS,
+    "sm_86": _HEADS_WARPS,
+    "sm_89": _HEADS_WARPS,
+    "sm_90": _HEADS_WARP_GROUPS,
+    "sm_100": _HEADS_WARP_GROUPS,
+    "sm_120": _HEADS_WARPS,
+    "gfx90a": _HEADS_CDNA,
+    "gfx942": _HEADS_CDNA,
+    "interpreter": _HEADS_CDNA,
 }
 
 
