@@ -97,6 +97,8 @@ class CompletedCache:
 
         `indices` ``[B, K]`` are those that it keeps; no row drops more than `most`.
         """
+        if most == 0:
+            return
         batch, width = hidden_states.shape[:2]
         is_kept = torch.zeros(batch, width + 1, dtype=torch.bool, device=hidden_states.device)
         is_kept = is_kept.scatter(1, indices + 1, torch.ones_like(indices, dtype=torch.bool))[:, 1:]
