@@ -309,8 +309,8 @@ MUTANTS = [
     Mutant(
         "a query does not see its own key",
         "sdtp_kernels/backends/cpu.py",
-        "attn_mask=torch.arange(first, end) <",
-        "attn_mask=torch.arange(first, end) + 1 <",
+        "attn_mask=torch.arange(first, end, device=query.device) <",
+        "attn_mask=torch.arange(first, end, device=query.device) + 1 <",
         "test_position_attention.py::test_by_hand",
     ),
     Mutant(

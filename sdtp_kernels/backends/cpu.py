@@ -130,7 +130,7 @@ def position_attention(
                     query[row : row + 1, :, queries],
                     key[row : row + 1, :, first:end],
                     value[row : row + 1, :, first:end],
-                    attn_mask=torch.arange(first, end) < num_visible[row, queries, None],
+                    attn_mask=torch.arange(first, end, device=query.device) < num_visible[row, queries, None],
                     scale=scale,
                     enable_gqa=True,
                 )[0]

@@ -82,9 +82,9 @@ class AttentionConfig(NamedTuple):
 
 # Bytes of an element -> configuration by the largest head that it holds. Larger heads, whose queries alone would fill
 # the registers, take the reference.
-_HEADS_SPLIT = {64: AttentionConfig(64, 16, 4, 2, "tf32x3"), 128: AttentionConfig(32, 16, 8, 2, "tf32x3")}
+_HEADS_SPLIT = {64: AttentionConfig(32, 16, 4, 2, "tf32x3"), 128: AttentionConfig(32, 16, 8, 2, "tf32x3")}
 _HEADS_WARP_GROUPS = {
-    2: {64: AttentionConfig(128, 64, 4, 3), 128: AttentionConfig(128, 64, 8, 2), 256: AttentionConfig(64, 32, 8, 2)},
+    2: {64: AttentionConfig(128, 64, 8, 3), 128: AttentionConfig(128, 64, 8, 2), 256: AttentionConfig(64, 32, 8, 2)},
     4: _HEADS_SPLIT,
 }
 # Where a warp multiplies alone, blocks of 64 keys spill with Triton 3.8.
@@ -93,7 +93,7 @@ _HEADS_WARPS = {
     4: _HEADS_SPLIT,
 }
 _HEADS_CDNA = {
-    2: {64: AttentionConfig(128, 64, 4, 2), 128: AttentionConfig(128, 64, 4, 2), 256: AttentionConfig(64, 32, 8, 2)},
+    2: {64: AttentionConfig(128, 64, 4, 2), 128: AttentionConfig(128, 32, 4, 2), 256: AttentionConfig(64, 32, 8, 2)},
     4: {64: AttentionConfig(64, 32, 4, 2), 128: AttentionConfig(64, 32, 4, 1)},
 }
 
