@@ -5,9 +5,11 @@ import functools
 import pickle
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from oracle import MaskedDense
+from test_attention_and_cache import round_fp8
 from test_families import (
     BLOCK,
     GLOBAL,
@@ -25,7 +27,7 @@ from test_families import (
     pruners_of,
     random_model,
 )
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
@@ -227,6 +229,50 @@ def test_a_static_cache_has_room_for_more(attention):
         torch.testing.assert_close(
             model(more, **{CACHE: static}).logits, model(more, **{CACHE: dynamic}).logits, atol=1e-5, rtol=1e-5
         )
+
+
+@torch.no_grad()
+def test_a_quantized_cache(monkeypatch):
+    """As for a dense model: the prompt attends to exact keys and values, what follows to rounded ones."""
+    model, ids, grow = model_of("llama"), prompt(), DynamicLayer.update
+
+    def grow_rounded(layer, *states, **_):
+        is_first = not layer.is_initialized
+        cached = grow(layer, *round_fp8(layer, states))
+        return states if is_first else cached
+
+    rounded, by_hand = QuantizedCache("fp8", config=model.config), DynamicCache(config=model.config)
+    with patched(model):
+        got = generate(model, {"input_ids": ids}, max_new_tokens=4, **{CACHE: rounded})
+        monkeypatch.setattr(DynamicLayer, "update", grow_rounded)
+        assert torch.equal(got, generate(model, {"input_ids": ids}, max_new_tokens=4, **{CACHE: by_hand}))
+    assert [layer.get_seq_length() for layer in rounded.layers] == [TOKENS + 3] * 5
+
+
+@torch.no_grad()
+def test_weights_on_disk(tmp_path):
+    """accelerate moves what a layer is called with, and the maps are where the layers compute."""
+    model, batch = random_model("llama"), padded_batch()
+    with patched(model):
+        expected = generate(model, batch, max_new_tokens=4)
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(5)}
+    model = accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert any(parameter.device.type == "meta" for parameter in model.parameters())
+    with patched(model):
+        assert torch.equal(generate(model, batch, max_new_tokens=4), expected)
+
+
+def test_gradients_reach_the_prompt():
+    """Of kept tokens through the layers, of dropped ones through the maps."""
+    model = random_model("llama")
+    embeddings = model.get_input_embeddings()(prompt()).detach().requires_grad_()
+    with patched(model) as handle:
+        model(inputs_embeds=embeddings, logits_to_keep=1).logits.sum().backward()
+        is_kept = torch.isin(torch.arange(TOKENS), handle.report().kept)
+    norms = embeddings.grad[0].norm(dim=-1)
+    assert not is_kept.all()
+    assert (norms > 0).all()
 
 
 def test_copies_and_pickles_predict(monkeypatch):

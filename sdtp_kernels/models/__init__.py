@@ -71,10 +71,9 @@ def apply_sdtp(
         prefilled in one call, and later turns are not pruned.
     dropped_kv : {"none", "predicted"}, optional
         What later layers keep of a dropped token. ``"none"``, as in the paper: nothing. ``"predicted"``: a key and a
-        value in each, from a linear map of the hidden state that it was dropped with. That loses less, and gives up the
-        memory that dropping saves: all layers of the cache have the prompt's length. A prompt has to be prefilled in
-        one call, and later turns are not pruned. By default predicted where there is a predictor, and the report says
-        which.
+        value in each, from a linear map of the hidden state that it was dropped with. That loses less, takes somewhat
+        longer and gives up the memory that dropping saves: all layers of the cache have the prompt's length. Needs
+        sdpa or eager attention. By default predicted where there is a predictor, and the report says which.
     kv_predictor : KVPredictor, optional
         The maps; by default those in the pruner file. Needed for scorers by name.
 
