@@ -94,11 +94,11 @@ class KVPredictor(nn.Module):
         x = hidden_states.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.rms_eps)
         x = x.to(self.up[f"{stage}:{stage}"].weight.dtype)  # type: ignore[arg-type]
-        return self.down[str(stage)](x) if self.rank is not None else x
+        return _on(self.down[str(stage)], x.device)(x) if self.rank is not None else x
 
     def forward(self, stage: int, layer: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys before rotation and values, each ``[B, kv_heads, n, head_dim]``, from the result of :meth:`encode`."""
-        linear = self.up[f"{stage}:{layer}"]
+        linear = _on(self.up[f"{stage}:{layer}"], tokens.device)
         both = F.linear(tokens, linear.weight, linear.bias)  # type: ignore[arg-type]
         both = both.view(*tokens.shape[:2], 2, self.num_key_value_heads, self.head_dim)
         keys, values = both.permute(2, 0, 3, 1, 4)
@@ -146,3 +146,8 @@ class KVPredictor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"stages={self.stages}, rank={self.rank}"
+
+
+def _on(linear: nn.Module, device: torch.device) -> nn.Module:
+    """The map on this device, to stay there: a model may move when it is patched already."""
+    return linear if next(linear.parameters()).device == device else linear.to(device)

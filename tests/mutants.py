@@ -1545,6 +1545,13 @@ MUTANTS = [
         PREDICTED + "a_static_cache_has_room_for_more",
     ),
     Mutant(
+        "maps left on the device that a model has moved from",
+        "sdtp_kernels/kv_predictor.py",
+        "return linear if next(linear.parameters()).device == device else linear.to(device)",
+        "return linear",
+        PREDICTED + "a_model_that_moves_when_it_is_patched",
+    ),
+    Mutant(
         "fewer dropped than a shorter row drops",
         "sdtp_kernels/schedule.py",
         "return _min(length, before - after + 1)",

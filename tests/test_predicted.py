@@ -263,6 +263,21 @@ def test_weights_on_disk(tmp_path):
         assert torch.equal(generate(model, batch, max_new_tokens=4), expected)
 
 
+@torch.no_grad()
+def test_a_model_that_moves_when_it_is_patched():
+    model, ids = random_model("llama"), prompt()
+    with patched(model, rank=6):
+        expected = model(ids, logits_to_keep=1).logits
+        got = model.half()(ids, logits_to_keep=1).logits
+        assert torch.nn.functional.cosine_similarity(got.float(), expected, dim=-1) > 0.98
+    predictor = copy.deepcopy(predictor_of("llama", 6))
+    tokens = predictor.encode(1, torch.empty(1, 3, 32, device="meta"))  # a device without data
+    keys, values = predictor(1, 4, tokens)
+    assert tokens.is_meta
+    assert keys.is_meta
+    assert values.is_meta
+
+
 def test_gradients_reach_the_prompt():
     """Of kept tokens through the layers, of dropped ones through the maps."""
     model = random_model("llama")
