@@ -2203,6 +2203,13 @@ MUTANTS = [
         "test_bench_end_to_end.py::test_no_figures_from_a_wrong_model",
     ),
     Mutant(
+        "threads that load at once",
+        "python/sdtp_eval/checkpoints.py",
+        "with _LOADING, _quiet_transformers():",
+        "with _quiet_transformers():",
+        "test_checkpoints.py::test_threads_load_one_after_the_other",
+    ),
+    Mutant(
         "figures of a model that kept another count",
         "python/sdtp_eval/paired.py",
         "if reported != expected or cached != self.cached_per_layer:",

@@ -106,7 +106,7 @@ def test_the_kernels_pass_in_the_interpreter(tmp_path: Path) -> None:
         assert {"torch", "triton"} <= set(row["versions"])
         assert {"revision", "date"} <= set(row)
     checked = {(row["backend"], row["op"]) for row in rows if row["kind"] == "check"}
-    ops = {"score_tokens", "select_tokens", "gather_tokens", "prune_tokens"}
+    ops = {"score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "position_attention"}
     assert checked == {(backend, op) for backend in ("cpu", "triton") for op in ops}
     timed = {(row["provider"], row["graph"]): row for row in rows if row["kind"] == "time"}
     assert set(timed) == {(name, graph) for name in EVERYONE | {"triton"} for graph in (False, True)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 import unicodedata
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -264,3 +266,24 @@ def test_default_checkpoint_reads_as_its_gguf_file() -> None:
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
     output = model.generate(**prompt, max_new_tokens=16, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0])
+
+
+def test_threads_load_one_after_the_other(byte_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that load at once would leave transformers unable to tie heads."""
+    loading, together, load = [], [], AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*args, **kwargs):
+        loading.append(threading.get_ident())
+        time.sleep(0.05)
+        together.append(len(loading))
+        model = load(*args, **kwargs)
+        loading.pop()
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    threads = [threading.Thread(target=load_checkpoint, args=(byte_checkpoint,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == [1, 1, 1]

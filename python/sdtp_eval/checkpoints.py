@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import unicodedata
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,10 @@ PROBE_TEXT = (
 LOGIT_TOLERANCE = 1e-5
 
 _PROBES = 16  # elements of each weight that tell checkpoints apart: any training step changes nearly all of them
+
+# While it loads, transformers replaces functions of its classes, and of two threads that load at once the second would
+# put the replacement of the first back, for good: later models would not tie their heads.
+_LOADING = threading.Lock()
 
 _ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
 _LAYER_WEIGHTS = (*_ATTENTION, "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
@@ -179,7 +184,7 @@ def load_checkpoint(
     if name.endswith(".gguf"):
         raise CheckpointError(f"{name} is a GGUF file: 'sdtp import-gguf {name} DEST' makes a checkpoint of it")
     try:
-        with _quiet_transformers():
+        with _LOADING, _quiet_transformers():
             config = AutoConfig.from_pretrained(name)
             if config.model_type not in FAMILIES:
                 raise CheckpointError(
