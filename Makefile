@@ -113,7 +113,7 @@ test: $(VENV)/nvcc.done ## everything that proves the package right: lint, tests
 
 # "newest" is what the environment has. A version that could not be installed is skipped, and the last lines say so.
 COMPAT ?= 5.16.1 5.19.0 5.20.2 newest
-COMPAT_TESTS = tests/test_families.py tests/test_proof.py
+COMPAT_TESTS = tests/test_families.py tests/test_predicted.py tests/test_proof.py
 test-compat: $(VENV)/install.done $(patsubst %,$(VENV)/transformers-%,$(filter-out newest,$(COMPAT))) ## the models under other versions of transformers; COMPAT='5.16.1 newest' chooses
 	@skipped=; for version in $(COMPAT); do \
 		other=$(CURDIR)/$(VENV)/transformers-$$version; \
