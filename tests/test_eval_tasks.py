@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import random
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from sdtp_eval import tasks, texts
 from sdtp_eval.checkpoints import load_checkpoint
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +90,43 @@ def test_the_answer_is_in_the_text_once_and_at_its_depth(pool: tasks.TextPool, t
         assert context.count(answer) == 1
         assert abs(context.index(answer) / len(context) - sample.facts["depth"]) < 0.12
         assert answer not in tokenizer.decode(sample.question)
+
+
+def test_lookups_are_twenty_facts_each_answered_by_the_text(pool: tasks.TextPool, tokenizer) -> None:
+    kinds = [fact.kind for fact in tasks.LOOKUPS]
+    assert len(tasks.LOOKUPS) == 20
+    assert sum(kind in ("number", "year") for kind in kinds) == 10
+    samples = tasks.make_samples("lookup", pool, 2000, 60)
+    assert {sample.facts["wording"] for sample in samples} == set(range(20))
+    assert {sample.kind for sample in samples} == set(tasks.VALUES)
+    for sample in samples:
+        context, question = tokenizer.decode(sample.context), tokenizer.decode(sample.question)
+        answer = tokenizer.decode(sample.answer)
+        assert answer.startswith(" ")
+        before, _, after = tasks.LOOKUPS[sample.facts["wording"]].fact.partition("{value}")
+        (name,) = {name for name in tasks.NAMES if re.search(rf"\b{name}\b|\b{name}_", question)}
+        assert context.count(before.format(x=name) + answer.strip() + after.format(x=name)) == 1
+        assert answer.strip() not in question
+        assert "{" not in question
+
+
+COMMON = set(
+    re.findall(r"\w+", "a and did does for from in is of on or the to was what which who with it s that how x v value")
+)
+
+
+def test_training_has_no_wording_of_the_lookups() -> None:
+    from sdtp_train import lookup
+
+    def runs_of_three(text: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"[a-z]+", text.lower())
+        return set(zip(words, words[1:], words[2:], strict=False))
+
+    trained = runs_of_three(Path(lookup.__file__).read_text(encoding="utf-8"))
+    for fact in tasks.LOOKUPS:
+        for text in fact[:3]:
+            shared = {words for words in runs_of_three(text) & trained if not set(words) <= COMMON}
+            assert not shared, (text, shared)
 
 
 def test_competing_keys_and_several_needles(pool: tasks.TextPool, tokenizer) -> None:

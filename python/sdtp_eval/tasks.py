@@ -12,7 +12,7 @@ import json
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_eval import texts
 
@@ -44,6 +44,120 @@ NAMES = (
     "red", "green", "blue", "yellow", "purple", "orange", "silver", "golden", "amber", "coral", "violet", "crimson",
     "ivory", "olive", "maroon", "azure",
 )  # fmt: skip
+
+
+class Lookup(NamedTuple):
+    """A fact about {x}, what asks for it, and how the answer begins."""
+
+    fact: str
+    question: str
+    opening: str
+    kind: str
+    """Of the value: a key of :data:`VALUES`."""
+
+
+# Twenty facts that share no sentence, half of them prose, half documentation, half with numbers for values. They were
+# fixed before the pruners that they judge were trained: :mod:`sdtp_train.lookup` has none of their wordings.
+LOOKUPS = (
+    Lookup(
+        "When the inspector finally weighed the {x} crate, the scale showed {value} kilograms.",
+        "What did the scale show for the {x} crate?", "For the {x} crate, the scale showed", "number",
+    ),
+    Lookup(
+        "It was no secret in the village that the {x} mill belonged to {value}.",
+        "To whom did the {x} mill belong?", "The {x} mill belonged to", "name",
+    ),
+    Lookup(
+        "She whispered the countersign for the {x} door, which that night was {value}.",
+        "What was the countersign for the {x} door?", "The countersign for the {x} door was", "word",
+    ),
+    Lookup(
+        "Over the entrance of the {x} chapel somebody had carved these words: {value}.",
+        "Which words are carved over the entrance of the {x} chapel?", "Somebody had carved these words:", "phrase",
+    ),
+    Lookup(
+        "Few people know that the {x} bridge had to be rebuilt after the flood of {value}.",
+        "After which flood was the {x} bridge rebuilt?", "It was rebuilt after the flood of", "year",
+    ),
+    Lookup(
+        "My uncle sold the {x} boat for {value} crowns and never went to sea again.",
+        "For how many crowns was the {x} boat sold?", "My uncle sold the {x} boat for", "number",
+    ),
+    Lookup(
+        "Passengers for the {x} coast change carriages at milestone {value}.",
+        "At which milestone do passengers for the {x} coast change carriages?", "They change carriages at milestone",
+        "number",
+    ),
+    Lookup(
+        "In the autumn census the {x} parish counted {value} sheep.",
+        "How many sheep did the {x} parish count?", "The {x} parish counted", "number",
+    ),
+    Lookup(
+        "The expedition along the {x} river had set out from {value} before sunrise.",
+        "From where had the expedition along the {x} river set out?", "It had set out from", "place",
+    ),
+    Lookup(
+        "All that her last letter to the {x} society said was: {value}.",
+        "What did her last letter to the {x} society say?", "All that it said was:", "phrase",
+    ),
+    Lookup(
+        "``{x}_depth`` bounds how far the walk descends; where it is unset, {value} is assumed.",
+        "Which value is assumed where ``{x}_depth`` is unset?", "Where ``{x}_depth`` is unset, the walk assumes",
+        "number",
+    ),
+    Lookup(
+        "A job that the {x} scheduler has cancelled terminates with exit status {value}.",
+        "With which exit status does a job end that the {x} scheduler has cancelled?",
+        "Such a job terminates with exit status", "number",
+    ),
+    Lookup(
+        "Deprecated: the {x} handler is going to be removed, migrate to {value} instead.",
+        "To what should users of the {x} handler migrate?", "Users of the {x} handler should migrate to", "word",
+    ),
+    Lookup(
+        "Unless configured otherwise, the {x} daemon listens on TCP port {value}.",
+        "On which TCP port does the {x} daemon listen?", "The {x} daemon listens on TCP port", "number",
+    ),
+    Lookup(
+        "Changes in this release: the {x} driver no longer leaks descriptors (commit {value}).",
+        "Which commit mended the leak of the {x} driver?", "The leak was mended by commit", "code",
+    ),
+    Lookup(
+        "Questions and patches concerning the {x} subsystem are handled by its maintainer, {value}.",
+        "Who is the maintainer of the {x} subsystem?", "The {x} subsystem is handled by its maintainer,", "name",
+    ),
+    Lookup(
+        "If the {x} table is full, clients see the message: {value}.",
+        "Which message do clients see if the {x} table is full?", "They see the message:", "phrase",
+    ),
+    Lookup(
+        "By default the {x} service rotates its journal below the directory {value} once a week.",
+        "Below which directory does the {x} service rotate its journal?", "It rotates its journal below the directory",
+        "path",
+    ),
+    Lookup(
+        "On the reference board the {x} parser sustained {value} records per second.",
+        "How many records per second did the {x} parser sustain?", "The {x} parser sustained", "number",
+    ),
+    Lookup(
+        "Error {value} means that the {x} queue was closed by its reader.",
+        "Which error means that the {x} queue was closed by its reader?", "That is what is meant by error", "number",
+    ),
+)  # fmt: skip
+_FIRST = ("Ottoline", "Barnaby", "Cordelia", "Lucan", "Philippa", "Edmund", "Rosalind", "Thaddeus")
+_LAST = ("Marsh", "Fennimore", "Pryce", "Holloway", "Quarles", "Venning", "Ashdown", "Tregear")
+_WORDS = ("badger", "trumpet", "almond", "saddle", "cinder", "magnet", "turnip", "oyster", "parsley", "hammock")
+_TOWNS = ("Trondheim", "Cadiz", "Port Louis", "Salerno", "Mombasa", "Galway", "Antwerp", "Valdivia", "Kotor", "Brno")
+VALUES: dict[str, Callable[[random.Random], str]] = {
+    "number": lambda rng: str(rng.randrange(1000, 100_000)),
+    "year": lambda rng: str(rng.randrange(1500, 1900)),
+    "name": lambda rng: f"{rng.choice(_FIRST)} {rng.choice(_LAST)}",
+    "word": lambda rng: rng.choice(_WORDS),
+    "place": lambda rng: rng.choice(_TOWNS),
+    "code": lambda rng: f"{rng.getrandbits(28):07x}",
+    "path": lambda rng: f"/var/{rng.choice(_WORDS)}/{rng.choice(_WORDS)}",
+    "phrase": lambda rng: f"no {rng.choice(_WORDS)} without a {rng.choice(_WORDS)} and a {rng.choice(_WORDS)}",
+}
 CODE = "def {verb}_{x}(stream):\n    return stream.{method}({number})\n"
 VERBS, METHODS = ("parse", "load", "merge", "check"), ("read", "fetch", "scan", "pull")
 COLUMNS = ("width", "height", "price")
@@ -240,6 +354,22 @@ def _keys(
         )  # fmt: skip
 
 
+def _lookups(
+    task: str, pool: TextPool, tokens: int, count: int, rng: random.Random, continuation: int, chat: bool
+) -> Iterator[Sample]:
+    """One of the facts of :data:`LOOKUPS`, each in turn and each at every depth."""
+    for i in range(count):
+        wording = i % len(LOOKUPS)
+        lookup, name = LOOKUPS[wording], rng.choice(NAMES)
+        depth = ((i // len(LOOKUPS) + wording) % DEPTHS + 0.5) / DEPTHS
+        value = VALUES[lookup.kind](rng)
+        yield _ask(
+            task, lookup.kind, pool, tokens, rng, [(depth, lookup.fact.format(x=name, value=value))],
+            lookup.question.format(x=name), lookup.opening.format(x=name), f" {value}",
+            {"length": tokens, "depth": depth, "wording": wording}, chat,
+        )  # fmt: skip
+
+
 def _recall(
     task: str, pool: TextPool, tokens: int, count: int, rng: random.Random, continuation: int, chat: bool
 ) -> Iterator[Sample]:
@@ -307,6 +437,7 @@ TASKS: dict[str, Callable[[str, TextPool, int, int, random.Random, int, bool], I
     "passkey": _keys,
     "multikey": _keys,
     "multivalue": _keys,
+    "lookup": _lookups,
     "recall": _recall,
     "ranks": _texts,
 }

@@ -31,6 +31,7 @@ PYTHON = "python"
 VALIDATION_EVERY = 8
 MIN_CONTEXT = 64  # shorter prompts are not pruned, see PruningSchedule.min_prompt
 _CHARACTERS = 10  # per token: more than any text takes, so that one slice of a document is enough
+_ELSEWHERE = 4000  # characters of another document, of which one sentence is taken
 # How a prompt asks where there is no chat template; what the model writes comes right behind.
 _LAYOUTS = ("Question: {question}\nAnswer: ", "{question}\n", "Q: {question}\nA: ")
 # Tests are repetitive, and pydoc_data is the language reference, with the documents that are kept for evaluation.
@@ -134,7 +135,9 @@ def build_samples(
         fillers = [source for source in long if source] or [source for source in prose if source]
         found = list(itertools.islice(natural, number - num_lookup))
         if fillers:
-            found += [wanted.lookup(rng.choice(rng.choice(fillers)), rng) for _ in range(num_lookup)]
+            found += [
+                wanted.lookup(*(rng.choice(rng.choice(fillers)) for _ in range(2)), rng) for _ in range(num_lookup)
+            ]
         if not found:
             part = "validation" if is_validation else "training"
             raise ValueError(
@@ -209,14 +212,15 @@ class _Wanted:
         if MIN_CONTEXT <= len(prompt) <= max(self.context) and answer:
             yield Sample(prompt, answer, document.name, "instruction", self.is_validation)
 
-    def lookup(self, document: Document, rng: random.Random) -> Sample:
-        """A document with facts written into it, and a question about one of them at its end."""
+    def lookup(self, document: Document, other: Document, rng: random.Random) -> Sample:
+        """A document with facts written into it, one of `other` among them, and a question about one at its end."""
         length = rng.choice(self.context)
         begin = rng.randrange(max(1, len(document.text) - 4 * length))
         begin = document.text.rfind("\n", 0, begin) + 1
         filler = self._first_tokens(document.text[begin : begin + _CHARACTERS * length], length)
         num_facts = max(2, length // 40)
-        task = lookup.make_task(rng, filler[: len(filler) // 2], num_facts)
+        apart = rng.randrange(max(1, len(other.text) - _ELSEWHERE))
+        task = lookup.make_task(rng, filler[: len(filler) // 2], num_facts, other.text[apart : apart + _ELSEWHERE])
         use_template = bool(self.tokenizer.chat_template) and rng.random() < 0.5
         question = task.question if use_template else rng.choice(_LAYOUTS).format(question=task.question)
         lead, answer = f"{task.lead} ".lstrip(), task.answer

@@ -1,8 +1,9 @@
 """Synthetic prompts whose answer stands in the text: the data that teaches a pruner to keep facts.
 
 Running text hardly ever asks for one exact detail of what came long before, so a pruner trained on it alone drops the
-needles. The wordings are many, so that the pruner learns what a fact looks like and not a sentence; none of them is one
-of :mod:`sdtp_eval.tasks` or of RULER (arXiv 2404.06654), which are for measuring.
+needles. The wordings are many, and their answers are numbers, words, names, places, dates, paths and phrases. Other
+facts are sentences of the texts themselves, so that the pruner learns what a fact looks like and not a wording. None of
+the wordings is one of :mod:`sdtp_eval.tasks` or of RULER (arXiv 2404.06654), which are for measuring.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Task(NamedTuple):
     """Lines of the text itself that must be there."""
 
 
-def make_task(rng: random.Random, text: str, num_facts: int) -> Task:
+def make_task(rng: random.Random, text: str, num_facts: int, other: str = "") -> Task:
     """A random task.
 
     Parameters
@@ -41,10 +42,12 @@ def make_task(rng: random.Random, text: str, num_facts: int) -> Task:
         That the facts will be written into; its own lines may be asked for. May be empty.
     num_facts : int
         Most entries of lists and tables, at least 2: as many as a short prompt has room for.
+    other : str, default ""
+        A text that a sentence may be taken from, to be a fact.
     """
-    lines = _quotable_lines(text)
+    lines, sentences, others = _quotable_lines(text), _sentences(text), _sentences(other)
     makers: list[Callable[[], Task]] = [
-        lambda: _code_word(rng),
+        *[lambda: _fact(rng)] * 3,
         lambda: _competing(rng, num_facts),
         lambda: _pairs(rng, num_facts),
         lambda: _people(rng, num_facts),
@@ -54,6 +57,10 @@ def make_task(rng: random.Random, text: str, num_facts: int) -> Task:
     ]
     if lines:
         makers += [lambda: _next_line(rng, lines)] * 2
+    if sentences:
+        makers += [lambda: _gap(rng, sentences)] * 2
+    if others:
+        makers += [lambda: _stranger(rng, others)] * 2
     return rng.choice(makers)()
 
 
@@ -96,19 +103,81 @@ _PLACES = (
 )  # fmt: skip
 _FIELDS = ("timeout", "retries", "owner", "region", "limit", "version", "channel", "batch", "offset", "quota", "port")
 
-# fact, question, how the answer begins; {x} is what it is about, {v} what is asked for
-_SECRETS = (
-    ("The access code for the {x} is {v}.", "What is the access code for the {x}?", "The access code for the {x} is"),
-    ("To open the {x}, type {v}.", "What has to be typed to open the {x}?", "To open the {x}, type"),
-    ("Please note that the {x} now uses the PIN {v}.", "Which PIN does the {x} use?", "The {x} uses the PIN"),
-    ("{v} is the combination of the {x}.", "Tell me the combination of the {x}.", "The combination of the {x} is"),
-    ("Reference number of the {x}: {v}", "Give the reference number of the {x}.", "Reference number of the {x}:"),
-    ("They agreed on {v} as the password of the {x}.", "Which password was agreed on for the {x}?", "The password is"),
-    ("Whoever needs the {x} should call {v}.", "Whom should one call about the {x}?", "One should call"),
-    ("The inventory lists the {x} under {v}.", "Under what is the {x} listed?", "The {x} is listed under"),
-    ("(The {x} was registered as {v}.)", "As what was the {x} registered?", "The {x} was registered as"),
-    ("Last year the {x} received the identifier {v}.", "What is the identifier of the {x}?", "The identifier is"),
-)
+_NOTIONS = (
+    "patience", "granite", "thunder", "harvest", "silence", "velocity", "friendship", "gravel", "daylight", "honesty",
+    "limestone", "courage", "drizzle", "mustard", "rhythm", "clay", "ambition", "fog", "linen", "chalk",
+)  # fmt: skip
+_VERBS = ("outlives", "needs", "forgives", "follows", "teaches", "carries", "remembers", "precedes", "hides", "feeds")
+_MONTHS = ("January", "March", "April", "June", "July", "September", "October", "December")
+
+# By the kind of the value: fact, question, how the answer begins; {x} is what it is about, {v} what is asked for.
+_FACTS = {
+    "id": (
+        ("The access code for the {x} is {v}.", "What is the access code for the {x}?", "The access code is"),
+        ("To open the {x}, type {v}.", "What has to be typed to open the {x}?", "To open the {x}, type"),
+        ("Please note that the {x} now uses PIN {v}.", "Which PIN does the {x} use?", "The {x} uses the PIN"),
+        ("{v} is the combination of the {x}.", "Tell me the combination of the {x}.", "The combination of the {x} is"),
+        ("Reference number of the {x}: {v}", "Give the reference number of the {x}.", "Reference number of the {x}:"),
+        ("The inventory lists the {x} under {v}.", "Under what is the {x} listed?", "The {x} is listed under"),
+        ("(The {x} was registered as {v}.)", "As what was the {x} registered?", "The {x} was registered as"),
+        ("Last year the {x} received the identifier {v}.", "What is the identifier of the {x}?", "The identifier is"),
+        ("[INFO] {x}: connected, session {v}", "Which session did the {x} report?", "The {x} reported session"),
+        ("WARNING: {x} answered with {v}, expected OK", "What did the {x} answer?", "It answered with"),
+        ("* {x} ({v}) [closed on Sundays]", "What stands in brackets behind the {x}?", "In brackets stands"),
+    ),
+    "word": (
+        ("They agreed on {v} as password of the {x}.", "Which password has the {x}?", "The password is"),
+        ("If you are asked at the {x}, just say {v}.", "What should one say at the {x}?", "Just say"),
+        ("Her nickname for the {x} was {v}.", "What was her nickname for the {x}?", "Her nickname for it was"),
+        ("What they grow behind the {x} is mostly {v}.", "What is grown behind the {x}?", "Mostly"),
+        ("Inside the {x} it always smelled of {v}.", "What did it smell of inside the {x}?", "It always smelled of"),
+        ("The {x} speaks a dialect called {v}.", "Which dialect does the {x} speak?", "A dialect called"),
+    ),
+    "name": (
+        ("Whoever needs the {x} should call {v}.", "Whom should one call about the {x}?", "One should call"),
+        ("Rumour has it that {v} once owned the {x}.", "Who once owned the {x}?", "The {x} was once owned by"),
+        ("The {x}, designed by {v}, opened to applause.", "Name the designer of the {x}.", "It was designed by"),
+        ("{v} has looked after the {x} ever since.", "Who looks after the {x}?", "The {x} is looked after by"),
+        ("Only {v} is allowed to enter the {x} alone.", "Who may enter the {x} alone?", "Only"),
+        ("After much debate the {x} was named after {v}.", "After whom was the {x} named?", "It was named after"),
+        ("TODO({v}): the {x} is slow in winter", "Who is to find out why the {x} is slow?", "The one to find out is"),
+        ('"How do I reach the {x}?" - "Ask for {v}."', "Whom does one ask for to reach the {x}?", "One asks for"),
+        ("Q: Who pays for the {x}? A: {v} does.", "Who pays for the {x}?", "The one who pays is"),
+    ),
+    "place": (
+        ("The bricks of the {x} came by ship from {v}.", "Whence did the bricks of the {x} come?", "They came from"),
+        ("A twin of the {x} stands in {v}.", "Where does the twin of the {x} stand?", "It stands in"),
+        ("They plan to move the {x} to {v}.", "Where do they plan to move the {x}?", "They plan to move it to"),
+        ("See {v} for a copy of the plans of the {x}.", "Where is a copy of the plans of the {x}?", "A copy is in"),
+    ),
+    "date": (
+        ("On {v} the {x} caught fire for the first time.", "When did the {x} first catch fire?", "It caught fire on"),
+        ("The lease of the {x} runs out on {v}.", "When does the lease of the {x} run out?", "It runs out on"),
+        ("Inspection of the {x} is due: {v}.", "When is the inspection of the {x} due?", "It is due"),
+    ),
+    "number": (
+        ("The {x} holds up to {v} litres.", "How many litres does the {x} hold?", "It holds up to"),
+        ("Repairs to the {x} came to {v} euros in the end.", "What did the repairs to the {x} cost?", "They came to"),
+        ("From the {x} to the sea it is {v} metres.", "How far is it from the {x} to the sea?", "It is"),
+        ("We counted {v} steps up to the {x}.", "How many steps lead up to the {x}?", "We counted"),
+        ("In spring {v} visitors saw the {x}.", "How many visitors had the {x} in spring?", "In spring it had"),
+        ("# {x}: raise this to {v} before deploying", "To what is the setting of the {x} raised?", "It is raised to"),
+        ("As of release {v}, the {x} is supported.", "As of which release is the {x} supported?", "As of release"),
+        ("Compared with the {x}, {v} others were smaller.", "How many were smaller than the {x}?", "There were"),
+    ),
+    "phrase": (
+        ("A plate on the {x} reads: {v}.", "What can be read on the plate of the {x}?", "The plate reads:"),
+        ('The motto of the {x} is "{v}".', "Which motto does the {x} have?", 'The motto is "'),
+        ("{v}, as they say at the {x}.", "Which saying is heard at the {x}?", "At the {x} they say that"),
+        ("The log of the {x} ends with '{v}'.", "How does the {x}'s log end?", "It ends with '"),
+    ),
+    "path": (
+        ("The settings of the {x} are read from {v}.", "From where are the settings of the {x} read?", "From"),
+        ("cp {v} /mnt/backup  # state of the {x}", "Which file holds the state of the {x}?", "The file"),
+        ("Keep the spare key to the {x} in {v}.", "Where is the spare key to the {x}?", "It is kept in"),
+    ),
+}  # fmt: skip
+_WORDINGS = tuple((kind, *wording) for kind, wordings in _FACTS.items() for wording in wordings)
 _MOVES = (
     ("{x} moved to {p} in {y}.", "Where did {x} move?", "{x} moved to", "{p}"),
     ("In {y}, {x} found work in {p}.", "When did {x} find work?", "{x} found work in", "{y}"),
@@ -119,7 +188,24 @@ _MOVES = (
 )
 
 
-def _value(rng: random.Random) -> str:
+def _value(rng: random.Random, kind: str = "id") -> str:
+    if kind == "number":
+        return str(rng.randrange(2, 10 ** rng.randint(2, 6)))
+    if kind == "name":
+        return (
+            f"{rng.choice(_PEOPLE)} {rng.choice(_NOTIONS).capitalize()}" if rng.random() < 0.5 else rng.choice(_PEOPLE)
+        )
+    if kind == "place":
+        return rng.choice(_PLACES)
+    if kind == "word":
+        return rng.choice((*_WORDS, *_NOTIONS))
+    if kind == "date":
+        return f"{rng.randint(1, 28)} {rng.choice(_MONTHS)} {rng.randint(1900, 2030)}"
+    if kind == "path":
+        return "/".join((rng.choice(("~", "/srv", "/opt", "./data")), *rng.sample(_WORDS, rng.randint(1, 3))))
+    if kind == "phrase":
+        first, second, third = rng.sample(_NOTIONS, 3)
+        return f"{first} {rng.choice(_VERBS)} {second}" + (f" and {third}" if rng.random() < 0.5 else "")
     form = rng.randrange(6)
     if form < 3:
         return "".join(rng.choices("0123456789", k=rng.randint(3, 8)))
@@ -135,18 +221,19 @@ def _subjects(rng: random.Random, number: int) -> list[str]:
     return rng.sample(pairs, number)
 
 
-def _code_word(rng: random.Random) -> Task:
-    (subject,), value = _subjects(rng, 1), _value(rng)
-    fact, question, lead = (text.format(x=subject, v=value) for text in rng.choice(_SECRETS))
-    return Task("code", (fact,), question, lead, value)
+def _fact(rng: random.Random) -> Task:
+    kind, *wording = rng.choice(_WORDINGS)
+    (subject,), value = _subjects(rng, 1), _value(rng, kind)
+    fact, question, lead = (text.format(x=subject, v=value) for text in wording)
+    return Task("fact", (fact,), question, lead, value)
 
 
 def _competing(rng: random.Random, num_facts: int) -> Task:
     """Facts of one wording about things that are easily confused."""
     number = rng.randint(2, max(2, min(12, num_facts)))
     qualities, thing = rng.sample(_QUALITIES, number), rng.choice(_THINGS)
-    values = [_value(rng) for _ in qualities]
-    wording = rng.choice(_SECRETS)
+    kind, *wording = rng.choice(_WORDINGS)
+    values = [_value(rng, kind) for _ in qualities]
     facts = [wording[0].format(x=f"{quality} {thing}", v=v) for quality, v in zip(qualities, values, strict=True)]
     asked = rng.randrange(number)
     question, lead = (text.format(x=f"{qualities[asked]} {thing}") for text in wording[1:])
@@ -156,9 +243,10 @@ def _competing(rng: random.Random, num_facts: int) -> Task:
 def _several(rng: random.Random, num_facts: int) -> Task:
     """Several facts, all of which are asked for."""
     subjects = _subjects(rng, min(rng.randint(2, 4), max(2, num_facts)))
-    values = [_value(rng) for _ in subjects]
-    facts = [rng.choice(_SECRETS)[0].format(x=x, v=v) for x, v in zip(subjects, values, strict=True)]
-    question = f"List the codes or numbers given for: {', '.join(subjects)}."
+    wordings = [rng.choice(_WORDINGS) for _ in subjects]
+    values = [_value(rng, kind) for kind, *_ in wordings]
+    facts = [fact.format(x=x, v=v) for (_, fact, *_), x, v in zip(wordings, subjects, values, strict=True)]
+    question = f"List what is said of each of these: {', '.join(subjects)}."
     return Task("several", tuple(facts), question, "", ", ".join(values))
 
 
@@ -243,6 +331,48 @@ def _next_line(rng: random.Random, lines: Sequence[tuple[str, str]]) -> Task:
         )
     ).format(q=shown)
     return Task("recall", (), question, "", following, quoted=(line, following))
+
+
+def _gap(rng: random.Random, sentences: Sequence[str]) -> Task:
+    """A sentence of the text itself with one word left out."""
+    sentence = rng.choice(sentences)
+    word = rng.choice(_words(sentence))
+    shown = sentence.replace(word, "____")
+    question = rng.choice(
+        (
+            "Which word of the text is missing here? {q}",
+            "Fill the gap as in the text: {q}",
+            "One word was left out of this sentence of the text, which one? {q}",
+        )
+    ).format(q=shown)
+    return Task("gap", (), question, "", word, quoted=(sentence,))
+
+
+def _stranger(rng: random.Random, sentences: Sequence[str]) -> Task:
+    """A sentence out of another text, to be completed from its first words."""
+    sentence = rng.choice(sentences)
+    words = sentence.split(" ")
+    begin = rng.randint(min(4, len(words) - 2), max(4, len(words) // 2))
+    shown = " ".join(words[:begin])
+    question = rng.choice(
+        (
+            'How does the sentence go on that begins "{q}"?',
+            'Complete from the text: "{q}"',
+            'Find "{q}" in the text. Which words come next?',
+        )
+    ).format(q=shown)
+    return Task("stranger", (sentence,), question, "", " ".join(words[begin:]))
+
+
+def _words(sentence: str) -> list[str]:
+    """Words to ask for: not short, and once in the sentence."""
+    return [word for word in re.findall(r"\b[A-Za-z0-9]\w{3,}\b", sentence) if sentence.count(word) == 1]
+
+
+def _sentences(text: str) -> list[str]:
+    """Sentences on one line, with words to ask for, that occur once."""
+    found = re.findall(r"(?:(?<=\n)|(?<=[.!?] ))[A-Z0-9][^\n]{30,200}?[.!?](?=\s)", text)
+    return [s for s in found if len(_words(s)) > 2 and len(s.split(" ")) > 5 and text.count(s) == 1]
 
 
 def _quotable_lines(text: str) -> list[tuple[str, str]]:
