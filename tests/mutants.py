@@ -1219,6 +1219,20 @@ MUTANTS = [
         "test_train_pruners.py::test_simulation_equals_real_pruning",
     ),
     Mutant(
+        "a prediction whose cost does not reach the pruners",
+        "python/sdtp_train/simulate.py",
+        "* (own - other).detach()",
+        "* own.detach()",
+        "test_train_pruners.py::test_what_a_prediction_costs_is_the_gradient_of_the_decision",
+    ),
+    Mutant(
+        "a later stage's prediction for a token that an earlier one dropped",
+        "python/sdtp_train/simulate.py",
+        "in reversed(dropped):",
+        "in dropped:",
+        "test_train_pruners.py::test_predicted_keys_and_values_are_simulated_for_every_family",
+    ),
+    Mutant(
         "keys that the regression learns before their norm",
         "python/sdtp_train/kv.py",
         "family.keys(layer, hidden_states)",

@@ -13,7 +13,7 @@ import torch
 from conftest import make_model, make_qwen2
 from test_train_data import make_checkpoint, make_texts
 
-from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp, cli, load_pruners
+from sdtp_kernels import KVPredictor, PruningSchedule, TokenPruner, apply_sdtp, cli, load_pruners
 from sdtp_kernels.models.family import FAMILIES
 from sdtp_train import losses, saliency, shards, simulate, train
 from sdtp_train.shards import Marked, SampleInfo
@@ -48,6 +48,15 @@ def make_pruners(layers=LAYERS, hidden_size=64, **settings):
             if hasattr(pruner, name):
                 torch.nn.init.normal_(getattr(pruner, name))
     return pruners
+
+
+def make_predictor(model, rank=None):
+    """Random maps as large as the keys and values of the random models here."""
+    config = model.config
+    head_dim = model.model.layers[0].self_attn.head_dim
+    sizes = {"num_hidden_layers": config.num_hidden_layers, "stages": LAYERS, "rank": rank}
+    torch.manual_seed(2)
+    return KVPredictor(config.hidden_size, config.num_key_value_heads, head_dim, **sizes)
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
@@ -106,17 +115,67 @@ def test_an_mlp_is_a_third_of_the_papers_in_whole_vectors(hidden_size, width):
 @pytest.mark.parametrize("budget", [{}, {"budget": "block", "block_size": 32}])
 @pytest.mark.parametrize("settings", [{}, {"distance": True, "attention": True, "pooling": 5, "averaging": True}])
 @pytest.mark.parametrize("keep_ratio", [0.8, (0.7, 0.5)])
-def test_simulation_equals_real_pruning(model, ids, settings, budget, keep_ratio):
+@pytest.mark.parametrize("predicted", [False, True])
+def test_simulation_equals_real_pruning(model, ids, settings, budget, keep_ratio, predicted):
     schedule = PruningSchedule(layers=LAYERS, keep_ratio=keep_ratio, **budget)
-    pruners = make_pruners(**settings)
+    pruners, predictor = make_pruners(**settings), make_predictor(model) if predicted else None
     with torch.no_grad():
-        simulated = simulate.simulate_pruning(model, pruners, schedule, ids, N)
+        simulated = simulate.simulate_pruning(model, pruners, schedule, ids, N, None, predictor)
         dense = model(ids[None]).logits[0, N - 1 : -1]
-        with apply_sdtp(model, pruners, schedule) as handle:
+        with apply_sdtp(model, pruners, schedule, kv_predictor=predictor) as handle:
             real = model(ids[None], logits_to_keep=C + 1).logits[0, :-1]
             assert handle.report().layers[LAYERS[0]].tokens_out < N + C
     torch.testing.assert_close(simulated, real, rtol=0, atol=1e-4)
     assert (dense - real).abs().max() > 0.1  # else anything would equal it
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predicted_keys_and_values_are_simulated_for_every_family(ids, family):
+    model, schedule = make_model(family, num_layers=6), PruningSchedule(layers=LAYERS, keep_ratio=0.6)
+    pruners, predictor = make_pruners(), make_predictor(model, rank=8)
+    with torch.no_grad():
+        simulated = simulate.simulate_pruning(model, pruners, schedule, ids, N, kv_predictor=predictor)
+        with apply_sdtp(model, pruners, schedule, kv_predictor=predictor):
+            real = model(ids[None], logits_to_keep=C + 1).logits[0, :-1]
+    torch.testing.assert_close(simulated, real, rtol=0, atol=1e-4)
+
+
+def test_what_a_prediction_costs_is_the_gradient_of_the_decision(model, ids):
+    """Moving a key and a value a little from predicted towards computed, or back, against the gradient at its mask."""
+    schedule = PruningSchedule(layers=LAYERS[:1], keep_ratio=0.6)
+    predictor = make_predictor(model)
+    decided = []
+    decide = simulate._decide
+
+    def tap(*args):
+        kept, decisions = decide(*args)
+        decisions.retain_grad()
+        decided.append((kept, decisions))
+        return kept, decisions
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulate, "_decide", tap)
+        loss = simulate.simulate_pruning(model, make_pruners(), schedule, ids, N, None, predictor).square().mean()
+    loss.backward()
+    ((kept, decisions),) = decided
+    gradient = decisions.grad.double()
+    assert (gradient != 0).sum() > N - 2  # kept tokens and dropped ones alike
+
+    def moved(token, step):
+        def mix(stays, own, other):
+            weight = stays.detach().clone()
+            weight[token] += step
+            weight = weight.unsqueeze(-1)
+            return weight * own + (1 - weight) * other
+
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(simulate, "_replace", mix)
+            return simulate.simulate_pruning(model, make_pruners(), schedule, ids, N, None, predictor).square().mean()
+
+    dropped = [i for i in range(5, N - 12) if i not in kept.tolist()]
+    for token in (*kept[5:9].tolist(), *dropped[:4]):
+        slope = (moved(token, 0.01) - moved(token, -0.01)) / 0.02
+        assert gradient[token].item() == pytest.approx(slope.item(), rel=0.02, abs=2e-3 * gradient.abs().max().item())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -135,9 +135,9 @@ def build_samples(
         fillers = [source for source in long if source] or [source for source in prose if source]
         found = list(itertools.islice(natural, number - num_lookup))
         if fillers:
-            found += [
-                wanted.lookup(*(rng.choice(rng.choice(fillers)) for _ in range(2)), rng) for _ in range(num_lookup)
-            ]
+            for _ in range(num_lookup):
+                document, other = (rng.choice(rng.choice(fillers)) for _ in range(2))
+                found.append(wanted.lookup(document, other, rng))
         if not found:
             part = "validation" if is_validation else "training"
             raise ValueError(

@@ -1,27 +1,32 @@
-"""Pruning simulated by masks inside a dense forward, so that a loss on the output reaches the pruners.
+"""Pruning simulated by masks inside a dense forward, so that a loss on the output reaches pruners and KV predictor.
 
 Every token goes through every layer, as in DynamicViT (arXiv 2106.02034): attention weights are multiplied by the mask
 of their keys and divided by their sum. The masks are exactly 0 or 1, chosen by the ops that prune for real, so the
 output is that of real pruning; their gradient is that of a sigmoid around the threshold (straight-through), which
 reaches dropped tokens as well: the product with a zero mask still has a derivative.
+
+With a KV predictor nothing is masked. A mask of 0 puts the predicted key and value in the place of the computed ones,
+and its gradient is what that costs: the error of the prediction times the gradient at this key and value.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from sdtp_eval.attention import probabilities
 from sdtp_kernels import select_tokens
 from sdtp_kernels.models.family import family_of
+from sdtp_kernels.reference import rotate
 from sdtp_kernels.scorers import StageInput, question_attention
 from sdtp_train.targets import run_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sdtp_kernels import PruningSchedule, TokenPruner
+    from sdtp_kernels import KVPredictor, PruningSchedule, TokenPruner
 
 TEMPERATURE = 0.3  # width of the sigmoid, in standard deviations of the scores of a stage
 
@@ -33,6 +38,7 @@ def simulate_pruning(
     token_ids: torch.Tensor,
     num_context: int,
     generator: torch.Generator | None = None,
+    kv_predictor: KVPredictor | None = None,
 ) -> torch.Tensor:
     """Logits that a pruned model gives its continuation.
 
@@ -50,6 +56,8 @@ def simulate_pruning(
     generator : torch.Generator, optional
         Adds Gumbel noise to the scores, scaled like the sigmoid: the kept tokens are then a sample without replacement
         (Gumbel top-k), equation (2) of SDTP with the exact budget. Without it, the best are kept.
+    kv_predictor : KVPredictor, optional
+        Predicts keys and values of the tokens that stages drop; by default later layers see nothing of them.
 
     Returns
     -------
@@ -67,6 +75,7 @@ def simulate_pruning(
     below = inputs[-1]
 
     mask = torch.ones(ids.shape[1], device=ids.device)
+    dropped: list[_Dropped] = []
     alive = torch.arange(n, device=ids.device)
     opinion, number = torch.zeros(n, device=ids.device), 0  # mean of the MLPs' scores so far, where they are averaged
     for i in range(first, len(decoder.layers)):
@@ -81,10 +90,17 @@ def simulate_pruning(
                 pruners[i], schedule, decoder.layers[i - 1], hidden_states, below, embeddings, alive
             )
             kept, decisions = _decide(scores, pruners[i].pooling, schedule, n, stage, generator)
-            mask = mask.scatter(0, alive, mask[alive] * decisions)
+            if kv_predictor is None:
+                mask = mask.scatter(0, alive, mask[alive] * decisions)
+            else:
+                stays = torch.ones_like(mask).scatter(0, alive, decisions)
+                dropped.append(_Dropped(i, stays, kv_predictor.encode(i, hidden_states)))
             alive = alive[kept]
         below = hidden_states
-        hidden_states = masked_layer(decoder.layers[i], hidden_states, embeddings, mask)
+        if kv_predictor is None:
+            hidden_states = masked_layer(decoder.layers[i], hidden_states, embeddings, mask)
+        else:
+            hidden_states = _predicted_layer(i, decoder.layers[i], hidden_states, embeddings, dropped, kv_predictor)
     return model.lm_head(decoder.norm(hidden_states[0, n - 1 : -1]))  # type: ignore[no-any-return]
 
 
@@ -107,6 +123,50 @@ def masked_layer(
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     value = family_of(layer).values(layer, hidden_states)
     attended = (weights.unflatten(1, (value.shape[1], -1)).to(value.dtype) @ value.unsqueeze(2)).flatten(1, 2)
+    return _after_attention(layer, hidden_states, attended)
+
+
+class _Dropped(NamedTuple):
+    """What one stage decided."""
+
+    stage: int
+    """The layer that it stands before."""
+    stays: torch.Tensor
+    """``[T]``: 0 for the tokens that it drops, 1 for all others, with a gradient."""
+    tokens: torch.Tensor
+    """``[1, T, R]``: all, encoded for the maps of this stage."""
+
+
+def _predicted_layer(
+    layer_idx: int,
+    layer: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    dropped: list[_Dropped],
+    kv_predictor: KVPredictor,
+) -> torch.Tensor:
+    """A decoder layer, ``[1, T, D]`` to the same, in which dropped tokens have predicted keys and values."""
+    family = family_of(layer)
+    key, value = family.keys(layer, hidden_states), family.values(layer, hidden_states)
+    for stage, stays, tokens in reversed(dropped):
+        predicted = kv_predictor(stage, layer_idx, tokens)
+        key, value = (_replace(stays, own, other) for own, other in zip((key, value), predicted, strict=True))
+    query, key = (rotate(x, *position_embeddings) for x in (family.queries(layer, hidden_states), key))
+    attended = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=layer.self_attn.scaling, enable_gqa=True
+    )
+    return _after_attention(layer, hidden_states, attended)
+
+
+def _replace(stays: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`own` ``[1, heads, T, d]`` where a token stays, else `other`; its own value, and the gradient of a mixture."""
+    stays, other = stays.unsqueeze(-1), other.to(own.dtype)
+    exact = torch.where(stays > 0, own, other)
+    # An exact zero that has a derivative.
+    return exact + (stays - stays.detach()).to(own.dtype) * (own - other).detach()
+
+
+def _after_attention(layer: Any, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     hidden_states = hidden_states + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))  # type: ignore[no-any-return]
 
