@@ -1226,10 +1226,17 @@ MUTANTS = [
         "test_train_pruners.py::test_what_a_prediction_costs_is_the_gradient_of_the_decision",
     ),
     Mutant(
-        "a later stage's prediction for a token that an earlier one dropped",
+        "maps that are trained in units of their own size, and stored so",
+        "python/sdtp_train/kv.py",
+        'parametrize.remove_parametrizations(module, "weight")',
+        'parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)',
+        "test_train_kv.py::test_maps_learn_end_to_end_alone_or_with_the_pruners",
+    ),
+    Mutant(
+        "the first stage's maps for a token that a later one dropped",
         "python/sdtp_train/simulate.py",
-        "in reversed(dropped):",
-        "in dropped:",
+        "kv_predictor(stage, layer_idx, tokens)",
+        "kv_predictor(dropped[0].stage, layer_idx, tokens)",
         "test_train_pruners.py::test_predicted_keys_and_values_are_simulated_for_every_family",
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from importlib import metadata
@@ -16,7 +17,7 @@ from test_train_saliency import Killed, contents, damage, mark, options
 from sdtp_eval.parallel import Workers
 from sdtp_kernels import KVPredictor, cli, load_pruners, save_pruners
 from sdtp_kernels.models.family import FAMILIES
-from sdtp_train import kv, shards, targets
+from sdtp_train import kv, shards, targets, train
 
 STAGES, N = (2, 4), 50
 CPU = torch.device("cpu")
@@ -410,6 +411,71 @@ def test_a_predictor_comes_with_the_pruners(place, whole, tmp_path, sdtp, capsys
     assert load_pruners(tmp_path / "plain").kv_predictor is None
 
 
+@pytest.mark.parametrize("rank", ["full", "5"])
+def test_maps_learn_end_to_end_alone_or_with_the_pruners(place, whole, tmp_path, sdtp, rank):
+    start = tmp_path / "start"
+    command = ("train", "--model", place / "model", "--saliency", whole)
+    assert sdtp(*command, "--steps", 2, "--out", start, "--kv-rank", rank) == 0
+    before = load_pruners(start)
+    command = (*command, "--init", start, "--loss", "kl", "--keep", 0.6, "--batch", 4, "--lr", 1e-4, "--eval-every", 4)
+    for trained in (["kv"], ["kv", "pruners"]):
+        out = tmp_path / "-".join(trained)
+        assert sdtp(*command, "--steps", 8, "--kv-lr", 0.05, "--train", *trained, "--out", out) == 0
+        stack = load_pruners(out)
+        facts = stack.header.training
+        history = [json.loads(line) for line in out.with_name(f"{out.name}.jsonl").read_text().splitlines()]
+        assert history[-1]["training"]["kl"] < 0.9 * history[1]["training"]["kl"]
+        assert facts["validation"]["kl"] < history[0]["validation"]["kl"]
+        assert facts["kv_predictor"]["fitted"] == before.header.training["kv_predictor"]
+        assert facts["kv_predictor"]["trained_by"] == {"kl": 1.0}
+        assert {str(p.dtype) for p in stack.kv_predictor.parameters()} == {"torch.bfloat16"}
+        for name, p in before.kv_predictor.state_dict().items():
+            is_same = torch.equal(p, stack.kv_predictor.state_dict()[name])
+            assert is_same == name.endswith("bias"), name
+            assert (p - stack.kv_predictor.state_dict()[name]).norm() < 0.5 * p.norm()
+        same = [torch.equal(p, stack[4].state_dict()[name]) for name, p in before[4].state_dict().items()]
+        assert all(same) == (trained == ["kv"])
+
+
+def test_maps_that_learn_go_on_after_a_kill(place, whole, tmp_path, sdtp, monkeypatch):
+    start, out, again = tmp_path / "start", tmp_path / "out", tmp_path / "again"
+    command = ("train", "--model", place / "model", "--saliency", whole)
+    assert sdtp(*command, "--steps", 2, "--out", start, "--kv-rank", 5) == 0
+    command = (
+        *command,
+        "--init",
+        start,
+        "--loss",
+        "kl",
+        "--train",
+        "kv",
+        "--batch",
+        4,
+        "--eval-every",
+        2,
+        "--steps",
+        4,
+    )
+    assert sdtp(*command, "--out", out) == 0
+    evaluate, number = train._Run._evaluate, 0
+
+    def fall(run):
+        nonlocal number
+        evaluate(run)
+        number += 1
+        if number == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Run, "_evaluate", fall)
+        with pytest.raises(Killed):
+            sdtp(*command, "--out", again)
+    assert sdtp(*command, "--out", again, "--resume") == 0
+    assert load_file(out).keys() == load_file(again).keys()
+    for name, tensor in load_file(out).items():
+        assert torch.equal(tensor, load_file(again)[name]), name
+
+
 def test_mistakes_get_answers_and_nothing_is_written(place, whole, tmp_path, sdtp, capsys):
     out = tmp_path / "out"
     command = ("train", "--model", place / "model", "--saliency", whole, "--steps", 1)
@@ -421,4 +487,9 @@ def test_mistakes_get_answers_and_nothing_is_written(place, whole, tmp_path, sdt
     save_pruners(dict(load_pruners(tmp_path / "plain")), tmp_path / "other", kv_predictor=other)
     assert sdtp(*command, "--out", out, "--init", tmp_path / "other") == 2
     assert "prunes at layers [7], for which the KV predictor has no maps" in capsys.readouterr().err
+    for wrong in (("--loss", "kl"), ("--init", tmp_path / "plain", "--loss", "kl"), ("--kv-rank", 4, "--loss", "kl")):
+        assert sdtp(*command, "--out", out, "--train", "kv", *wrong) == 2
+        assert "--train kv: needs the KV predictor of --init, and lm or kl in --loss" in capsys.readouterr().err
+    assert sdtp(*command, "--out", out, "--kv-lr", 0) == 2
+    assert "--kv-lr 0.0: expected a number above 0" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 
 from sdtp_kernels import KVPredictor
 from sdtp_kernels.models.family import family_of
@@ -264,6 +265,46 @@ def make_predictor(
         "tokens_per_feature": round(tokens["training"] / statistics.config.hidden_size, 1),
         "r_squared": r_squared(predictor, statistics, device),
     }
+
+
+class _ByRow(torch.nn.Module):
+    """A weight in units of the root mean square of its rows."""
+
+    unit: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("unit", weight.detach().square().mean(1, keepdim=True).sqrt().clamp(min=1e-12))
+
+    def forward(self, relative: torch.Tensor) -> torch.Tensor:
+        return self.unit * relative
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / self.unit
+
+
+def open_maps(predictor: KVPredictor) -> dict[str, torch.Tensor]:
+    """What of the maps may be trained end to end, by name: their weights, and not their biases.
+
+    Each is in units of the root mean square of its row, so that one learning rate suits keys and values of every size.
+    """
+    for module in list(predictor.modules()):
+        if isinstance(module, torch.nn.Linear):
+            parametrize.register_parametrization(module, "weight", _ByRow(module.weight))
+    weights: dict[str, torch.Tensor] = {
+        name: p for name, p in predictor.named_parameters() if name.endswith(".original")
+    }
+    for p in weights.values():
+        p.requires_grad_()
+    return weights
+
+
+def close_maps(predictor: KVPredictor) -> None:
+    """Make ordinary weights of what :func:`open_maps` opened."""
+    for module in predictor.modules():
+        if isinstance(module, torch.nn.Linear):
+            parametrize.remove_parametrizations(module, "weight")
+            module.requires_grad_(False)
 
 
 def summary(predictor: KVPredictor, facts: Mapping[str, Any]) -> str:

@@ -148,7 +148,7 @@ def _predicted_layer(
     """A decoder layer, ``[1, T, D]`` to the same, in which dropped tokens have predicted keys and values."""
     family = family_of(layer)
     key, value = family.keys(layer, hidden_states), family.values(layer, hidden_states)
-    for stage, stays, tokens in reversed(dropped):
+    for stage, stays, tokens in dropped:
         predicted = kv_predictor(stage, layer_idx, tokens)
         key, value = (_replace(stays, own, other) for own, other in zip((key, value), predicted, strict=True))
     query, key = (rotate(x, *position_embeddings) for x in (family.queries(layer, hidden_states), key))

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     import torch
 
     from sdtp_eval.parallel import Workers
-    from sdtp_kernels import PruningSchedule, TokenPruner
+    from sdtp_kernels import KVPredictor, PruningSchedule, TokenPruner
 
 LOSSES = ("mse", "rank", "lm", "kl")
+TRAINED = ("pruners", "kv")
 NUM_PAIRS = 4096  # of the ranking loss, per sample and stage
 WARM_UP = 0.05  # share of the steps
 # Of a term with standard deviation 1, as the regression's goal has. Regression itself gave it about 0.35 on
@@ -32,6 +33,8 @@ WARM_UP = 0.05  # share of the steps
 ATTENTION_WEIGHT = 1.0
 # A few numbers that multiply inputs of size one have far to go; the MLP's many weights have not.
 BIAS_RATE = 10.0
+# Of the KV predictor's weights, see sdtp_train.kv.open_maps.
+KV_LR = 2e-3
 WEIGHT_DECAY = 0.01
 END_TO_END_VALIDATION = 16  # prompts: a forward of the whole model each
 
@@ -96,6 +99,11 @@ def add_command(subparsers: Any) -> None:
         "--kv-statistics'",
     )  # fmt: skip
     parser.add_argument(
+        "--train", nargs="+", choices=TRAINED, default=["pruners"],
+        help="what learns: kv is the KV predictor of --init, by lm or kl (default: pruners)",
+    )  # fmt: skip
+    parser.add_argument("--kv-lr", type=float, default=KV_LR, help="largest rate of kv, relative (%(default)s)")
+    parser.add_argument(
         "--keep", nargs="+", type=float, default=[0.9, 0.8], help="keep ratios of lm and kl, drawn at random (0.9 0.8)"
     )
     parser.add_argument("--gumbel", action="store_true", help="lm and kl: sample the kept tokens (Gumbel noise)")
@@ -132,6 +140,8 @@ class Objective(NamedTuple):
     gumbel: bool
     model: Any = None
     """``None`` where no loss needs it."""
+    kv_predictor: KVPredictor | None = None
+    """Of what the model drops; ``None`` where nothing of it is kept."""
 
     def terms(
         self, sample: Marked, pruners: Mapping[int, TokenPruner], generator: torch.Generator | None
@@ -164,7 +174,7 @@ class Objective(NamedTuple):
             schedule = self.schedules[0]
             if generator is not None:
                 schedule = self.schedules[_draw(len(self.schedules), generator)]
-            logits = simulate_pruning(self.model, pruners, schedule, ids, n, noise)
+            logits = simulate_pruning(self.model, pruners, schedule, ids, n, noise, self.kv_predictor)
             if "lm" in found:
                 found["lm"].append(losses.lm_loss(logits, ids[n:]))
             if "kl" in found:
@@ -283,6 +293,10 @@ def train(args: argparse.Namespace) -> None:
         kv_predictor, kv_facts = known.kv_predictor, known.header.training.get("kv_predictor")
         if kv_predictor is not None:
             kv_predictor.check(config, objective.schedules[0])
+            kv_predictor = kv_predictor.float().to(workers.device)
+            objective = objective._replace(kv_predictor=kv_predictor)
+    if "kv" in args.train and (kv_predictor is None or objective.model is None):
+        raise ValueError("--train kv: needs the KV predictor of --init, and lm or kl in --loss")
     settings = {
         **{name: value for name, value in vars(args).items() if name not in ("run", "command", "resume", "device")},
         "out": out.name,
@@ -309,7 +323,8 @@ def train(args: argparse.Namespace) -> None:
             kv_predictor, kv_facts = kv.make_predictor(statistics, kv_rank, workers.device)
             print(kv.summary(kv_predictor, kv_facts))
         if kv_predictor is not None:
-            facts["kv_predictor"] = kv_facts
+            facts["kv_predictor"] = {"fitted": kv_facts, "trained_by": weights} if "kv" in args.train else kv_facts
+            kv_predictor.bfloat16()
         save_pruners(pruners, out, config=config, training=facts, kv_predictor=kv_predictor)
         _draw_curves(history, out.with_name(f"{out.name}.png"))
         _state_path(out).unlink(missing_ok=True)
@@ -340,17 +355,28 @@ class _Run:
         self.steps_per_epoch = math.ceil(len(self.training) / args.batch)
         self.num_steps = args.steps or args.epochs * self.steps_per_epoch
         self.eval_every = args.eval_every or self.steps_per_epoch
-        named = {f"{layer}.{name}": p for layer, pruner in pruners.items() for name, p in pruner.named_parameters()}
-        self.parameters = named
-        is_bias = {name: name.endswith(("distance_bias", "attention_weight")) for name in named}
-        self.optimizer = torch.optim.AdamW(
-            [
+        named: dict[str, torch.Tensor] = {}
+        groups: list[dict[str, Any]] = []
+        if "pruners" in args.train:
+            named |= {
+                f"{layer}.{name}": p for layer, pruner in pruners.items() for name, p in pruner.named_parameters()
+            }
+            is_bias = {name: name.endswith(("distance_bias", "attention_weight")) for name in named}
+            groups += [
                 {"params": [p for name, p in named.items() if not is_bias[name]], "rate": 1.0},
                 {"params": [p for name, p in named.items() if is_bias[name]], "rate": BIAS_RATE, "weight_decay": 0.0},
-            ],
-            lr=args.lr,
-            weight_decay=WEIGHT_DECAY,
-        )
+            ]
+        else:
+            for pruner in pruners.values():
+                pruner.requires_grad_(False)
+        if objective.kv_predictor is not None:
+            objective.kv_predictor.requires_grad_(False)
+            if "kv" in args.train:
+                own = kv.open_maps(objective.kv_predictor)
+                groups.append({"params": list(own.values()), "rate": args.kv_lr / args.lr, "weight_decay": 0.0})
+                named |= {f"kv.{name}": p for name, p in own.items()}
+        self.parameters = named
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=WEIGHT_DECAY)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.best = {name: p.detach().clone() for name, p in named.items()}
@@ -382,6 +408,8 @@ class _Run:
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(self.best[name])
+        if "kv" in self.args.train and self.objective.kv_predictor is not None:
+            kv.close_maps(self.objective.kv_predictor)
         nearest, farthest = self._trained_distances()
         for pruner in self.pruners.values():
             extend_distance(pruner, nearest, farthest)
@@ -572,8 +600,10 @@ def _check_settings(args: argparse.Namespace) -> None:
         raise ValueError(f"--attention-weight {args.attention_weight}: expected a number from 0")
     if args.pooling < 1 or args.pooling % 2 == 0:
         raise ValueError(f"--pooling {args.pooling}: expected an odd number of tokens, or 1 for none")
-    if not 0 < args.lr < math.inf:
-        raise ValueError(f"--lr {args.lr}: expected a number above 0")
+    for name in ("lr", "kv_lr"):
+        value = getattr(args, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out}: there is no such directory")
     if out.exists():
