@@ -1219,6 +1219,13 @@ MUTANTS = [
         "test_train_pruners.py::test_simulation_equals_real_pruning",
     ),
     Mutant(
+        "every process has the maps of the first one's heads",
+        MODELS + "dropped.py",
+        "heads[group.rank() * own.num_key_value_heads :]",
+        "heads",
+        "test_devices.py::test_tensor_parallel",
+    ),
+    Mutant(
         "a prediction whose cost does not reach the pruners",
         "python/sdtp_train/simulate.py",
         "* (own - other).detach()",

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_devices import make_pruners, nudged
+from test_devices import make_predictor, make_pruners, nudged
 from test_serving import ARITHMETIC, DTYPES, generate, prompts
 from transformers import AutoModelForCausalLM
 
@@ -23,11 +23,12 @@ def load(folder, **settings):
     }
 
 
-def answer(model, lengths, schedule, scorer, chunk, rank=0):
+def answer(model, lengths, schedule, scorer, chunk, predicted, rank=0):
     """Tokens and cache, and the bytes that the report says it has."""
+    kv_predictor = make_predictor(model, schedule.layers) if predicted else None
     # A scorer that has its own mind in every process, as a last bit may.
     scorer = nudged(rank) if scorer == "nudged" else make_pruners(32).get(scorer, scorer)
-    with ARITHMETIC[model.dtype](), apply_sdtp(model, scorer, schedule) as handle:
+    with ARITHMETIC[model.dtype](), apply_sdtp(model, scorer, schedule, kv_predictor=kv_predictor) as handle:
         return generate(model, prompts(lengths), prefill_chunk_size=chunk), handle.report().kv_bytes
 
 

@@ -11,7 +11,7 @@ from test_ops import NoHostSync
 from test_serving import ARITHMETIC, DTYPES, PHASES, layer_entries
 from transformers import DynamicCache, StaticCache
 
-from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
+from sdtp_kernels import KVPredictor, PruningSchedule, TokenPruner, apply_sdtp
 from sdtp_kernels.models.cache import PrunedState
 
 LENGTHS = (300, 257, 411, 512, 700)
@@ -186,6 +186,10 @@ def test_no_host_sync_in_the_patched_loop(backend, schedule):
                 model(**inputs)
 
 
+# Shorter prompts have no finished block. A stage that drops nothing is another program.
+SHORTEST = 96
+
+
 class Prefill(torch.nn.Module):
     """What an exported prefill returns: logits, and of every layer the cache and what it holds."""
 
@@ -207,24 +211,27 @@ def inputs_of(tokens, padding):
 @pytest.fixture(
     scope="module",
     params=[
-        (torch.float32, "global", "padded"),
-        (torch.float32, "block", "one row"),
-        (torch.bfloat16, "global", "one row"),
-        (torch.bfloat16, "block", "padded"),
+        (torch.float32, "global", "padded", "none"),
+        (torch.float32, "block", "one row", "none"),
+        (torch.bfloat16, "global", "one row", "none"),
+        (torch.bfloat16, "block", "padded", "none"),
+        (torch.float32, "global", "padded", "predicted"),
+        (torch.bfloat16, "block", "one row", "predicted"),
     ],
     ids=name_of,
 )
 def exported(request):
     """What was exported, eager; the program; whether it takes a padding mask. A program takes no later turn."""
-    dtype, budget, padded = request.param
+    dtype, budget, padded, dropped_kv = request.param
     model, is_padded = small_model(dtype), padded == "padded"
-    with (
-        torch.no_grad(),
-        apply_sdtp(model, {1: TokenPruner(64), 2: TokenPruner(64)}, SCHEDULES[budget], later_turns=False),
-    ):
+    pruners = {1: TokenPruner(64), 2: TokenPruner(64)}
+    settings = {"later_turns": False, "dropped_kv": dropped_kv}
+    if dropped_kv == "predicted":
+        settings["kv_predictor"] = KVPredictor(64, 2, 16, num_hidden_layers=3, stages=(1, 2))
+    with torch.no_grad(), apply_sdtp(model, pruners, SCHEDULES[budget], **settings):
         prefill, tokens, inputs = (
             Prefill(model),
-            torch.export.Dim("tokens", min=64, max=4096),
+            torch.export.Dim("tokens", min=SHORTEST, max=4096),
             inputs_of(200, 20 * is_padded),
         )
         program = torch.export.export(
@@ -238,7 +245,7 @@ def exported(request):
 
 
 @settings(max_examples=8, phases=PHASES)
-@given(tokens=st.integers(64, 400), padding=st.integers(1, 63))
+@given(tokens=st.integers(SHORTEST, 400), padding=st.integers(1, 63))
 @torch.no_grad()
 def test_export(exported, tokens, padding):
     """One program for all lengths of the prompt: its logits, caches and what they hold are the eager ones."""

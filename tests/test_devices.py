@@ -15,7 +15,7 @@ from test_qwen2 import LAYERS, SCHEDULES, TOKENS, generate, padded_batch, prompt
 from test_serving import DTYPES, PHASES, assert_same, make_models, of_both_dtypes, prompts, rows, schedules
 from test_serving import generate as generate_with_cache
 
-from sdtp_kernels import TokenPruner, apply_sdtp, ops
+from sdtp_kernels import KVPredictor, TokenPruner, apply_sdtp, ops
 from sdtp_kernels.models.cache import PrunedState
 from sdtp_kernels.models.devices import device_of
 from sdtp_kernels.scorers import block_local, random_score
@@ -203,13 +203,29 @@ def drawn(strategy, number):
     return values
 
 
-def make_request(dtype, lengths, schedule, scorer, chunk):
+def make_predictor(model, layers):
+    """Random maps, the same in every process; any heads, whatever shares of them there are."""
+    config = model.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return KVPredictor(
+            config.hidden_size,
+            config.num_key_value_heads,
+            head_dim,
+            num_hidden_layers=config.num_hidden_layers,
+            stages=layers,
+        )
+
+
+def make_request(dtype, lengths, schedule, scorer, chunk, predicted):
     takes_pieces = schedule.budget == "block" and scorer != "attention"
     return dtype, {
         "lengths": lengths,
         "schedule": schedule,
         "scorer": scorer,
         "chunk": chunk if takes_pieces else None,
+        "predicted": predicted,
     }
 
 
@@ -220,6 +236,7 @@ requests = st.builds(
     schedules,
     st.sampled_from(["plain", "full", "attention", "nudged"]),
     st.none() | st.integers(1, 60),
+    st.booleans(),
 )
 
 

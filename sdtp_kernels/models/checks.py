@@ -39,19 +39,13 @@ def _check_attention(config: Any, is_predicted: bool) -> None:
         )
 
 
-def check_predicted(
-    kv_predictor: KVPredictor, config: Any, schedule: PruningSchedule, evict_earlier_kv: bool, group: Any
-) -> None:
+def check_predicted(kv_predictor: KVPredictor, config: Any, schedule: PruningSchedule, evict_earlier_kv: bool) -> None:
     """Refuse predicted keys and values where they do not fit, or would be lost again."""
     kv_predictor.check(config, schedule)
     if evict_earlier_kv:
         raise NotImplementedError(
             "evict_earlier_kv=True drops from memory what dropped_kv='predicted' keeps there: pass one of them. A "
             "cache press gives memory back on top of predicted keys and values"
-        )
-    if group is not None:
-        raise NotImplementedError(
-            "dropped_kv='predicted' with tensor parallelism: each process has some of the heads. Pass dropped_kv='none'"
         )
 
 

@@ -19,6 +19,7 @@ from .devices import device_of
 from .masks import Mask, Visible, position_mask
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from transformers import PreTrainedConfig
     from transformers.cache_utils import Cache
 
@@ -27,9 +28,18 @@ if TYPE_CHECKING:
     from .chunks import Segment
 
 
-def on_layers(predictor: KVPredictor, decoder: Any, schedule: PruningSchedule) -> KVPredictor:
-    """The maps that the schedule needs, in the model's dtype, each where the layers are that use it."""
+def on_layers(
+    predictor: KVPredictor, decoder: Any, schedule: PruningSchedule, group: ProcessGroup | None
+) -> KVPredictor:
+    """The maps that the schedule needs, in the model's dtype, each where the layers are that use it.
+
+    Of tensor parallelism, each process has the maps of its own heads.
+    """
     own = copy.copy(predictor)
+    heads = range(own.num_key_value_heads)
+    if group is not None:
+        own.num_key_value_heads //= group.size()
+        heads = heads[group.rank() * own.num_key_value_heads :][: own.num_key_value_heads]
     own._modules = dict(predictor._modules)
     own.down, own.up = torch.nn.ModuleDict(), torch.nn.ModuleDict()
     for name, linear in predictor.down.items():
@@ -39,6 +49,9 @@ def on_layers(predictor: KVPredictor, decoder: Any, schedule: PruningSchedule) -
         stage, layer = map(int, name.split(":"))
         if stage in schedule.layers:
             own.up[name] = _moved(linear, decoder.layers[layer], decoder.dtype)
+            for p in own.up[name].parameters() if group is not None else ():
+                by_head = p.data.unflatten(0, (2, -1, own.head_dim))  # keys and values
+                p.data = by_head[:, heads[0] : heads[-1] + 1].flatten(0, 2).contiguous()
     return own
 
 

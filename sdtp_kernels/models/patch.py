@@ -74,8 +74,8 @@ def patch(
     scorers = resolve_pruners(pruners, schedule, config, devices, decoder.dtype)
     group = compat.tensor_parallel_group(model)
     if kv_predictor is not None:
-        check_predicted(kv_predictor, config, schedule, evict_earlier_kv, group)
-        kv_predictor = on_layers(kv_predictor, decoder, schedule)
+        check_predicted(kv_predictor, config, schedule, evict_earlier_kv)
+        kv_predictor = on_layers(kv_predictor, decoder, schedule, group)
     handle = SdtpHandle(schedule, scorers, backend, later_turns, evict_earlier_kv, kv_predictor, group)
     if kv_predictor is not None:
         handle.attends_by_position = has_position_attention(backend, decoder)
