@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,10 @@ FORMAT = "sdtp-pruners"
 FORMAT_VERSION = 2
 """The newest that is read. What is written says the oldest that has what the file holds."""
 
+HUB_FILE = "pruners.safetensors"
+"""What a repository of the Hugging Face hub names it."""
+
+_REPOSITORY = re.compile(r"[\w.-]+/(?!.*\.safetensors$)[\w.-]+")
 KV_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -163,8 +168,16 @@ def save_pruners(
         draft.unlink(missing_ok=True)
 
 
-def load_pruners(path: str | os.PathLike[str]) -> PrunerStack:
-    """Read a pruner file.
+def load_pruners(path: str | os.PathLike[str], *, revision: str | None = None) -> PrunerStack:
+    """Read a pruner file, from the disk or from the Hugging Face hub.
+
+    Parameters
+    ----------
+    path : path or str
+        A file. Where there is none, ``"user/repository"`` means the file ``pruners.safetensors`` of that repository,
+        which is downloaded once and cached.
+    revision : str, optional
+        Branch, tag or commit of the repository; by default its main branch.
 
     Returns
     -------
@@ -175,7 +188,9 @@ def load_pruners(path: str | os.PathLike[str]) -> PrunerStack:
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If there is no such file, and the hub has none either.
+    ImportError
+        If it would have to come from the hub, and huggingface_hub is not installed.
     ValueError
         If it is no pruner file, truncated, of a later format version, incomplete, or holds NaN or infinite weights.
 
@@ -188,7 +203,9 @@ def load_pruners(path: str | os.PathLike[str]) -> PrunerStack:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such pruner file")
+        if not (isinstance(path, str) and _REPOSITORY.fullmatch(path)):
+            raise FileNotFoundError(f"{path}: no such pruner file")
+        path = _from_hub(path, revision)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -233,6 +250,25 @@ def load_pruners(path: str | os.PathLike[str]) -> PrunerStack:
         raise ValueError(f"{path}: tensors that the header does not list: {', '.join(sorted(tensors))}")
     check_finite(pruners)
     return PrunerStack(pruners, header, kv_predictor)
+
+
+def _from_hub(repository: str, revision: str | None) -> str:
+    """The file of a repository, downloaded where it is not cached yet."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ImportError(
+            f"{repository}: there is no such file, and loading from the hub needs huggingface_hub: pip install "
+            "'sdtp-kernels[models]'"
+        ) from error
+    try:
+        return hf_hub_download(repository, HUB_FILE, revision=revision)  # type: ignore[no-any-return]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{repository}: there is no such file, and no {HUB_FILE} of a repository of this name on the hub or in its "
+            f"cache ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _describe(predictor: KVPredictor) -> dict[str, Any]:

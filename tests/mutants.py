@@ -1219,6 +1219,20 @@ MUTANTS = [
         "test_train_pruners.py::test_simulation_equals_real_pruning",
     ),
     Mutant(
+        "the hub asked for a file with a typing error in its name",
+        "sdtp_kernels/pruner_file.py",
+        "(?!.*\\.safetensors$)",
+        "",
+        "test_pruner.py::test_what_the_hub_has_not",
+    ),
+    Mutant(
+        "a revision that the hub is not told of",
+        "sdtp_kernels/pruner_file.py",
+        "hf_hub_download(repository, HUB_FILE, revision=revision)",
+        "hf_hub_download(repository, HUB_FILE)",
+        "test_pruner.py::test_a_repository_of_the_hub",
+    ),
+    Mutant(
         "every process has the maps of the first one's heads",
         MODELS + "dropped.py",
         "heads[group.rank() * own.num_key_value_heads :]",

@@ -2,12 +2,21 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdtp_kernels import KVPredictor, PruningSchedule, TokenPruner, load_pruners, save_pruners, score_tokens
+from sdtp_kernels import (
+    KVPredictor,
+    PruningSchedule,
+    TokenPruner,
+    load_pruners,
+    pruner_file,
+    save_pruners,
+    score_tokens,
+)
 from sdtp_kernels.pruner_file import FORMAT_VERSION
 
 
@@ -58,6 +67,45 @@ def test_module_and_op_agree(rms_norm):
     torch.testing.assert_close(pruner(hidden_states), scores, atol=1e-5, rtol=1e-5)
     assert pruner(hidden_states[0, 0]).shape == ()
     assert all(not tensor.requires_grad for tensor in pruner.weights(torch.bfloat16))
+
+
+@pytest.fixture
+def hub(path, tmp_path, monkeypatch):
+    """The hub client's own cache, as a download leaves it; the client is offline in all tests."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for commit, branch in (("a" * 40, "main"), ("b" * 40, "other")):
+        repository = tmp_path / "hub/models--someone--pruners.of-it"
+        for part in ("refs", f"snapshots/{commit}"):
+            (repository / part).mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+        save_pruners(
+            load_pruners(path), repository / f"snapshots/{commit}/pruners.safetensors", training={"of": branch}
+        )
+
+
+def test_a_repository_of_the_hub(hub):
+    assert load_pruners("someone/pruners.of-it").header.training == {"of": "main"}
+    assert load_pruners("someone/pruners.of-it", revision="other").header.training == {"of": "other"}
+    assert load_pruners("someone/pruners.of-it", revision="b" * 40).header.training == {"of": "other"}
+
+
+def test_what_the_hub_has_not(hub, tmp_path, monkeypatch):
+    for name, revision in (("someone/else", None), ("someone/pruners.of-it", "third")):
+        with pytest.raises(FileNotFoundError, match=f"{name}: there is no such file, and no pruners.safetensors of a"):
+            load_pruners(name, revision=revision)
+    # A file that is missing is no repository: nobody asks the hub.
+    monkeypatch.setattr(pruner_file, "_from_hub", None)
+    for name in ("missing.safetensors", "folder/missing.safetensors", "a/b/c", tmp_path / "x"):
+        with pytest.raises(FileNotFoundError, match="no such pruner file"):
+            load_pruners(name)
+
+
+def test_the_hub_needs_its_client(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"needs huggingface_hub: pip install 'sdtp-kernels\[models\]'"):
+        load_pruners("someone/else")
 
 
 def test_round_trip(path):

@@ -416,6 +416,11 @@ def test_a_planted_score_is_learned(planted, sdtp, tmp_path, loss):
     assert history[-1]["validation"]["loss"] < 0.7 * history[0]["validation"]["loss"]
     assert facts["validation"] in [row["validation"] for row in history]
     assert out.with_name(f"{out.name}.png").read_bytes().startswith(b"\x89PNG")
+    card = out.with_name(f"{out.name}.README.md").read_text()
+    assert card.startswith("---\nlibrary_name: sdtp-kernels\nbase_model: model\n")
+    assert "| layers before which tokens are dropped | 4, 7 |" in card
+    assert "| prompts | 26, and 4 held out |" in card
+    assert f"| held-out rank correlation | {sum(facts['validation']['spearman'].values()) / 2:.3f} |" in card
     assert not list(tmp_path.glob("*.state")) + list(tmp_path.glob(".*"))
 
 

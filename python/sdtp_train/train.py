@@ -47,7 +47,12 @@ def add_command(subparsers: Any) -> None:
     )
     parser.add_argument("--saliency", required=True, metavar="DIR", help="what 'sdtp saliency' wrote")
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help="the pruner file; FILE.jsonl and FILE.png beside it"
+        "--out",
+        required=True,
+        metavar="FILE",
+        
+        help="the pruner file; next to it its curves, FILE.jsonl and FILE.png, and its model card, FILE.README.md",
+,
     )
     parser.add_argument("--target", nargs="+", metavar="NAME", help="one, or several to average (default: the first)")
     parser.add_argument(
@@ -253,6 +258,7 @@ def train(args: argparse.Namespace) -> None:
     from sdtp_eval.checkpoints import identify
     from sdtp_eval.parallel import join_workers
     from sdtp_kernels import PruningSchedule, load_pruners, save_pruners
+    from sdtp_train.card import make_card
     from sdtp_train.checkpoint import load_frozen
 
     weights = _parse_losses(args.loss)
@@ -327,6 +333,7 @@ def train(args: argparse.Namespace) -> None:
             kv_predictor.bfloat16()
         save_pruners(pruners, out, config=config, training=facts, kv_predictor=kv_predictor)
         _draw_curves(history, out.with_name(f"{out.name}.png"))
+        shards.write_text(out.with_name(f"{out.name}.README.md"), make_card(load_pruners(out)))
         _state_path(out).unlink(missing_ok=True)
         correlation = best["validation"]["spearman"]
         mean = sum(correlation.values()) / len(correlation)
