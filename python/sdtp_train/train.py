@@ -50,9 +50,7 @@ def add_command(subparsers: Any) -> None:
         "--out",
         required=True,
         metavar="FILE",
-        
         help="the pruner file; next to it its curves, FILE.jsonl and FILE.png, and its model card, FILE.README.md",
-,
     )
     parser.add_argument("--target", nargs="+", metavar="NAME", help="one, or several to average (default: the first)")
     parser.add_argument(
