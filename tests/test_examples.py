@@ -1,10 +1,14 @@
-"""The examples in the docstrings of everything public run."""
+"""The examples in the docstrings of everything public run, and so do the scripts in ``examples``."""
 
 import doctest
+import importlib.util
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_qwen2
+from transformers import AutoTokenizer
 
 import sdtp_kernels
 from sdtp_kernels.pruner_file import PrunerHeader
@@ -25,3 +29,61 @@ def test_examples(name, tmp_path):
     for test in tests:
         runner.run(test)
     assert runner.summarize(verbose=False).failed == 0
+
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run_example(name, *words):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(*map(str, words))
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Three short text files."""
+    files = [tmp_path / f"{number}.txt" for number in range(3)]
+    for number, file in enumerate(files):
+        file.write_text(" ".join(f"{number}.{i} is a word." for i in range(60 + 5 * number)))
+    return files
+
+
+def test_every_example_is_run():
+    names = {name.removeprefix("test_example_") for name in globals() if name.startswith("test_example_")}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == names
+
+
+def test_example_chat(byte_checkpoint, texts, capsys):
+    run_example("chat", byte_checkpoint, texts[0], "Is it?", "Is it not?")
+    printed = capsys.readouterr().out
+    assert "Is it?\n" in printed
+    assert "Is it not?\n" in printed
+
+
+def test_example_batch(byte_checkpoint, texts, tmp_path, capsys):
+    checkpoint = tmp_path / "with padding"
+    shutil.copytree(byte_checkpoint, checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.save_pretrained(checkpoint)
+    run_example("batch", checkpoint, *texts)
+    assert capsys.readouterr().out.count("\n- ") == len(texts)
+
+
+def test_example_own_scorer(byte_checkpoint, texts, capsys):
+    run_example("own_scorer", byte_checkpoint, texts[0])
+    kept = capsys.readouterr().out.rsplit("kept in the last layer: ", 1)[1].strip()
+    assert 0 < len(kept) < 0.8 * len(texts[0].read_text())
+
+
+@pytest.mark.slow
+def test_example_own_pruners(byte_checkpoint, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    for number in range(12):
+        text = "\n".join(f"File {number} says {i} in its line." for i in range(200))
+        (tmp_path / f"texts/{number}.txt").write_text(text)
+    run_example("own_pruners", byte_checkpoint, tmp_path / "texts", tmp_path / "out", 8)
+    assert sdtp_kernels.load_pruners(tmp_path / "out/pruners.safetensors").kv_predictor is not None
+    assert "predicted" in capsys.readouterr().out
