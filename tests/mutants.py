@@ -1991,11 +1991,25 @@ MUTANTS = [
         "test_attention_and_cache.py::test_quantized_cache",
     ),
     Mutant(
-        "the dense model reads its own answer, and the pruned one does not",
+        "an answer that begins a token late",
         "python/sdtp_eval/demo.py",
-        ', Method("demo", pair.pruners), pair.schedule)',
-        ")",
+        "        tokens.append(token)\n        if len(tokens) == most:",
+        "        tokens.append(token)\n        if len(tokens) == most + 1:",
+        "test_demo.py::test_an_answer_is_what_generate_gives",
+    ),
+    Mutant(
+        "a token coloured by the last layer that has it not",
+        "python/sdtp_eval/demo.py",
+        "in reversed(list(enumerate(cache.layers))):",
+        "in enumerate(cache.layers):",
         "test_demo.py::test_json_agrees_with_the_schedule",
+    ),
+    Mutant(
+        "markup of the text in the page",
+        "python/sdtp_eval/demo.py",
+        'zip(map(html.escape, result["prompt"]), result["dropped_at"], strict=True)',
+        'zip(result["prompt"], result["dropped_at"], strict=True)',
+        "test_demo.py::test_page",
     ),
     Mutant(
         "tokens left on the device of the layer below",

@@ -416,20 +416,6 @@ def test_runs_are_not_mixed(tmp_path: Path) -> None:
     assert again.rows == excerpt.rows
 
 
-def test_the_demo_stands_in_for_rows_of_prefills() -> None:
-    settings = {"model": "toy", "keep": 0.9, "budget": "global", "block_size": 512, "dtype": "float32"}
-    demo = {
-        "tokens": 2048, "mean_keep": 0.67, "prefill_s": {"dense": 3.0, "pruned": 2.0}, "speedup": 1.5, "ideal": 1.6,
-        "share_of_ideal": 0.9375, "prefill_s_all": {"dense": [3.0], "pruned": [2.0]}, "answers": {}, "scorer": "recent",
-        "kv_bytes": {"dense": 3, "pruned": 2}, "settings": settings, "file": "demo.jsonl", **FACTS,
-    }  # fmt: skip
-    (table,) = tables.speed(results.Results(demo=[demo]))
-    assert table.rows[0][:6] == ("2048", "0.9", "1", "3.00", "2.00", "1.50")
-    assert table.source.commands == ("sdtp demo --scorer recent --tokens N --keep R --repeats RUNS --json FILE",)
-    measured = results.Results(demo=[demo], prefill=[prefill_row(1024, 0.8)])
-    assert column(tables.speed(measured)[0], "tokens") == ["1024"]
-
-
 def test_the_longest_prompt_is_a_multiple_of_the_dense_one(rows: results.Results) -> None:
     (table,) = tables.longest(rows)
     assert column(table, "longest prompt") == ["30000", "41000", "60000"]

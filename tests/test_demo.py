@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import html
 import json
+import re
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -15,7 +18,7 @@ from transformers import Qwen2Config
 from sdtp_eval import demo, texts
 from sdtp_eval.checkpoints import DEFAULT_NAME, DEFAULT_PRUNERS, bundled_pruners
 from sdtp_eval.flops import prefill_flops, scoring_flops, tokens_per_layer
-from sdtp_kernels import PruningSchedule, TokenPruner, cli, load_pruners, save_pruners
+from sdtp_kernels import KVPredictor, PruningSchedule, TokenPruner, cli, load_pruners, save_pruners
 from sdtp_kernels.scorers import attention_score
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ def sdtp(byte_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def run(*options: object) -> int:
-        defaults = {"--model": byte_checkpoint, "--tokens": 400, "--new-tokens": 4, "--repeats": 3}
+        defaults = {"--model": byte_checkpoint, "--tokens": 900, "--new-tokens": 4, "--rounds": 3}
         given = {str(option) for option in options}
         words = [str(word) for pair in defaults.items() if pair[0] not in given for word in pair]
         return cli.main(["demo", *words, *map(str, options)])
@@ -53,32 +56,103 @@ def test_json_agrees_with_the_schedule(sdtp, tmp_path: Path, capsys: pytest.Capt
     path = tmp_path / "result.json"
     assert sdtp("--keep", 0.8, "--json", path) == 0
     result = json.loads(path.read_text())
-    schedule = PruningSchedule(layers=(4, 7), keep_ratio=0.8)
-    assert result["tokens"] == 400
-    assert result["kept_per_stage"] == [320, 256] == [schedule.num_keep(400, s) for s in (1, 2)]
-    assert result["mean_keep"] == pytest.approx((4 * 400 + 3 * 320 + 256) / (8 * 400))
+    assert result["tokens"] == 900
+    assert result["kept_per_stage"] == [720, 576]
+    assert result["mean_keep"] == pytest.approx((4 * 900 + 3 * 720 + 576) / (8 * 900))
     row = 2 * KV_HEADS * (HIDDEN // HEADS) * 4
-    assert result["kv_bytes"] == {"dense": 8 * 400 * row, "pruned": (4 * 400 + 3 * 320 + 256) * row}
-    for kind in ("dense", "pruned"):
-        seconds = result["prefill_s_all"][kind]
-        assert len(seconds) == 3
-        assert result["prefill_s"][kind] == sorted(seconds)[1] > 0
-        assert isinstance(result["answers"][kind], str)
-    assert result["answer_kl"] > 0
-    assert 0 < result["answer_nll"]["dense"] != result["answer_nll"]["pruned"] > 0
-    assert result["speedup"] == pytest.approx(result["prefill_s"]["dense"] / result["prefill_s"]["pruned"])
-    assert result["ideal"] == pytest.approx(result["flops"]["dense"] / result["flops"]["pruned"])
-    assert result["share_of_ideal"] == pytest.approx(result["speedup"] / result["ideal"])
+    dense, dropped = result["kinds"]["dense"], result["kinds"]["dropped"]
+    assert list(result["kinds"]) == ["dense", "dropped"]
+    assert (dense["kv_bytes"], dropped["kv_bytes"]) == (8 * 900 * row, (4 * 900 + 3 * 720 + 576) * row)
+    assert len(dense["prefill_s"]) == len(dropped["prefill_s"]) == 3
+    assert dropped["speedup"] == pytest.approx(min(dense["prefill_s"]) / min(dropped["prefill_s"]))
+    assert (dense["speedup"], dense["ideal"]) == (1, 1)
+    assert dropped["ideal"] > 1
+    # Where each token went, of the first question's prompt.
+    assert len(result["prompt"]) == len(result["dropped_at"]) == 900
+    assert [result["dropped_at"].count(layer) for layer in (4, 7, None)] == [180, 144, 576]
+    assert result["dropped_at"][:4] == result["dropped_at"][-90:][:4] == [None] * 4
     assert result["scorer"] == "attention"
     assert {"machine", "versions", "settings", "date", "backend"} <= set(result)
     assert [item.name for item in tmp_path.iterdir()] == ["result.json"]
 
     streams = capsys.readouterr()
-    for row_name in ("tokens in", "kept per stage", "speed-up", "share of the ideal", "KV cache", "nats a token"):
+    for row_name in ("tokens computed", "kept per stage", "speed-up", "ideal", "KV cache", "facts found"):
         assert row_name in streams.out
-    assert "320, 256" in streams.out
-    assert "pruned, reading" in streams.err  # the last step
-    assert "reading" not in streams.out
+    assert "720, 576" in streams.out
+    assert streams.err.count("dense ") >= 3  # each prefill as it ends
+    assert "prefill 1" not in streams.out
+
+
+def test_facts_are_hidden_and_asked_for(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    assert sdtp("--json", path) == 0
+    result = json.loads(path.read_text())
+    prompt = "".join(result["prompt"])
+    assert len(result["answers"]) == 3
+    for answer in result["answers"]:
+        assert answer["expected"] in prompt
+        assert answer["expected"] not in answer["question"] + answer["opening"]
+        assert set(answer["by_kind"]) == {"dense", "dropped"}
+    first = result["answers"][0]
+    assert prompt.endswith(f"{first['question']}\n[assistant]{first['opening']}")
+    printed = capsys.readouterr().out
+    assert "0 of 3" in printed  # a random model
+    assert f"[not the fact, which is {first['expected']}]" in " ".join(printed.split())
+
+
+def test_an_answer_is_what_generate_gives(byte_checkpoint: Path) -> None:
+    from sdtp_eval.checkpoints import load_checkpoint
+    from sdtp_eval.quality import greedy
+    from sdtp_kernels import apply_sdtp
+
+    model, _ = load_checkpoint(byte_checkpoint)
+    prompt = torch.randint(1, 256, (1, 300)).tolist()[0]
+    for patched in (False, True):
+        with torch.no_grad(), apply_sdtp(model, "norm", 0.8) if patched else contextlib.nullcontext():
+            output = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+            assert demo._continue(model, output, 9) == greedy(model, prompt, [], 9)
+
+
+def test_predicted_stands_beside_dropped(sdtp, byte_checkpoint: Path, tmp_path: Path) -> None:
+    path, config = tmp_path / "result.json", Qwen2Config.from_pretrained(byte_checkpoint)
+    predictor = KVPredictor(
+        HIDDEN, KV_HEADS, HIDDEN // HEADS, num_hidden_layers=config.num_hidden_layers, stages=(3, 5)
+    )
+    pruners = {layer: TokenPruner(HIDDEN) for layer in (3, 5)}
+    save_pruners(pruners, tmp_path / "pruners", kv_predictor=predictor)
+    assert sdtp("--pruner", tmp_path / "pruners", "--keep", 0.7, "--json", path) == 0
+    kinds = json.loads(path.read_text())["kinds"]
+    assert list(kinds) == ["dense", "dropped", "predicted"]
+    assert kinds["predicted"]["kv_bytes"] == kinds["dense"]["kv_bytes"] > kinds["dropped"]["kv_bytes"]
+    assert 1 < kinds["predicted"]["ideal"] < kinds["dropped"]["ideal"]
+
+
+def test_page(sdtp, tmp_path: Path) -> None:
+    page, path = tmp_path / "page.html", tmp_path / "result.json"
+    text = tmp_path / "text.txt"
+    text.write_text("<b>& so on\n" * 100)
+    assert sdtp("--text", text, "--question", "why <i>?", "--html", page, "--json", path) == 0
+    result, found = json.loads(path.read_text()), page.read_text()
+    assert "<b>&amp;" not in found
+    assert "<i>" not in found
+    for layer in (4, 7):
+        number = result["dropped_at"].count(layer)
+        assert found.count(f'<span class="l{layer}" title="dropped before layer {layer}">') == number > 0
+        assert f"layer {layer}: {number} tokens" in found
+    shown = re.sub(r"<[^>]*>", "", found.split("<pre>")[1].split("</pre>")[0])
+    assert html.unescape(shown) == "".join(result["prompt"])
+    assert "as dense" in found or "differs from dense" in found
+
+
+@pytest.mark.parametrize(("slowest", "is_busy"), [(1.6, True), (1.4, False)])
+def test_a_busy_machine_is_named(sdtp, tmp_path: Path, capsys, slowest: float, is_busy: bool) -> None:
+    assert sdtp("--json", tmp_path / "result.json") == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    for facts in result["kinds"].values():
+        facts["prefill_s"] = [1.0, 1.0, slowest]
+    capsys.readouterr()
+    demo._print(result)
+    assert ("This machine was busy" in capsys.readouterr().out) == is_busy
 
 
 @pytest.mark.parametrize("scorer", ["random", "recent", "norm", "attention"])
@@ -88,7 +162,7 @@ def test_scorers_and_block_budget(sdtp, tmp_path: Path, scorer: str) -> None:
     assert sdtp("--scorer", scorer, *blocks, "--backend", "reference", "--json", path) == 0
     result = json.loads(path.read_text())
     schedule = PruningSchedule(layers=(4, 7), keep_ratio=0.9, budget="block", block_size=64)
-    assert result["kept_per_stage"] == [schedule.num_keep(400, s) for s in (1, 2)]
+    assert result["kept_per_stage"] == [schedule.num_keep(900, s) for s in (1, 2)]
     assert result["backend"] == "reference"
 
 
@@ -112,7 +186,7 @@ def test_pruner_file(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert sdtp("--pruner", fits, "--json", tmp_path / "result.json") == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["settings"]["layers"] == [3, 5]
-    assert result["kept_per_stage"] == [360, 324]
+    assert result["kept_per_stage"] == [810, 729]
     capsys.readouterr()
     assert sdtp("--pruner", other) == 2
     assert "64" in capsys.readouterr().err
@@ -137,9 +211,10 @@ def test_short_prompt_runs_unpruned_and_says_so(sdtp, tmp_path: Path, capsys: py
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["kept_per_stage"] == []
     assert "shorter than min_prompt" in result["note"]
-    assert result["ideal"] == 1.0
-    assert result["kv_bytes"]["dense"] == result["kv_bytes"]["pruned"]
-    assert result["answers"]["dense"] == result["answers"]["pruned"]
+    dense, dropped = result["kinds"].values()
+    assert dropped["ideal"] == 1.0
+    assert dense["kv_bytes"] == dropped["kv_bytes"]
+    assert result["answers"][0]["by_kind"]["dense"] == result["answers"][0]["by_kind"]["dropped"]
     assert "shorter than min_prompt" in " ".join(capsys.readouterr().out.split())
 
 
@@ -154,13 +229,14 @@ def test_short_prompt_runs_unpruned_and_says_so(sdtp, tmp_path: Path, capsys: py
         (("--budget", "magic"), "'global' or 'block'"),
         (("--tokens", 30), "ask for more"),
         (("--tokens", -1), "--tokens -1"),
-        (("--repeats", 2), "at least 3"),
+        (("--rounds", 0), "at least 1"),
         (("--new-tokens", 0), "at least 1"),
         (("--text", "nowhere.txt"), "nowhere.txt: cannot be read"),
         (("--pruner", "nowhere.safetensors"), "no such pruner file"),
         (("--model", "nowhere/at/all"), "no checkpoint"),
         (("--model", "some.gguf"), "sdtp import-gguf"),
         (("--json", "nowhere/result.json"), "no such directory"),
+        (("--html", "nowhere/page.html"), "no such directory"),
     ],
 )
 def test_mistakes_get_one_message(
@@ -201,12 +277,12 @@ def test_prompt_has_the_asked_length_and_ends_with_the_question(byte_checkpoint:
     from sdtp_eval.checkpoints import load_checkpoint
 
     _, tokenizer = load_checkpoint(byte_checkpoint)
-    prompt, notes = demo.build_prompt(tokenizer, texts.language_reference(), "Why?", 321)
+    prompt, notes = texts.build_prompt(tokenizer, texts.language_reference(), "Why?", 321)
     assert (len(prompt), notes) == (321, [])
     assert tokenizer.decode(prompt).startswith("[user] " + texts.language_reference()[:100])
     assert tokenizer.decode(prompt).endswith("\n\nWhy?\n[assistant]")
     tokenizer.chat_template = None
-    prompt, _ = demo.build_prompt(tokenizer, texts.language_reference(), "Why?", 321)
+    prompt, _ = texts.build_prompt(tokenizer, texts.language_reference(), "Why?", 321)
     assert len(prompt) == 321
     assert tokenizer.decode(prompt).endswith("\n\nWhy?")
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sdtp_kernels import SdtpHandle
 
 BUDGETS = ("global", "block")
+QUESTION = "Which programming language does this text describe?"
 
 
 class Way(NamedTuple):
@@ -96,7 +97,6 @@ def settings_of(args: argparse.Namespace) -> Iterator[Setting]:
 
     from sdtp_eval import quality, texts
     from sdtp_eval.checkpoints import load_checkpoint
-    from sdtp_eval.demo import QUESTION, build_prompt
     from sdtp_kernels import PruningSchedule
 
     text = texts.read_text(args.text) if args.text else texts.language_reference()
@@ -107,7 +107,7 @@ def settings_of(args: argparse.Namespace) -> Iterator[Setting]:
         model = model.to(args.device)
         layers = method.layers or PruningSchedule.every(model.config.num_hidden_layers).layers
         for tokens in args.tokens:
-            prompt, notes = build_prompt(tokenizer, text, QUESTION, tokens)
+            prompt, notes = texts.build_prompt(tokenizer, text, QUESTION, tokens)
             if notes:
                 raise ValueError(f"--tokens {tokens}: {notes[0]}; give a longer one with --text")
             input_ids = torch.tensor([prompt], device=args.device)

@@ -1,41 +1,58 @@
-"""``sdtp demo``: a real model reads a real long text with and without pruning."""
+"""``sdtp demo``: a real model reads a long text, dense and pruned, and is asked for facts that are hidden in it."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import html
 import json
 import os
-import statistics
+import random
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sdtp_eval import tasks, texts
 from sdtp_eval.paired import Pair, cache_bytes, cache_of, in_turns, timed
 from sdtp_eval.provenance import describe_run
-from sdtp_eval.quality import KEEP_ALL, SHAPES, Method, Reader, greedy, shaped
-from sdtp_eval.tasks import INSIDE, Sample
+from sdtp_eval.quality import DTYPES, KEEP_ALL, SHAPES, shaped
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
-    from sdtp_kernels import PruningSchedule, TokenPruner
+    from sdtp_kernels import PruningSchedule
 
-QUESTION = "Which programming language does this text describe?"
-DTYPES = ("float32", "bfloat16", "float16")
-MIN_REPEATS = 3
+DENSE, DROPPED, PREDICTED = "dense", "dropped", "predicted"
+FACTS = (1, 13, 7)  # of sdtp_eval.tasks.LOOKUPS: a name, a port, a number
+DEPTHS = (0.2, 0.5, 0.8)
+CHECKED = 512  # tokens of the prompt that the check reads: enough to prune, and quickly read
+BUSY = 1.5  # slowest over fastest run: beyond it somebody else was using the machine
+EXTRA = 8  # tokens that an answer may go on for
+
+
+class Asked(NamedTuple):
+    """A prompt that ends with a question."""
+
+    question: str
+    opening: str
+    """How the answer begins; given to the model."""
+    expected: str
+    """What the answer has to contain; empty where nobody knows."""
+    prompt: list[int]
 
 
 def add_command(subparsers: Any) -> None:
     """Add ``demo`` to the parsers of ``sdtp``."""
-    parser = subparsers.add_parser("demo", help="prefill a real long text with and without pruning, and compare")
+    parser = subparsers.add_parser("demo", help="a model reads a long text dense and pruned, and is asked about it")
     parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: SmolLM2-135M-Instruct)")
     method = parser.add_mutually_exclusive_group()
-    method.add_argument("--pruner", metavar="FILE", help="trained pruners of this model (default: those it comes with)")
+    method.add_argument(
+        "--pruner", metavar="FILE_OR_ID", help="trained pruners of this model (default: those it comes with)"
+    )
     method.add_argument(
         "--scorer",
         metavar="NAME",
@@ -43,19 +60,22 @@ def add_command(subparsers: Any) -> None:
     )
     parser.add_argument("--keep", type=float, default=0.9, help="share of tokens that each stage keeps (%(default)s)")
     parser.add_argument("--shape", choices=SHAPES, default="even", help="of the schedule; see 'eval run' (%(default)s)")
-    parser.add_argument(
-        "--tokens", type=int, default=4096, help="length of the prompt, with the question (%(default)s)"
-    )
+    parser.add_argument("--tokens", type=int, default=4096, help="length of the prompt (%(default)s)")
     parser.add_argument("--text", metavar="FILE", help="the text to read (default: Python's language reference)")
-    parser.add_argument("--question", default=QUESTION, help="asked behind the text (%(default)s)")
+    parser.add_argument(
+        "--question", nargs="+", help="ask this about the text (default: three facts that the demo hides in it)"
+    )
     parser.add_argument("--budget", default="global", help="global or block (%(default)s)")
     parser.add_argument("--block-size", type=int, default=512, help="tokens of a block (%(default)s)")
     parser.add_argument("--backend", default="auto", help="who runs the ops; see 'sdtp doctor' (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=48, help="longest answer (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed prefills of each kind, at least 3 (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=24, help="longest answer (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed prefills of each kind (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the results there as well")
+    parser.add_argument(
+        "--html", metavar="FILE", help="write a page that colours each token by the layer before which it was dropped"
+    )
     parser.set_defaults(run=run)
 
 
@@ -68,21 +88,25 @@ def run(args: argparse.Namespace) -> int:
         result = measure(args)
     except (ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError) as error:
         raise CommandError(str(error)) from error
-    _print_table(result)
-    if args.json:
+    _print(result)
+    for option, path, content in (
+        ("--json", args.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n"),
+        ("--html", args.html, _page(result)),
+    ):
         try:
-            _write_json(result, Path(args.json))
+            if path:
+                _write(content, Path(path))
         except OSError as error:
-            raise CommandError(f"--json {args.json}: cannot be written ({error.strerror})") from None
+            raise CommandError(f"{option} {path}: cannot be written ({error.strerror})") from None
     return 0
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Prefill dense and pruned, alternating, and answer the question both ways.
+    """Prefill dense, dropping, and predicting where there is a KV predictor; then let each answer.
 
-    Nothing is timed before the patched model has been shown to equal the unpatched one bit for bit where it keeps every
-    token, and to keep the tokens the schedule says. Batch size 1, logits of the last token only. Both models also read
-    the dense one's answer: an answer of its own may turn where two tokens are all but equally probable.
+    The kinds take turns, one question a round. Before anything is timed, the patched model has been shown to equal the
+    unpatched one bit for bit on the prompt's first tokens where it keeps all of them; every pruned prefill has to hold
+    what the schedule says. Batch size 1, logits of the last token only.
 
     Parameters
     ----------
@@ -92,12 +116,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Returns
     -------
     dict
-        What ``--json`` writes: ``tokens``, ``kept_per_stage``, ``mean_keep``, ``prefill_s`` (medians, seconds),
-        ``prefill_s_all`` (every repetition, in order), ``speedup``, ``ideal`` (dense over pruned FLOPs),
-        ``share_of_ideal``, ``flops``, ``kv_bytes``, ``answers``, ``answer_nll`` (of the dense model's answer, nats a
-        token), ``answer_kl`` (divergence of the pruned model's predictions from the dense model's there, likewise),
-        ``scorer``, ``backend``, ``note`` (why nothing was pruned, or empty), ``notes``, ``settings``, and what
-        :func:`describe_run` tells. Where both kinds exist the value is ``{"dense": ..., "pruned": ...}``.
+        What ``--json`` writes. ``kinds`` has, by ``dense``, ``dropped`` and ``predicted``: ``prefill_s`` (of each
+        round, seconds), ``speedup`` (by the fastest round of each), ``ideal`` (dense over own FLOPs), ``kv_bytes``.
+        ``answers`` has one entry a question: ``question``, ``opening``, ``expected``, and ``by_kind`` the texts. Also
+        ``tokens``, ``kept_per_stage``, ``mean_keep``, ``prompt`` (the first question's, token by token), ``dropped_at``
+        (for each of its tokens the layer before which it was dropped, or None), ``scorer``, ``backend``, ``note`` (why
+        nothing was pruned, or empty), ``notes``, ``settings``, and what :func:`describe_run` tells.
 
     Raises
     ------
@@ -109,7 +133,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     _check_settings(args)
     import torch
 
-    from sdtp_eval import texts
     from sdtp_eval.checkpoints import DEFAULT_NAME, DEFAULT_PRUNERS, default_checkpoint, load_checkpoint
 
     text = texts.read_text(args.text) if args.text else texts.language_reference()
@@ -117,38 +140,40 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.device == "cuda" and not has_gpu:
         raise ValueError("--device cuda: torch finds no GPU here; 'sdtp doctor' tells more")
     device = torch.device(args.device or ("cuda" if has_gpu else "cpu"))
-    model_path = args.model or default_checkpoint()
-    model, tokenizer = load_checkpoint(model_path, getattr(torch, args.dtype))
+    model, tokenizer = load_checkpoint(args.model or default_checkpoint(), getattr(torch, args.dtype))
     model = model.to(device)
-    prompt, notes = build_prompt(tokenizer, text, args.question, args.tokens)
+    asked, notes = _ask(args, tokenizer, text)
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and len(prompt) > longest:
+    if longest is not None and len(asked[0].prompt) > longest:
         notes.append(f"the prompt is longer than the {longest} tokens that the model was made for")
     pruners, schedule = _method(args, model.config)
-    pair = Pair(model, torch.tensor([prompt], device=device), pruners, schedule, args.backend)
-    pair.patched().remove()  # refuses now what it would refuse later
+    first = Pair(model, torch.tensor([asked[0].prompt], device=device), pruners, schedule, args.backend)
+    pairs = {DENSE: first, DROPPED: first}
+    if (predictor := getattr(pruners, "kv_predictor", None)) is not None:
+        pairs[PREDICTED] = first._replace(kv_predictor=predictor)
+    for kind in list(pairs)[1:]:
+        pairs[kind].patched().remove()  # refuses now what it would refuse later
 
     with torch.inference_mode():
-        measured = _run(pair, args.repeats, args.new_tokens)
-    answers = tokenizer.batch_decode(list(measured["answers"].values()), skip_special_tokens=True)
-    measured["answers"] = dict(zip(measured["answers"], map(str.strip, answers), strict=True))
-    lengths, flops = pair.tokens_per_layer, pair.flops()
-    medians = {kind: statistics.median(values) for kind, values in measured["prefill_s_all"].items()}
-    speedup, ideal = medians["dense"] / medians["pruned"], flops["dense"] / flops["pruned"]
+        measured = _run(pairs, asked, tokenizer, args.rounds, args.new_tokens)
+    lengths = first.tokens_per_layer
+    fastest = {kind: min(measured["kinds"][kind]["prefill_s"]) for kind in pairs}
+    for kind, pair in pairs.items():
+        flops = pair.flops()
+        measured["kinds"][kind] |= {
+            "speedup": fastest[DENSE] / fastest[kind],
+            "ideal": 1.0 if kind == DENSE else flops["dense"] / flops["pruned"],
+        }
     return {
-        "tokens": len(prompt),
+        "tokens": first.tokens,
         "kept_per_stage": [] if measured["note"] else [lengths[layer] for layer in schedule.layers],
-        "mean_keep": sum(lengths) / (len(lengths) * len(prompt)),
-        "prefill_s": medians,
-        "speedup": speedup,
-        "ideal": ideal,
-        "share_of_ideal": speedup / ideal,
-        "flops": flops,
+        "mean_keep": sum(lengths) / (len(lengths) * first.tokens),
         **measured,
+        "prompt": [tokenizer.decode([token]) for token in asked[0].prompt],
         "scorer": pruners if isinstance(pruners, str) else f"pruners of {args.pruner or DEFAULT_PRUNERS}",
         "notes": notes,
         "settings": {
-            **_settings(args),
+            **{name: value for name, value in vars(args).items() if name not in ("run", "command", "json", "html")},
             "model": args.model or DEFAULT_NAME,
             "device": str(device),
             "layers": schedule.layers,
@@ -157,69 +182,44 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def build_prompt(
-    tokenizer: PreTrainedTokenizerBase, text: str, question: str, num_tokens: int
-) -> tuple[list[int], list[str]]:
-    """The first part of `text` with the question behind it, `num_tokens` tokens in all.
+# ----------------------------------------------------------------------------------------------------- the prompts
 
-    Parameters
-    ----------
-    tokenizer : transformers tokenizer
-        Its chat template is used where it has one.
-    text, question : str
-    num_tokens : int
-        Tokens of the whole prompt, template and question included.
 
-    Returns
-    -------
-    list of int
-        Token ids; fewer than `num_tokens` where the text is too short.
-    list of str
-        Remarks for the reader: that the text was too short.
-
-    Raises
-    ------
-    ValueError
-        If the question alone takes all the tokens.
-    """
-    mark = "\N{OBJECT REPLACEMENT CHARACTER}text\N{OBJECT REPLACEMENT CHARACTER}"
-    prompt = f"{mark}\n\n{question}"
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    before, after = prompt.split(mark)
-    # A template writes the special tokens itself; without one the tokenizer adds those of a beginning.
-    head = tokenizer(before, add_special_tokens=not tokenizer.chat_template).input_ids
-    tail = tokenizer(after, add_special_tokens=False).input_ids
-    room = num_tokens - len(head) - len(tail)
-    if room < 1:
-        raise ValueError(
-            f"--tokens {num_tokens}: the question and its template take {len(head) + len(tail)} tokens; ask for more"
+def _ask(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[Asked], list[str]]:
+    """A prompt for each question, and remarks for the reader."""
+    if args.question:
+        found = []
+        for question in args.question:
+            prompt, notes = texts.build_prompt(tokenizer, text, question, args.tokens)
+            found.append(Asked(question, "", "", prompt))
+        return found, notes
+    rng = random.Random(0)
+    lookups = [tasks.LOOKUPS[i] for i in FACTS]
+    names = rng.sample(tasks.NAMES, len(lookups))
+    values = [tasks.VALUES[lookup.kind](rng) for lookup in lookups]
+    facts = [lookup.fact.format(x=x, value=v) for lookup, x, v in zip(lookups, names, values, strict=True)]
+    found = []
+    for lookup, name, value in zip(lookups, names, values, strict=True):
+        question, opening = lookup.question.format(x=name), lookup.opening.format(x=name)
+        prompt, notes = texts.build_prompt(
+            tokenizer, text, question, args.tokens, list(zip(DEPTHS, facts, strict=True)), opening
         )
-    body: list[int] = []
-    for characters in (16 * room, len(text)):  # a long text need not be tokenised whole
-        body = tokenizer(text[:characters], add_special_tokens=False).input_ids[:room]
-        if len(body) == room:
-            break
-    notes = []
-    if len(body) < room:
-        notes.append(f"the text has only {len(body)} tokens: the prompt has {len(head) + len(body) + len(tail)}")
-    return [*head, *body, *tail], notes
-
-
-# ------------------------------------------------------------------------------------------------------ settings
+        found.append(Asked(question, opening, value, prompt))
+    return found, notes
 
 
 def _check_settings(args: argparse.Namespace) -> None:
-    for name, least in (("tokens", 1), ("new_tokens", 1), ("repeats", MIN_REPEATS)):
+    for name, least in (("tokens", 1), ("new_tokens", 1), ("rounds", 1)):
         if getattr(args, name) < least:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {getattr(args, name)}: expected at least {least}")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no such directory")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
+    for name in ("json", "html"):
+        path = getattr(args, name)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{name} {path}: there is no such directory")
 
 
-def _method(args: argparse.Namespace, config: Any) -> tuple[Mapping[int, TokenPruner] | str, PruningSchedule]:
+def _method(args: argparse.Namespace, config: Any) -> tuple[Any, PruningSchedule]:
+    """What :func:`sdtp_kernels.apply_sdtp` takes, and the schedule."""
     from sdtp_eval.checkpoints import DEFAULT_PRUNERS, bundled_pruners
     from sdtp_kernels import PruningSchedule, load_pruners
 
@@ -240,59 +240,98 @@ def _method(args: argparse.Namespace, config: Any) -> tuple[Mapping[int, TokenPr
 # ----------------------------------------------------------------------------------------------------- measuring
 
 
-def _run(pair: Pair, repeats: int, new_tokens: int) -> dict[str, Any]:
-    """Check, measure, answer, with a progress bar on stderr."""
+def _run(
+    pairs: Mapping[str, Pair],
+    asked: Sequence[Asked],
+    tokenizer: PreTrainedTokenizerBase,
+    rounds: int,
+    new_tokens: int,
+) -> dict[str, Any]:
+    """Check, measure and answer; each prefill is reported on stderr as it ends."""
+    import torch
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    first = pairs[DENSE]
+    device = first.input_ids.device
+    kinds: dict[str, dict[str, Any]] = {kind: {"prefill_s": []} for kind in pairs}
+    answers: list[dict[str, Any]] = [{**one._asdict(), "by_kind": {}} for one in asked]
+    for answer in answers:
+        del answer["prompt"]
+    about: dict[str, Any] = {"backend": first.backend, "note": "", "dropped_at": [None] * first.tokens}
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     # Without a refreshing thread: nothing else runs while a prefill is timed.
     with Progress(*columns, TimeElapsedColumn(), console=_console(stderr=True), auto_refresh=False) as progress:
-        task = progress.add_task("", total=8 + 2 * repeats)
-
-        def step(description: str, work: Callable[..., Any], *arguments: Any) -> Any:
-            progress.update(task, description=description)
-            progress.refresh()
-            done = work(*arguments)
-            progress.advance(task)
-            return done
-
-        dense = step("dense, warming up", pair.prefill)
-        for keep_ratio in (1.0, KEEP_ALL):
-            step("check: all kept is dense", pair.check_keeping_all, dense.logits, keep_ratio)
-        report, pruned = step("pruned, warming up", pair.check_kept)
-        kv_bytes = {"dense": cache_bytes(cache_of(dense)), "pruned": cache_bytes(cache_of(pruned))}
-        del dense, pruned
-
-        seconds: dict[str, list[float]] = {"dense": [], "pruned": []}
+        # Every question is asked, in more rounds than were asked for if need be.
+        rounds = max(rounds, len(asked))
+        task = progress.add_task("check: all kept is dense", total=1 + rounds * len(pairs))
+        progress.refresh()
+        start = {kind: pair._replace(input_ids=pair.input_ids[:, -CHECKED:]) for kind, pair in pairs.items()}
+        dense = start[DENSE].prefill().logits
+        for kind in list(pairs)[1:]:
+            for keep_ratio in (1.0, KEEP_ALL):
+                start[kind].check_keeping_all(dense, keep_ratio)
+        progress.advance(task)
         gc.collect()  # a collection costs more than many a prefill: not while the clock runs
-        for i, kind in enumerate(in_turns(list(seconds), repeats)):
-            with pair.patched() if kind == "pruned" else contextlib.nullcontext():
-                _, spent = step(f"{kind}, prefill {i // 2 + 1}", timed, pair.prefill, pair.input_ids.device)
-                seconds[kind].append(spent)
+        for i, kind in enumerate(in_turns(list(pairs), rounds)):
+            number = i // len(pairs) % len(asked)
+            progress.update(task, description=f"{kind}, prefill {i // len(pairs) + 1}")
+            progress.refresh()
+            pair = pairs[kind]._replace(input_ids=torch.tensor([asked[number].prompt], device=device))
+            with pair.patched() if kind != DENSE else contextlib.nullcontext() as handle:
+                output, seconds = timed(pair.prefill, device)
+                kinds[kind]["prefill_s"].append(seconds)
+                cache = cache_of(output)
+                if handle is not None:
+                    report = handle.report()
+                    pair.check_output(report, output)
+                    about |= {"backend": report.backend or pair.backend, "note": report.note}
+                if number == 0:
+                    kinds[kind]["kv_bytes"] = cache_bytes(cache)
+                    if kind == DROPPED:
+                        about["dropped_at"] = _dropped_at(cache, pair.tokens)
+                if kind not in answers[number]["by_kind"]:
+                    expected = tokenizer(asked[number].expected, add_special_tokens=False).input_ids
+                    most = min(new_tokens, len(expected) + EXTRA) if expected else new_tokens
+                    tokens = _continue(pair.model, output, most)
+                    answers[number]["by_kind"][kind] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            del output, cache
+            progress.console.print(f"{kind:<10}{seconds:8.2f} s")
+            progress.advance(task)
+    return {"kinds": kinds, "answers": answers, **about}
 
-        prompt = pair.input_ids[0].tolist()
-        answers = {"dense": step("dense, answering", greedy, pair.model, prompt, [], new_tokens)}
-        with pair.patched():
-            answers["pruned"] = step("pruned, answering", greedy, pair.model, prompt, [], new_tokens)
-        sample = Sample("demo", "answer", tuple(prompt), (), tuple(answers["dense"]))
-        reader = step("dense, reading", Reader, pair.model, sample, pair.backend)
-        read = step("pruned, reading", reader.result, INSIDE, Method("demo", pair.pruners), pair.schedule)
-    return {
-        "prefill_s_all": seconds,
-        "kv_bytes": kv_bytes,
-        "answers": answers,
-        "answer_nll": {"dense": read["nll"] - read["nll_increase"], "pruned": read["nll"]},
-        "answer_kl": read["kl"],
-        "backend": report.backend or pair.backend,
-        "note": report.note,
-    }
+
+def _continue(model: Any, output: Any, most: int) -> list[int]:
+    """Greedy tokens after a prefill, up to the end of the text."""
+    import torch
+
+    from sdtp_kernels.models.compat import CACHE
+
+    end = model.generation_config.eos_token_id
+    ends = set(end if isinstance(end, list) else [end])
+    tokens: list[int] = []
+    cache = cache_of(output)
+    while True:
+        token = int(output.logits[0, -1].argmax())
+        if token in ends:
+            return tokens
+        tokens.append(token)
+        if len(tokens) == most:
+            return tokens
+        output = model(torch.tensor([[token]], device=model.device), **{CACHE: cache})
+
+
+def _dropped_at(cache: Any, tokens: int) -> list[int | None]:
+    """For each token of the prompt, the first layer whose cache lacks it; None where all have it."""
+    found: list[int | None] = [None] * tokens
+    for number, layer in reversed(list(enumerate(cache.layers))):
+        kept = getattr(layer, "kept", None)
+        if kept is not None:
+            here = set(kept[0].tolist())
+            found = [at if token in here else number for token, at in enumerate(found)]
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- reporting
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(args).items() if name not in ("run", "command", "json")}
 
 
 def _console(*, stderr: bool = False) -> Any:
@@ -301,63 +340,150 @@ def _console(*, stderr: bool = False) -> Any:
     return Console(file=sys.stderr if stderr else sys.stdout, highlight=False)
 
 
-def _print_table(result: dict[str, Any]) -> None:
+def _table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of text: what, and a cell for each kind."""
+    kinds, dense = result["kinds"], result["kinds"][DENSE]
+    kept = ", ".join(map(str, result["kept_per_stage"])) or f"all: {result['note']}"
+
+    def row(name: str, cell: Callable[[Mapping[str, Any]], str], of_dense: str | None = None) -> tuple[str, ...]:
+        others = (cell(facts) for kind, facts in kinds.items() if kind != DENSE)
+        return name, cell(dense) if of_dense is None else of_dense, *others
+
+    rows = [
+        ("", *kinds),
+        row("tokens computed, mean over layers", lambda _: _percent(result["mean_keep"]), "100 %"),
+        row("prefill, fastest of the rounds, s", lambda facts: f"{min(facts['prefill_s']):.2f}"),
+        row("speed-up", lambda facts: f"{facts['speedup']:.2f} x", ""),
+        row("ideal: by its operations", lambda facts: f"{facts['ideal']:.2f} x", ""),
+        row("KV cache, MB", lambda facts: f"{facts['kv_bytes'] / 1e6:.1f}"),
+    ]
+    known = [answer for answer in result["answers"] if answer["expected"]]
+    if known:
+        found = (sum(answer["expected"] in answer["by_kind"][kind] for answer in known) for kind in kinds)
+        rows.append(("facts found", *(f"{number} of {len(known)}" for number in found)))
+    return [*rows, row("kept per stage", lambda _: kept, "")]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %")
+
+
+def _remarks(result: Mapping[str, Any]) -> list[str]:
+    settings, machine, versions = result["settings"], result["machine"], result["versions"]
+    spread = max(max(facts["prefill_s"]) / min(facts["prefill_s"]) for facts in result["kinds"].values())
+    busy = [f"This machine was busy: runs of the same prefill differ by a factor of {spread:.1f}. Times mean little."]
+    return [
+        *(busy if spread > BUSY else []),
+        *result["notes"],
+        f"{settings['model']}, {settings['dtype']}, {result['scorer']}, {result['tokens']} tokens; "
+        f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {versions['torch']}, "
+        f"backend {result['backend']}, {result['date']}",
+    ]
+
+
+def _verdict(answer: Mapping[str, Any], kind: str) -> str:
+    """What a reader should know about an answer besides its text."""
+    text = answer["by_kind"][kind]
+    if answer["expected"]:
+        return "right" if answer["expected"] in text else f"not the fact, which is {answer['expected']}"
+    return "" if kind == DENSE else "as dense" if text == answer["by_kind"][DENSE] else "differs from dense"
+
+
+def _print(result: Mapping[str, Any]) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    def spread(kind: str) -> str:
-        values = result["prefill_s_all"][kind]
-        return f"{result['prefill_s'][kind]:.3f}  ({min(values):.3f} to {max(values):.3f})"
-
-    kept = ", ".join(map(str, result["kept_per_stage"])) or f"all: {result['note']}"
-    kv = result["kv_bytes"]
-    settings, machine, versions = result["settings"], result["machine"], result["versions"]
-    table = Table(box=box.SIMPLE_HEAD, title="SDTP demo", title_justify="left")
-    table.add_column("")
-    table.add_column("dense", overflow="fold")
-    table.add_column("pruned", overflow="fold")
-    nll = result["answer_nll"]
-    rows = [
-        ("tokens in", str(result["tokens"]), str(result["tokens"])),
-        ("kept per stage", "", kept),
-        ("mean kept per layer", "100.0 %", f"{result['mean_keep']:.1%}".replace("%", " %")),
-        ("prefill, seconds: median (range)", spread("dense"), spread("pruned")),
-        ("speed-up", "", f"{result['speedup']:.2f}"),
-        ("ideal: FLOPs dense / pruned", "", f"{result['ideal']:.2f}"),
-        ("share of the ideal", "", f"{result['share_of_ideal']:.0%}".replace("%", " %")),
-        ("KV cache, bytes", f"{kv['dense']:,}", f"{kv['pruned']:,}  ({kv['pruned'] / kv['dense']:.0%})"),
-        ("scorer", "", result["scorer"]),
-        ("backend", "", result["backend"]),
-        ("answer", result["answers"]["dense"], result["answers"]["pruned"]),
-        (
-            "the dense model's answer, nats a token",
-            f"{nll['dense']:.3f}",
-            f"{nll['pruned']:.3f}  (divergence {result['answer_kl']:.3f})",
-        ),
-    ]
-    for row in rows:
-        table.add_row(*map(Text, row))  # as text: an answer may hold what looks like markup
     console = _console()
+    head, *rows = _table(result)
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in head:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     console.print(table)
-    remarks = [
-        f"question: {settings['question']}",
-        *result["notes"],
-        "the ideal counts matrix products, half of the attention square (causal), one row of logits and the scorer; "
-        "where the attention kernel computes the whole square, the share can exceed 100 %",
-        f"{settings['model']}, {settings['dtype']} on {machine['gpu'] or machine['processor']}, {machine['threads']} "
-        f"threads, torch {versions['torch']}, {settings['repeats']} repetitions, {result['date']}",
-    ]
-    for remark in remarks:
+    for answer in result["answers"]:
+        # As text: an answer may hold what looks like markup.
+        console.print(Text(answer["question"], style="bold"))
+        for kind in result["kinds"]:
+            verdict = _verdict(answer, kind)
+            said = f"{answer['opening']} {answer['by_kind'][kind]}".strip()
+            console.print(Text(f"  {kind:<10}{said}{f'  [{verdict}]' if verdict else ''}"))
+    console.print()
+    for remark in _remarks(result):
         console.print(Text(remark), style="dim")
 
 
-def _write_json(result: dict[str, Any], path: Path) -> None:
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>What SDTP dropped</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }}
+body {{ color: #222; background: #fff }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto }}
+td, th {{ padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: left }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, monospace }}
+.legend span {{ display: inline-block; padding: 0 .5rem; margin: .1rem }}
+footer {{ color: #666; font-size: 14px }}
+{style}
+</style>
+<h1>What SDTP dropped</h1>
+<table>{table}</table>
+<h2>Answers</h2>
+{answers}
+<h2>The prompt</h2>
+<p>Each token is coloured by the layer before which it was dropped. Tokens without a colour reached the last layer.</p>
+<p class="legend">{legend}</p>
+<pre>{prompt}</pre>
+<footer>{remarks}</footer>
+</html>
+"""
+
+
+def _page(result: Mapping[str, Any]) -> str:
+    """One page that needs nothing else."""
+    layers = result["settings"]["layers"]
+    # Early layers are darker: what goes there saves most. Text stays readable on all of them.
+    shades = {
+        layer: f"background: hsl(8 85% {55 + 35 * i / max(1, len(layers) - 1):.0f}%)" for i, layer in enumerate(layers)
+    }
+    head, *rows = ([html.escape(cell) for cell in row] for row in _table(result))
+    table = "<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"
+    table += "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    answers = "".join(
+        f"<p><b>{html.escape(answer['question'])}</b><br>"
+        + "<br>".join(
+            html.escape(f"{kind}: {answer['opening']} {answer['by_kind'][kind]} ({_verdict(answer, kind)})")
+            for kind in result["kinds"]
+        )
+        + "</p>"
+        for answer in result["answers"]
+    )
+    prompt = ""
+    for token, at in zip(map(html.escape, result["prompt"]), result["dropped_at"], strict=True):
+        mark = f'<span class="l{at}" title="dropped before layer {at}">'
+        prompt += token if at is None else f"{mark}{token}</span>"
+    counts = {layer: result["dropped_at"].count(layer) for layer in layers}
+    return _PAGE.format(
+        style="\n".join(f".l{layer} {{ {shade} }}" for layer, shade in shades.items()),
+        table=table,
+        answers=answers,
+        legend=" ".join(
+            f'<span class="l{layer}">layer {layer}: {counts[layer]} tokens</span>' for layer in layers
+        ),
+        prompt=prompt,
+        remarks="<br>".join(map(html.escape, _remarks(result))),
+    )  # fmt: skip
+
+
+def _write(content: str, path: Path) -> None:
     handle, draft = tempfile.mkstemp(dir=path.absolute().parent, prefix=path.name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+            file.write(content)
         os.replace(draft, path)
     finally:
         Path(draft).unlink(missing_ok=True)

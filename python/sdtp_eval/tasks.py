@@ -263,7 +263,7 @@ class TextPool:
         """Index of the line's end nearest to `depth` (0 to 1) of `text`, or just there where all lines are long."""
         wanted = round(depth * len(text))
         ends = (i + 1 for i, token in enumerate(text) if self._is_break(token))
-        place = min(ends, key=lambda end: abs(end - wanted), default=wanted)
+        place = texts.nearest(ends, wanted)
         return place if abs(place - wanted) <= len(text) / (2 * DEPTHS) else wanted
 
     def _is_break(self, token: int) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -58,6 +58,72 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     before, after = prompt.split(mark)
     return before, after
+
+
+def build_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    question: str,
+    num_tokens: int,
+    facts: Sequence[tuple[float, str]] = (),
+    opening: str = "",
+) -> tuple[list[int], list[str]]:
+    """The first part of `text` with the question after it, `num_tokens` tokens in all.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        Its chat template is used where it has one.
+    text, question : str
+    num_tokens : int
+        Tokens of the whole prompt, template and question included.
+    facts : sequence of (float, str)
+        Sentences to write into the text, each on a line of its own at this depth, 0 to 1.
+    opening : str, default ""
+        How the answer begins.
+
+    Returns
+    -------
+    list of int
+        Token ids; fewer than `num_tokens` where the text is too short.
+    list of str
+        Remarks for the reader: that the text was too short.
+
+    Raises
+    ------
+    ValueError
+        If the question and the facts alone take all the tokens.
+    """
+    before, after = user_turn(tokenizer)
+    # A template writes the special tokens itself; without one the tokenizer adds those of a beginning.
+    head = tokenizer(before, add_special_tokens=not tokenizer.chat_template).input_ids
+    after = after if after or not opening else "\n"
+    tail = tokenizer(f"\n\n{question}{after}{opening}", add_special_tokens=False).input_ids
+    written = [(depth, tokenizer(f"\n{fact}\n", add_special_tokens=False).input_ids) for depth, fact in facts]
+    room = num_tokens - len(head) - len(tail) - sum(len(ids) for _, ids in written)
+    if room < 1:
+        raise ValueError(
+            f"--tokens {num_tokens}: the question, its template and the facts take {num_tokens - room} tokens; ask for "
+            "more"
+        )
+    body: list[int] = []
+    for characters in (16 * room, len(text)):  # a long text need not be tokenised whole
+        body = tokenizer(text[:characters], add_special_tokens=False, verbose=False).input_ids[:room]
+        if len(body) == room:
+            break
+    notes = []
+    if len(body) < room:
+        notes.append(f"the text has only {len(body)} tokens: the prompt has {num_tokens - room + len(body)}")
+    breaks = [i + 1 for i, token in enumerate(body) if written and "\n" in str(tokenizer.decode([token]))]
+    for depth, ids in sorted(written, reverse=True):  # from the end, so that the places before stay where they are
+        place = nearest(breaks, round(depth * len(body)))
+        body[place:place] = ids
+    return [*head, *body, *tail], notes
+
+
+def nearest(places: Iterable[int], wanted: int) -> int:
+    """The place nearest to the wanted one, which it is where there are none."""
+    return min(places, key=lambda place: abs(place - wanted), default=wanted)
 
 
 def is_held_out(name: str) -> bool:

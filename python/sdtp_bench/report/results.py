@@ -38,7 +38,6 @@ COMMANDS = {
 # Rows that are older than the field `bench`, or come from commands that do not write it, are known by their fields.
 _FIELDS = {
     "quality": set(compare.KEY),
-    "demo": {"prefill_s", "share_of_ideal", "answers"},
     "cost": {"scoring_s", "layer_s"},
     "evict": {"evict_earlier_kv", "nll_dense"},
     "triton": {"triton", "kernel", "registers"},
@@ -266,22 +265,6 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
     for row in rows:
         groups[key(row)].append(row)
     return dict(sorted(groups.items()))
-
-
-def demo_as_prefill(row: Row) -> Row:
-    """A result of ``sdtp demo --json`` under the names that a row of ``sdtp bench prefill`` has."""
-    settings, seconds = row["settings"], row["prefill_s_all"]
-    return {
-        **{name: row[name] for name in ("speedup", "ideal", "share_of_ideal", "mean_keep", "kv_bytes", "machine")},
-        **{name: row[name] for name in ("versions", "date", "file", "tokens")},
-        **{name: settings[name] for name in ("keep", "budget", "block_size", "dtype")},
-        "checkpoint": settings["model"],
-        "method": row["scorer"],
-        "dense_s": row["prefill_s"]["dense"], "pruned_s": row["prefill_s"]["pruned"],
-        "dense_s_all": seconds["dense"], "pruned_s_all": seconds["pruned"],
-        # What stands for letters is in the row's own columns.
-        "command": f"sdtp demo --scorer {row['scorer']} --tokens N --keep R --repeats RUNS --json FILE",
-    }  # fmt: skip
 
 
 class Source(NamedTuple):

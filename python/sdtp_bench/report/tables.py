@@ -99,9 +99,9 @@ def _title(about: tuple[str, ...]) -> str:
 
 
 def prefills(rows: Results) -> dict[tuple[str, ...], list[Row]]:
-    """Rows of ``sdtp bench prefill``, or of the demo where there are none, by machine, checkpoint, dtype and method."""
+    """Rows of ``sdtp bench prefill`` by machine, checkpoint, dtype and method."""
     measured = [row for row in rows["prefill"] if "error" not in row]
-    return results.grouped(measured or map(results.demo_as_prefill, rows["demo"]), subject_of)
+    return results.grouped(measured, subject_of)
 
 
 def speed(rows: Results) -> list[Table]:
