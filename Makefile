@@ -43,7 +43,7 @@ $(VENV)/triton-3.8: | $(VENV)/torch.done
 $(VENV)/kvpress: | $(VENV)/torch.done
 	-$(BIN)/pip install --quiet --no-deps --target $@ 'kvpress==0.5.*' cachetools fire termcolor peft
 
-# Other versions of transformers, beside the environment likewise. 5.16 wants an older hub, which wants httpx; the rest of
+# Other versions of transformers, beside the environment also. 5.16 wants an older hub, which wants httpx; the rest of
 # what they need (tokenizers, safetensors, regex) is in the environment in versions that they take.
 $(VENV)/transformers-%: | $(VENV)/torch.done
 	-$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==$*' \
@@ -76,13 +76,13 @@ bench: $(VENV)/install.done ## the op, whole prompts and memory on this machine,
 	$(BENCH) multi --tokens 1024 --repeats 2 --rounds 1 --out $(RESULTS)
 
 # Offline: a peer that would fetch weights says so instead.
-peers: $(VENV)/install.done $(VENV)/kvpress $(VENV)/peers ## kvpress, llama.cpp and others at the same budget, likewise
+peers: $(VENV)/install.done $(VENV)/kvpress $(VENV)/peers ## kvpress, llama.cpp and others at the same budget, also
 	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/$(VENV)/kvpress:$(CURDIR)/$(VENV)/peers $(BENCH) peers --samples 4 --out $(RESULTS)
 
 gpu-check: $(VENV)/install.done ## on a machine with a GPU: prove the kernels there, then time them; exits 2 without one
 	$(BIN)/sdtp bench gpu-check --out benchmarks/results/gpu-check
 
-report: $(VENV)/install.done ## docs/report and the README's tables, made anew from the rows in benchmarks/results
+report: $(VENV)/install.done ## docs/report and the README's tables, made again from the rows in benchmarks/results
 	$(BIN)/sdtp bench report
 
 TRAIN = build/train

@@ -1,7 +1,7 @@
-"""What ``evict_earlier_kv`` saves and costs: bytes of the cache, and the loss on text behind a pruned prompt.
+"""What ``evict_earlier_kv`` saves and costs: bytes of the cache, and the loss on text after a pruned prompt.
 
 ``python benchmarks/evict_earlier_kv.py --out benchmarks/results/evict.jsonl``: SmolLM2-135M with its pruners, held-out
-documents. The prompt is prefilled, then the text behind it is read through the cache, as generated tokens would be.
+documents. The prompt is prefilled, then the text after it is read through the cache, as generated tokens would be.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ METHODS = [(keep, evicts) for keep in (0.9, 0.8) for evicts in (False, True)]
 
 @torch.no_grad()
 def read(model, ids: torch.Tensor, tokens: int) -> tuple[float, int]:
-    """Mean loss on what stands behind the first `tokens`, and the bytes that they hold in the cache."""
+    """Mean loss on what stands after the first `tokens`, and the bytes that they hold in the cache."""
     cache = DynamicCache(config=model.config)
     first = model(ids[:, :tokens], **{CACHE: cache}, logits_to_keep=1).logits[0]
     kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    behind = model(ids[:, tokens:-1], **{CACHE: cache}).logits[0]
-    return torch.nn.functional.cross_entropy(torch.cat([first, behind]), ids[0, tokens:]).item(), kv_bytes
+    after = model(ids[:, tokens:-1], **{CACHE: cache}).logits[0]
+    return torch.nn.functional.cross_entropy(torch.cat([first, after]), ids[0, tokens:]).item(), kv_bytes
 
 
 def main() -> None:
@@ -37,18 +37,16 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="file that gets a row for every document, method and keep ratio")
     parser.add_argument("--documents", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--behind", type=int, default=64)
+    parser.add_argument("--after", type=int, default=64)
     args = parser.parse_args()
     model, tokenizer = load_checkpoint(default_checkpoint())
     pruners = load_pruners(bundled_pruners()[DEFAULT_PRUNERS])
     rows: list[dict[str, object]] = []
     for name, text in iter_documents():
         ids = (
-            tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens + args.behind]
-            if is_held_out(name)
-            else None
+            tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens + args.after] if is_held_out(name) else None
         )
-        if ids is None or ids.shape[1] < args.tokens + args.behind:
+        if ids is None or ids.shape[1] < args.tokens + args.after:
             continue
         dense, dense_bytes = read(model, ids, args.tokens)
         for keep, evicts in METHODS:

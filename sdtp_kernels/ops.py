@@ -213,7 +213,7 @@ def gather_tokens(
     Returns
     -------
     list of Tensor
-        Contiguous, with K in place of N; identical in every bit across backends. Differentiable: the gradient is
+        Contiguous, with K instead of N; identical in every bit across backends. Differentiable: the gradient is
         scattered back to the copied rows.
 
     Raises

@@ -81,7 +81,7 @@ def select_tokens(
     # criterion to the first do exactly that.
     by_value = value.argsort(dim=-1, descending=True, stable=True)
     group = 3 * block + torch.where(is_forced, 0, torch.where(is_nan, 2, 1))
-    group = torch.where(is_valid & ~is_tail, group, torch.iinfo(torch.int64).max)  # padding and tail: behind all blocks
+    group = torch.where(is_valid & ~is_tail, group, torch.iinfo(torch.int64).max)  # padding and tail: after all blocks
     order = by_value.gather(-1, group.gather(-1, by_value).argsort(dim=-1, stable=True))
     rank = torch.empty_like(order).scatter_(-1, order, column.expand_as(order)) - block * per_block
 
@@ -94,7 +94,7 @@ def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[to
     """Rows `indices` of every tensor along its token dimension; index -1 gives zeros."""
     gathered = []
     for tensor in tensors:
-        # Token dimension first behind the batch: [B, N, ...].
+        # Token dimension first after the batch: [B, N, ...].
         tokens = tensor.movedim(token_dim(tensor), 1)
         batch = torch.arange(indices.shape[0], device=indices.device).unsqueeze(-1)
         rows = tokens[batch, indices.clamp(min=0)]

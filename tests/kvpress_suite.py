@@ -59,7 +59,7 @@ def with_small_norms(ratio, attention, given, layer):
 
 
 def read_by_hand(model, ids, cut, new_tokens):
-    """Logits of each step, from a pruned cache that was cut behind its prefill, and the lengths it was cut to."""
+    """Logits of each step, from a pruned cache that was cut after its prefill, and the lengths it was cut to."""
     calls = []
     hooks = [
         layer.self_attn.register_forward_hook(

@@ -49,7 +49,7 @@ def naive_keep(schedule, length, stage):
         per_block = max(math.ceil(schedule.block_size * share), min(schedule.sink + 1, schedule.block_size))
         margin = schedule.block_size // 2
         ends = range(schedule.block_size, length + 1, schedule.block_size)
-        blocks = sum(length - end >= margin for end in ends)  # half a block has to stand behind a finished one
+        blocks = sum(length - end >= margin for end in ends)  # half a block has to stand after a finished one
         unfinished = length - blocks * schedule.block_size
         return blocks * per_block + unfinished, unfinished, per_block
     recent = max(1, math.ceil(length * Fraction(str(schedule.recent))))

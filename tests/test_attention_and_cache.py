@@ -243,7 +243,7 @@ def test_a_reset_static_cache_takes_another_prompt(pruners, schedule):
 @pytest.mark.parametrize("attention", ["sdpa", FLASH[0]])
 @torch.no_grad()
 def test_drafts_over_a_static_cache(monkeypatch, pruners, schedule, attention):
-    """Prompt lookup takes back what it guessed wrong, behind the prompt and at its end."""
+    """Prompt lookup takes back what it guessed wrong, after the prompt and at its end."""
     flash_stand_in.install(monkeypatch)
     model, inputs = model_with(attention), {"input_ids": prompt(20).repeat(1, 10)}  # candidates from the first step on
     cache = StaticCache(config=model.config, max_cache_len=TOKENS + 50)
@@ -261,7 +261,7 @@ def test_crop_of_a_static_cache(pruners):
         for cache in (make(config=model.config) for make in caches):
             mask = padded_batch()["attention_mask"]
             model(padded_batch()["input_ids"], attention_mask=mask, cache=cache, logits_to_keep=9)
-            for removed, new in ((5, prompt(7, 3)), (6, prompt(2, 3))):  # into the tail, then behind the prompt
+            for removed, new in ((5, prompt(7, 3)), (6, prompt(2, 3))):  # into the tail, then after the prompt
                 cache.crop(-removed)
                 mask = torch.nn.functional.pad(mask, (0, new.shape[1] - removed), value=1)
                 positions = (mask.cumsum(-1) - 1)[:, -new.shape[1] :]

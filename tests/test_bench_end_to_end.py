@@ -81,11 +81,11 @@ def test_decode(bench):
     check_row(row, repeats=2)
     assert row["new_tokens"] == 3
     for kind in ("dense", "pruned"):
-        first, total, behind = (row[name][kind] if name[0] != "{" else row[name.format(kind)] for name in
+        first, total, after = (row[name][kind] if name[0] != "{" else row[name.format(kind)] for name in
                                 ("{}_s_all", "total_s_all", "decode_s_all"))  # fmt: skip
-        assert behind == pytest.approx([b - a for a, b in zip(first, total, strict=True)])
+        assert after == pytest.approx([b - a for a, b in zip(first, total, strict=True)])
         assert row["total_s"][kind] == statistics.median(total) > row[f"{kind}_s"]
-        assert row["decode_s"][kind] == statistics.median(behind) > 0
+        assert row["decode_s"][kind] == statistics.median(after) > 0
 
 
 @pytest.mark.parametrize("command", ["prefill", "decode"])

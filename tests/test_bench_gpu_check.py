@@ -1,4 +1,4 @@
-"""``sdtp bench gpu-check`` without a GPU: everything but the GPU, at tiny sizes, behind the seam of its Device."""
+"""``sdtp bench gpu-check`` without a GPU: everything but the GPU, at tiny sizes, after the seam of its Device."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_runs_are_interleaved_and_cold() -> None:
 
     runs = {(name, False): run(name) for name in "ab"}
     times = timing.interleave(device, runs, repeats=3)
-    assert order == ["a", "b", "b", "a"] * 3  # by turns, so that neither always follows the other
+    assert order == ["a", "b", "b", "a"] * 3  # interleaved, so that neither always follows the other
     assert device.log == [x for name in order for x in ("flush", "mark", name, "mark")] + ["synchronize"]
     assert {key: len(value) for key, value in times.items()} == {("a", False): 3, ("b", False): 3}
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from sdtp_bench import report
-from sdtp_bench.report import claims, figures, results, tables
-from sdtp_bench.shapes import GPUS
+from sdtp_bench.report import figures, results, tables
 from sdtp_kernels import cli
 
 pytest.importorskip("triton", reason="the roofline counts the launches of the Triton backend")
@@ -60,6 +59,7 @@ def quality_rows(method: str, schedule: str, mean_keep: float, loss: float, foun
         # The dense model knows seven of eight answers.
         exact = float(i < 7 and i < 8 * found)
         rows.append({**common, "task": "passkey", "exact": exact, "nll": 1 - exact})
+        rows.append({**common, "task": "lookup", "tokens": 256, "exact": exact, "nll": 1 - exact})
     return rows
 
 
@@ -72,6 +72,7 @@ def all_rows() -> dict[str, list[dict]]:
         *quality_rows("attention", "0.9 @4:3", 0.67, 0.06, 0.5),
         *quality_rows("mine@012345", "0.9 @4:3 block 128", 0.68, 0.07, 0.9),
         *quality_rows("kvpress:SnapKV", "0.9 @4:3", 0.67, 0.03, 0.9),
+        *quality_rows("mine@012345", "0.9 @4:3 predicted", 0.67, 0.02, 0.95),
     ]
     return {
         "abacus/prefill.jsonl": [
@@ -112,7 +113,8 @@ def all_rows() -> dict[str, list[dict]]:
         ],
         "quality/samples.jsonl": qualities,
         "quality/runs.jsonl": [
-            {"bench": "runs", "tasks": ["nll", "passkey"], "tokens": [512], "checkpoint": "toy", "dtype": "float32",
+            {"bench": "runs", "tasks": ["nll", "passkey", "lookup"], "tokens": [512, 256],
+             "checkpoint": "toy", "dtype": "float32",
              **FACTS, "command": "sdtp eval run --toy"},
         ],
         "cost.jsonl": [
@@ -175,7 +177,8 @@ def test_the_page_is_complete_in_its_folder(tmp_path: Path) -> None:
     assert pictures == {file.name for file in out.glob("*.svg")}  # nothing from a network, nothing left over
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     drawn = {"latency-1", "speedup-1", "heat-1-global", "kept", "where-1", "memory-1", "pareto-nll-inside-512-quality",
-             "pareto-passkey-inside-512-quality", "peers-1", "op-1", "scaling", "roofline", "claims"}  # fmt: skip
+             "pareto-passkey-inside-512-quality", "pareto-lookup-inside-256-quality", "modes",
+             "peers-1", "op-1", "scaling", "roofline"}  # fmt: skip
     assert pictures == {f"{name}.svg" for name in drawn}
     text = " ".join(page.words.split())
     assert "needs a <GPU>" in text  # escaped: the parser gave it back
@@ -209,8 +212,7 @@ def test_without_rows_the_page_says_what_makes_them(tmp_path: Path) -> None:
         "nvcc",
     ):
         assert results.COMMANDS[kind] in page.words, kind
-    assert {link for link in page.links if link.endswith(".svg")} == {"roofline.svg", "claims.svg"}
-    assert "measured" not in [row[1] for table in claims.claims(results.Results()) for row in table.rows]
+    assert {link for link in page.links if link.endswith(".svg")} == {"roofline.svg"}
 
 
 def test_everything_names_its_command_machine_and_date(rows: results.Results) -> None:
@@ -226,9 +228,7 @@ def test_everything_names_its_command_machine_and_date(rows: results.Results) ->
 
 # ------------------------------------------------------------------------------------------------------------ staleness
 
-README = (
-    "# Title\n\n<!-- table: speed -->\nold\n<!-- end -->\n\nbetween\n\n<!-- table: quality -->\n<!-- end -->\nlast\n"
-)
+README = "# Title\n\n<!-- table: modes -->\nold\n<!-- end -->\nlast\n"
 
 
 @pytest.fixture
@@ -260,41 +260,41 @@ def test_stale_tables_are_found(sdtp, tmp_path: Path, capsys: pytest.CaptureFixt
 
     assert sdtp() == 0
     made = readme.read_text()
-    assert made.startswith("# Title\n\n<!-- table: speed -->\n\n| tokens | keep per stage |")
+    assert made.startswith("# Title\n\n<!-- table: modes -->\n\n| model | K and V of dropped tokens |")
     assert made.endswith("<!-- end -->\nlast\n")
     assert "old" not in made
-    assert "| 4096 | 0.8 | 3 | 4.10 | 3.02 | 1.36 | 1.42 | 95 % | 74 % | 2.1 % |" in made
     words = " ".join(made.split())  # lines are as long as the README's
-    assert "2026-11-25; revision 0123456789. Made by `sdtp bench prefill --toy`; rows:" in words
+    assert "2026-11-25; revision 0123456789. [How it was measured](docs/report/index.html#quality)." in words
     assert max(len(line) for line in made.splitlines() if not line.startswith("|")) <= 120
-    # The block budget is none of the README's; of seven pass keys that the dense model finds.
-    assert "| 0.9 | 0.670 | 0.054 [0.052, 0.057] | 7 of 7 | 4 of 7 |" in made
+    # The block budget is none of the README's, nor is dropping at 0.9; of seven facts that the dense model finds.
+    assert made.count("| toy |") == 1
+    assert "| toy | predicted | 0.9 | 72 % | 100 % | 0.02 [0.02, 0.02] | 7 of 7 |" in made
     assert sdtp("--check") == 0
 
     readme.write_text(made.replace("7 of 7", "8 of 7"))
     assert sdtp("--check") == 1
     assert "README.md" in capsys.readouterr().out
-    readme.write_text(made.replace("between", "something else"))
+    readme.write_text(made.replace("# Title", "# Another"))
     assert sdtp("--check") == 0
-    with (tmp_path / "results/abacus/prefill.jsonl").open("a") as file:
-        file.write(json.dumps(prefill_row(4096, 0.8, speedup=1.99)) + "\n")
+    # The later row of the same settings counts.
+    with (tmp_path / "results/quality/samples.jsonl").open("a") as file:
+        (row, *_) = (row for row in quality_rows("mine@012345", "0.9 @4:3 predicted", 0.67, 9.0, 1.0))
+        file.write(json.dumps(row) + "\n")
     (tmp_path / "out/kept.svg").unlink()
     capsys.readouterr()
     assert sdtp("--check") == 1
     told = capsys.readouterr().out
     assert all(f"{name} is not" in told for name in ("README.md", "out/index.html", "out/kept.svg"))
     assert sdtp() == 0
-    # The later row of the same settings counts.
-    assert "| 4096 | 0.8 | 3 | 4.10 | 3.02 | 1.99 |" in readme.read_text()
-    assert "| 4096 | 0.8 | 3 | 4.10 | 3.02 | 1.36 |" not in readme.read_text()
+    assert "| 100 % | 1.14 [" in readme.read_text()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- table: spede -->\n<!-- end -->\n", "no table 'spede'; known: speed, quality"),
-        ("<!-- table: speed -->\n| a |\n", "has no '<!-- end -->'"),
-        ("<!-- table: speed -->\n<!-- table: quality -->\n<!-- end -->\n", "has no '<!-- end -->'"),
+        ("<!-- table: mode -->\n<!-- end -->\n", "no table 'mode'; known: modes"),
+        ("<!-- table: modes -->\n| a |\n", "has no '<!-- end -->'"),
+        ("<!-- table: modes -->\n<!-- table: modes -->\n<!-- end -->\n", "has no '<!-- end -->'"),
     ],
 )
 def test_documents_that_cannot_be_renewed(
@@ -314,7 +314,7 @@ def test_rows_that_cannot_be_read(sdtp, tmp_path: Path, capsys: pytest.CaptureFi
     assert "--results results: no such directory" in capsys.readouterr().err
     write(tmp_path / "results", {"a.jsonl": []})
     assert sdtp() == 2
-    assert "no rows for the table 'speed'" in capsys.readouterr().err
+    assert "no rows for the table 'modes'" in capsys.readouterr().err
     (tmp_path / "results/a.jsonl").write_text('{"bench": "op"}\n{"bench": \n')
     assert sdtp() == 2
     assert "a.jsonl, line 2: expected a JSON object" in capsys.readouterr().err
@@ -365,13 +365,14 @@ def test_decoding_is_all_tokens_but_the_first(rows: results.Results) -> None:
 
 
 def test_quality_is_paired_and_named_by_kind(rows: results.Results) -> None:
-    loss, keys = tables.quality(rows)
-    assert column(loss, "kind") == ["learned", "cache cut after a dense prefill", "learned", "training-free"]
+    loss, keys, lookups = tables.quality(rows)
+    assert column(loss, "kind") == ["learned", "cache cut after a dense prefill", "learned", "learned", "training-free"]
     # (2 x 0.67 + t) / (2 + t) over the eight samples' t, in the middle.
-    assert column(loss, "prefill, of dense")[3] == "72 %"
+    assert column(loss, "prefill, of dense")[4] == "72 %"
     assert column(loss, "minus attention")[2].startswith(f"{tables.MINUS}0.011 [")
     assert column(keys, "mean [95 %]")[2] == "1.000 [1.000, 1.000]"
     assert ", 7 samples," in keys.title
+    assert ", 7 samples," in lookups.title
 
 
 def test_runs_are_not_mixed(tmp_path: Path) -> None:
@@ -387,12 +388,15 @@ def test_runs_are_not_mixed(tmp_path: Path) -> None:
     files |= {"quality/theirs/samples.jsonl": theirs}
     files |= {"quality/theirs/runs.jsonl": [{**runs[0], "command": "sdtp eval run --theirs"}]}
     read = results.read(write(tmp_path / "results", files))
-    ours, other, keys = tables.quality(read)
-    assert [table.name for table in (ours, other, keys)] == [
+    ours, other, keys, lookups = tables.quality(read)
+    assert [table.name for table in (ours, other, keys, lookups)] == [
         "quality-nll-inside-512-ours", "quality-nll-inside-512-theirs", "quality-passkey-inside-512-ours",
+        "quality-lookup-inside-256-ours",
     ]  # fmt: skip
     assert ours.title.endswith("512 tokens, 8 samples")
-    assert column(ours, "mean [95 %]")[2:] == ["0.054 [0.052, 0.057]", "0.065 [0.062, 0.068]"]
+    assert column(ours, "mean [95 %]")[2:] == [
+        "0.054 [0.052, 0.057]", "0.022 [0.021, 0.023]", "0.065 [0.062, 0.068]",
+    ]  # fmt: skip
     # One method has not read the last sample: nobody's mean has it.
     assert last["id"] in {row["id"] for row in theirs}
     assert other.title.endswith("512 tokens, 7 samples")
@@ -401,19 +405,6 @@ def test_runs_are_not_mixed(tmp_path: Path) -> None:
     assert "minus attention" in ours.columns
     assert column(other, "minus mine")[1] == "0.000 [0.000, 0.000]"
     assert (ours.source.commands, other.source.commands) == (("sdtp eval run --toy",), ("sdtp eval run --theirs",))
-    # The README and the claims take the run with the most samples.
-    (excerpt,) = tables.quality_readme(read)
-    assert column(excerpt, "loss of the next tokens, nats a token") == ["0.054 [0.052, 0.057]"]
-    assert excerpt.source.commands == ("sdtp eval run --toy",)
-    # Of those with rivals: one in which the pruners stand alone may have more.
-    methods = {row["method"] for row in samples if row["method"].startswith("mine")} | {"dense"}
-    alone = [
-        row | {"id": f"{i} {row['id']}", "nll_increase": 5.0} for i in range(2) for row in samples
-        if row["task"] == "nll" and row["method"] in methods
-    ]  # fmt: skip
-    files |= {"quality/alone/samples.jsonl": alone, "quality/alone/runs.jsonl": runs}
-    (again,) = tables.quality_readme(results.read(write(tmp_path / "more", files)))
-    assert again.rows == excerpt.rows
 
 
 def test_the_longest_prompt_is_a_multiple_of_the_dense_one(rows: results.Results) -> None:
@@ -432,61 +423,6 @@ def test_numbers() -> None:
     ] + [tables.NONE]  # fmt: skip
     assert tables.interval({"mean": -0.5, "low": float("nan"), "high": float("nan")}) == f"{tables.MINUS}0.500"
     assert tables.number(float("nan")) == tables.NONE
-
-
-# ----------------------------------------------------------------------------------------------------------- the claims
-
-
-def test_the_ideal_by_hand() -> None:
-    """28 layers, of which 5 see all tokens, 7 x 3 see 0.9, 0.9^2, ... of them, and 2 see 0.9^8."""
-    shares = [1.0] * 5 + [0.9**s for s in range(1, 8) for _ in range(3)] + [0.9**8] * 2
-    assert claims.mean_keep(0.9, 131072) == pytest.approx(sum(shares) / 28, rel=1e-4)
-    assert 1 - claims.lengths(0.9, 131072)[-1] / 131072 == pytest.approx(1 - 0.9**8, rel=1e-4)
-    # Without attention and scoring the ideal is 1 / B; attention, which goes with the square, can only lift it.
-    assert 1 / claims.mean_keep(0.9, 1024) == pytest.approx(claims.ideal(0.9, 1024), rel=0.02)
-    weights = 3584 * (2 * 3584 + 2 * 512) + 3 * 3584 * 18944
-    n = 131072
-    dense = sum(2 * weights * n + 2 * n * n * 3584 for _ in shares)
-    pruned = sum(2 * weights * n * s + 2 * (n * s) ** 2 * 3584 for s in shares)
-    scoring = sum(2 * n * 0.9**s * 896 * 3585 for s in range(8))
-    assert claims.ideal(0.9, n) == pytest.approx(dense / (pruned + scoring), rel=1e-3)
-    logits = 2 * n * 3584 * 152064
-    with_logits = (dense + logits) / (pruned + scoring + 0.9**8 * logits)
-    assert claims.ideal(0.9, n, all_logits=True) == pytest.approx(with_logits, rel=1e-3)
-
-
-def test_memory_by_hand() -> None:
-    cache = 131072 * 28 * 2 * 4 * 128 * 2  # layers, keys and values, heads, width, bytes
-    weights = 2 * 7.61e9  # Qwen2-7B has 7.61 billion of them
-    saved = (1 - claims.mean_keep(0.9, 131072)) * cache / (cache + weights)
-    assert claims.memory_saved(0.9, 131072) == pytest.approx(saved, rel=2e-3)
-
-
-@pytest.mark.parametrize("keep", claims.KEEPS)
-def test_a_roof_takes_from_the_ideal_and_adds_nothing(keep: float) -> None:
-    for name in tables.SHOWN_GPUS:
-        speedups = [claims.gpu_speedup(GPUS[name], keep, tokens) for tokens in (1024, 32768)]
-        for tokens, speedup in zip((1024, 32768), speedups, strict=True):
-            assert 0.8 * claims.ideal(keep, tokens) < speedup < 1.005 * claims.ideal(keep, tokens)
-    # Few tokens do not hide the reading of the weights.
-    few = claims.gpu_speedup(GPUS["h100"], 0.7, 1024)
-    assert few < 0.9 * claims.ideal(0.7, 1024)
-
-
-def test_every_row_of_the_claims_is_of_one_kind(rows: results.Results) -> None:
-    found = claims.claims(rows)
-    kinds = {"claimed", "computed", "model", "measured"}
-    for table in found:
-        assert set(column(table, "kind")) <= kinds
-        assert {"claimed", "computed"} <= set(column(table, "kind"))
-        for row in table.rows:
-            assert row[table.columns.index("where it stands")]
-    by_kind = dict(zip(column(found[0], "figure"), column(found[0], "kind"), strict=True))
-    assert by_kind["ideal"] == "computed"
-    assert by_kind["roofline"] == "model"
-    assert by_kind["share of the ideal"] == "measured"
-    measured = [row for table in found for row in table.rows if row[1] == "measured"]
-    assert all(row[-1].endswith(".jsonl") for row in measured)
 
 
 def test_a_heat_map_needs_two_of_each(rows: results.Results) -> None:

@@ -45,15 +45,15 @@ def test_kernels(mode, group, programs):
     assert int(re.search(r"all right, (\d+) launches", result.stdout)[1]) > 0
 
 
-SCAN_END = "    __syncthreads();  // the next call writes them anew\n"
+SCAN_END = "    __syncthreads();  // the next call writes them again\n"
 SCAN_BEGIN = "    uint32_t inclusive = value;\n"
-STAGE_END = "            __syncthreads();  // the next tile writes them anew\n"
+STAGE_END = "            __syncthreads();  // the next tile writes them again\n"
 STAGE_BEGIN = "            for (int j = thread(); j < kThreads + 2 * reach; j += kThreads) {\n"
 # Edits that a race checker must not complain about: barriers twice, or where they do the same.
 HARMLESS = {
     "doubled": ("cta.cuh", {SCAN_END: 2 * SCAN_END}),
-    "before a scan, not behind": ("cta.cuh", {SCAN_END: "", SCAN_BEGIN: f"    __syncthreads();\n{SCAN_BEGIN}"}),
-    "before a tile, not behind": ("select.cuh", {STAGE_END: "", STAGE_BEGIN: f"__syncthreads();\n{STAGE_BEGIN}"}),
+    "before a scan, not after": ("cta.cuh", {SCAN_END: "", SCAN_BEGIN: f"    __syncthreads();\n{SCAN_BEGIN}"}),
+    "before a tile, not after": ("select.cuh", {STAGE_END: "", STAGE_BEGIN: f"__syncthreads();\n{STAGE_BEGIN}"}),
 }
 
 

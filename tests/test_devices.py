@@ -159,7 +159,7 @@ def test_state_and_pruners_follow_the_layers(padded, monkeypatch):
     assert met == [{"cpu"}, {"cpu"}, {"meta"}]
     assert [layer.keys.device.type for layer in cache.layers] == ["cpu"] * 3 + ["meta"] * 3
     kept_there = [layer.kept.device.type for layer in cache.layers[LAYERS[0] :]]
-    # Layers 1 to 3 hold what stages 1 and 2 kept, behind layers 0 and 2; layers 4 and 5 what stage 3 kept.
+    # Layers 1 to 3 hold what stages 1 and 2 kept, after layers 0 and 2; layers 4 and 5 what stage 3 kept.
     assert kept_there == ["cpu"] * 3 + ["meta"] * 2
     assert [layer.keys.shape[2] for layer in cache.layers] == [
         (SCHEDULE.max_keep if padded else SCHEDULE.num_keep)(TOKENS, sum(start <= i for start in LAYERS)) + 2

@@ -21,7 +21,7 @@ def make_sample() -> Sample:
 
 
 class KeepFirstPress:
-    """As presses do: hooks behind the attention of the prefill, which read ``cache_position`` and cut the cache."""
+    """As presses do: hooks after the attention of the prefill, which read ``cache_position`` and cut the cache."""
 
     compression_ratio = 0.0
 
@@ -74,7 +74,7 @@ def test_keeping_all_is_dense(tiny_model: Any, protocol: str) -> None:
 
 
 def test_layers_of_different_lengths(tiny_model: Any) -> None:
-    """What stands behind the prompt sees the cache that each layer has left: against masks in one dense pass."""
+    """What stands after the prompt sees the cache that each layer has left: against masks in one dense pass."""
     sample = make_sample()
     ids = torch.tensor([sample.ids])
     length = sample.prompt_length(INSIDE)

@@ -547,7 +547,7 @@ def test_score_prompt_of_an_mlp_alone(backend):
     inputs = prompt_inputs()
     weights = [inputs[name] for name in ("hidden_states", "w1", "b1", "w2", "b2")]
     expected = score_tokens(*weights, backend=backend)
-    for keep_last in (0, 300):  # all of it may stand behind the prompt
+    for keep_last in (0, 300):  # all of it may stand after the prompt
         got = score_prompt(*weights, inputs["token_index"], torch.zeros(1), keep_last=keep_last, backend=backend)
         assert torch.equal(got.scores, expected)
         assert torch.equal(got.mean_score, expected)

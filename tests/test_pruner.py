@@ -163,7 +163,7 @@ def test_a_file_without_a_kv_predictor_is_of_version_1(path, tmp_path):
 def test_score_bias():
     pruner = TokenPruner(24, distance=True, attention=True)
     pruner.distance_bias.data.copy_(torch.arange(18.0) ** 2)
-    distance = torch.tensor([[9, 7, 5, 1, 0, -1]])  # the last token stands behind the prompt, the first is padding
+    distance = torch.tensor([[9, 7, 5, 1, 0, -1]])  # the last token stands after the prompt, the first is padding
     attention = torch.tensor([[0.3, 0.1, 0.2, 0.0, 0.4, 0.9]])
     is_valid = torch.tensor([[False, True, True, True, True, False]])
     # Between the knots at 3 and 7 the function is linear in log2(1 + distance): 4 at 3, 9 at 7.

@@ -137,7 +137,7 @@ def test_prompt_lookup_equals_greedy(tiny_model, pruners, schedule):
 
 @torch.no_grad()
 def test_scored_continuation_is_never_pruned(tiny_model, pruners, schedule):
-    """logits_to_keep=k: the last k - 1 tokens stand behind the prompt."""
+    """logits_to_keep=k: the last k - 1 tokens stand after the prompt."""
     ids, scored = prompt(), 60
     oracle = MaskedDense.of(tiny_model, pruners, schedule, TOKENS - scored + 1)
     expected, _ = oracle.row(ids[0], TOKENS - scored + 1)
@@ -450,9 +450,9 @@ def test_pruner_with_distance_and_attention(tiny_model, schedule):
             for row, length in enumerate(SHORT_LENGTHS):
                 alone = tiny_model(batch["input_ids"][row : row + 1, TOKENS - length :], logits_to_keep=1).logits
                 torch.testing.assert_close(got[row], alone[0], atol=1e-4, rtol=0)
-            followed = torch.cat([batch["input_ids"][:1], prompt(9)], dim=1)  # what stands behind has no say
-            behind = tiny_model(followed, logits_to_keep=10).logits[:, :1]
-            torch.testing.assert_close(behind, got[:1], atol=1e-4, rtol=0)
+            followed = torch.cat([batch["input_ids"][:1], prompt(9)], dim=1)  # what stands after has no say
+            after = tiny_model(followed, logits_to_keep=10).logits[:, :1]
+            torch.testing.assert_close(after, got[:1], atol=1e-4, rtol=0)
         results.append(got)
     if schedule.budget == "block":
         assert torch.equal(results[0], results[1])

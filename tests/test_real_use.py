@@ -451,7 +451,7 @@ def test_a_cache_goes_on_as_it_began(model, schedule):
 @torch.no_grad()
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_completions_padded_on_the_right(model, static):
-    """Prompts padded on the left, their completions on the right: each row is that of the row alone."""
+    """Prompts padded on the left, their completions on the right: each row gets the same result as alone."""
     inputs = padded()
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 10, dtype=torch.long)], dim=1)
     mask[0, -4:] = 0

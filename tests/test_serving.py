@@ -224,7 +224,7 @@ def test_a_kept_prefix_equals_each_prompt_alone(models, pruners, dtype, prefix, 
 @given(prefix=st.integers(20, 120), suffixes=st.lists(st.integers(1, 40), min_size=2, max_size=2))
 @torch.no_grad()
 def test_a_kept_prefix_under_the_global_budget(models, pruners, dtype, prefix, suffixes):
-    """Refused; with later_turns=False pruned by itself, once, and each suffix whole behind it, as the report says."""
+    """Refused; with later_turns=False pruned by itself, once, and each suffix whole after it, as the report says."""
     model, ids = models[dtype], prompts([prefix])["input_ids"]
     schedule, rounded = PruningSchedule(LAYERS, 0.7, min_prompt=20), as_in(dtype, pruners)
     kept = DynamicCache(config=model.config)

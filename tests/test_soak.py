@@ -1,6 +1,6 @@
 """200 mixed requests on one patched model: nothing leaks from one into another, nothing is left behind.
 
-The reference is a fresh process that serves the requests in reverse order and patches the model anew for each.
+The reference is a fresh process that serves the requests in reverse order and patches the model again for each.
 """
 
 import ctypes

@@ -109,7 +109,7 @@ def test_instruction_data_learns_from_the_response_alone(tmp_path):
         assert sample.kind == "instruction"
         prompt, answer = tokenizer.decode(sample.context), tokenizer.decode(sample.continuation)
         word = answer.removeprefix("Seven ").removesuffix("s.")
-        # As the template has it, the question behind the passage, and nothing of the response.
+        # As the template has it, the question after the passage, and nothing of the response.
         passage = " ".join([f"There are seven {word}s."] * 4)
         assert prompt == f"[user] {passage} \n\nHow many {word}s?\n[assistant]"
 

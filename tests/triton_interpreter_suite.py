@@ -584,7 +584,7 @@ def test_position_attention_does_not_depend_on_the_company(dtype):
 
 
 def test_position_attention_reads_what_its_queries_see():
-    """Counted: neither padding nor a static cache's room, and by each block of queries no key behind them."""
+    """Counted: neither padding nor a static cache's room, and by each block of queries no key after them."""
     query, key, value, num_visible, first_visible = make_inputs(
         (300, 160), keep=1.0, heads=2, key_heads=1, head_dim=16, room=70, dtype=torch.bfloat16
     )

@@ -23,7 +23,7 @@ constexpr int64_t kSpareProducts = 7;
 
 // products[row, unit] = rows[row] . units[unit], for `num_rows` rows of `size` elements, `stride` elements apart. A row
 // of `products` has `num_units` elements, in whole and aligned vectors, and there is room for `kSpareProducts` rows
-// more. A product is the same whatever stands before, behind and beside its row.
+// more. A product is the same whatever stands before, after and beside its row.
 void multiply_units(const float* rows, int64_t stride, int64_t num_rows, int64_t size, const Lanes* packed,
                     int64_t num_units, float* products);
 

@@ -24,7 +24,7 @@ namespace stable = torch::stable;
 
 // Every matmul has this many rows, so that the library below takes the same path for every token. Measured on one core
 // of Zen 4 against one matmul of 2048 rows, (D, H) = (896, 224) and (3584, 896): 256 rows cost 0 to 3 % more, 128 rows
-// 0 to 7 %, 64 rows 0 to 24 %, as w1 is packed anew for each tile. More rows would leave fewer tiles to share among
+// 0 to 7 %, 64 rows 0 to 24 %, as w1 is packed again for each tile. More rows would leave fewer tiles to share among
 // cores.
 constexpr int64_t kTileTokens = 256;
 

@@ -17,7 +17,7 @@ void copy_tile(const Half* rows, int64_t stride, int64_t num_tokens, int64_t hid
 void inverse_rms(const float* tile, int64_t num_tokens, int64_t hidden_size, float rms_eps, float* inv_rms);
 void inverse_rms(const BFloat16* tile, int64_t num_tokens, int64_t hidden_size, float rms_eps, float* inv_rms);
 
-// The pruner behind its first matmul, float32.
+// The pruner after its first matmul, float32.
 struct Head {
     const float* b1;  // [pruner_size]
     const float* w2;  // [pruner_size]

@@ -19,7 +19,7 @@ namespace stable = torch::stable;
 // Tokens that are worth waking a thread for: about 20 us of counting.
 constexpr int64_t kGrainTokens = 8192;
 
-// What one row asks for. `length` tokens stand at the row's end, behind its padding.
+// What one row asks for. `length` tokens stand at the row's end, after its padding.
 struct RowPlan {
     int64_t length;
     int64_t num_keep;

@@ -21,7 +21,7 @@ __host__ __device__ constexpr int64_t ceil_divide(int64_t a, int64_t b) { return
 // Consecutive places: tokens, or slots of the output.
 struct Run {
     int first;
-    int last;  // behind the run
+    int last;  // after the run
 
     __device__ int size() const { return last - first; }
 
@@ -52,7 +52,7 @@ __device__ inline Sum sum_over_threads(uint32_t value, uint32_t* warp_sums) {
         if (i < warp()) sum.before += warp_sums[i];
         sum.total += warp_sums[i];
     }
-    __syncthreads();  // the next call writes them anew
+    __syncthreads();  // the next call writes them again
     return sum;
 }
 

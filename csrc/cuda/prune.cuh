@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kScoreCtas<T>)
     const SelectArguments& select = arguments.select;
     auto& shared = *reinterpret_cast<PruneShared*>(shared_memory());
     score_own_block<T>(arguments, shared);
-    const RowPlan row(select.selection, blockIdx.y);  // anew: kept, it would take registers from the scoring
+    const RowPlan row(select.selection, blockIdx.y);  // again: kept, it would take registers from the scoring
     const Block block(select.selection, row, select.block_index());
     const Run slots{block.first_slot, block.first_slot + block.num_keep};
     select_block([&](int i) { return shared.scores[i]; }, block, Run{0, block.size}, slots,

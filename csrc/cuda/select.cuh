@@ -115,7 +115,7 @@ __device__ void make_keys(const Load& load, const Block& block, const Run& part,
             }
             __syncthreads();
             for (int j = 0; j <= 2 * reach; ++j) key = max(key, staged[thread() + j]);
-            __syncthreads();  // the next tile writes them anew
+            __syncthreads();  // the next tile writes them again
         }
         if (i < block.num_sink || (block.keep_last && i == block.size - 1)) key = kForcedKey;
         if (i < part.last) keys[i - part.first] = key;
@@ -212,7 +212,7 @@ __device__ void select_block(const Load& load, const Block& block, const Run& pa
     });
 }
 
-// Slots that no block fills: the padding before them all, and the tail behind. All CTAs of a row share them evenly.
+// Slots that no block fills: the padding before them all, and the tail after. All CTAs of a row share them evenly.
 struct Rest {
     Run padding;
     Run tail;

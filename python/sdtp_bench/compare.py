@@ -98,7 +98,7 @@ def _run(command: list[Any], what: str, **options: Any) -> None:
 
 
 def measure(sides: dict[str, Path], cases: Sequence[Case], seconds: float) -> Iterator[dict[str, Any]]:
-    """Both sides on each case, by turns.
+    """Both sides on each case, interleaved.
 
     Parameters
     ----------

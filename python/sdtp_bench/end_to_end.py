@@ -1,4 +1,4 @@
-"""``sdtp bench prefill`` and ``decode``: whole prompts, dense and pruned, by turns in one run.
+"""``sdtp bench prefill`` and ``decode``: whole prompts, dense and pruned, interleaved in one run.
 
 No figure comes from a patched model that is not the dense one bit for bit where it keeps every token, or does not keep
 the tokens that the schedule says. All ways to prune a prompt take turns with the dense model.
@@ -42,7 +42,7 @@ def add_parsers(commands: Any) -> None:
     prefill.set_defaults(run=lambda args: run(args, prefill_rows))
     decode = commands.add_parser("decode", help="time of a prefill and the tokens that follow, dense and pruned")
     _add_options(decode, tokens=[2048], repeats=2)
-    decode.add_argument("--new-tokens", type=int, default=128, help="tokens behind the prompt (%(default)s)")
+    decode.add_argument("--new-tokens", type=int, default=128, help="tokens after the prompt (%(default)s)")
     decode.set_defaults(run=lambda args: run(args, decode_rows))
 
 
@@ -218,7 +218,7 @@ def decode_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, An
     -------
     list of dict
         As :func:`prefill_rows`, whose times are those until the first new token here, without profile and memory; also
-        ``new_tokens``, ``total_s`` and ``decode_s`` (medians, ``dense`` and ``pruned``; the latter is the time behind
+        ``new_tokens``, ``total_s`` and ``decode_s`` (medians, ``dense`` and ``pruned``; the latter is the time after
         the first token) and all of them as ``total_s_all``, ``decode_s_all``.
 
     Raises
@@ -239,7 +239,7 @@ def decode_rows(args: argparse.Namespace, setting: Setting) -> list[dict[str, An
                 generated = generate(pair, args.new_tokens)
             expected = [pair.tokens] * len(generated.cached) if way is None else pair.cached_per_layer
             if generated.cached != [n + args.new_tokens - 1 for n in expected]:  # the last token is not cached
-                raise GateError(f"no figures: {args.new_tokens} tokens behind {expected} left {generated.cached}")
+                raise GateError(f"no figures: {args.new_tokens} tokens after {expected} left {generated.cached}")
             first[way].append(generated.first_s)
             total[way].append(generated.total_s)
     rows = []
@@ -292,7 +292,7 @@ def generate(pair: Pair, new_tokens: int) -> Generated:
 
 
 class _FirstToken:
-    """A streamer of transformers that looks at the clock once: when the first token behind the prompt comes."""
+    """A streamer of transformers that looks at the clock once: when the first token after the prompt comes."""
 
     def __init__(self) -> None:
         self.calls, self.begin, self.seconds = 0, 0.0, 0.0
@@ -356,7 +356,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     columns = ["keep", "B", "dense, s", "pruned, s", "speed-up", "ideal", "share", "KV"]
     table(f"prefill of {first['tokens']} tokens, {first['dtype']}, {first['method']}", columns, lines)
     if first["bench"] == "decode":
-        columns = ["keep", "total dense, s", "pruned, s", "speed-up", "behind the first token, dense, s", "pruned, s"]
+        columns = ["keep", "total dense, s", "pruned, s", "speed-up", "after the first token, dense, s", "pruned, s"]
         lines = [
             [
                 way,

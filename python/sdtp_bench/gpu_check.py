@@ -260,7 +260,7 @@ def _small_run(device: Device) -> int:
 
 
 def measure(device: Device, case: Case, repeats: int = REPEATS) -> list[dict[str, Any]]:
-    """Time everyone on one case, by turns, each launched directly and as a captured graph.
+    """Time everyone on one case, interleaved, each launched directly and as a captured graph.
 
     A provider's output is compared first, in both forms; where it is wrong, its row has an ``error`` and no figure.
     The host may run ahead of the device, as it does in a prefill.

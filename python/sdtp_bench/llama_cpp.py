@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WIDE = "F16"  # the 16-bit form; BF16 took 3 % longer to the first token of 2048 on a CPU with instructions for it
-ROOM = 256  # tokens of the context behind the prompt
+ROOM = 256  # tokens of the context after the prompt
 
 
 class LlamaCpp:
@@ -46,7 +46,7 @@ class LlamaCpp:
         Raises
         ------
         RuntimeError
-            If the server refuses, or has not read the whole prompt anew.
+            If the server refuses, or has not read the whole prompt again.
         """
         answer = self._server.handle_completions(
             {"prompt": list(prompt), "n_predict": new_tokens, "temperature": 0.0, "cache_prompt": False}
@@ -75,7 +75,7 @@ def file_type(file: Path) -> str:
 
 
 def widen(file: Path, dest: Path) -> None:
-    """Write a GGUF file anew with its matrices in 16 bits; vectors stay in 32, as llama.cpp has them."""
+    """Write a GGUF file again with its matrices in 16 bits; vectors stay in 32, as llama.cpp has them."""
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
     from gguf.quants import dequantize, quantize
 

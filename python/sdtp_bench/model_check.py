@@ -73,7 +73,7 @@ def _ids(model: Any, batch: int) -> torch.Tensor:
 
 
 def _two_calls(model: Any, max_cache_len: int | None) -> torch.Tensor:
-    """Logits behind a padded batch, and behind one more token."""
+    """Logits after a padded batch, and after one more token."""
     from transformers import DynamicCache, StaticCache
 
     from sdtp_kernels.models.compat import CACHE

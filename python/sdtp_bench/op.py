@@ -1,6 +1,6 @@
 """``sdtp bench op`` and ``scaling``: the pruning step, everyone who can run it side by side.
 
-Outputs are compared first: who is wrong gets an error in place of a figure. Then all take turns. The first matrix
+Outputs are compared first: who is wrong gets an error instead of a figure. Then all take turns. The first matrix
 product of the pruner takes part alone, as the bound that no composition of PyTorch's operators can beat.
 """
 

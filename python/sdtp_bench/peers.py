@@ -140,8 +140,8 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     list of dict
         ``peer``, ``version``, ``checkpoint``, ``tokens``, ``keep``, ``mean_keep`` (B of the peer's cache), ``dtype``,
         ``ttft_s`` (median), ``ttft_s_all``, ``kv_bytes``, ``nll_increase`` (nats a token, mean), ``passkey`` (share
-        found, the question part of the prompt), ``passkey_after`` (the question behind the pruned context), their
-        bootstrap intervals, such as ``passkey_interval``, and ``samples``; or ``error`` in place of figures.
+        found, the question part of the prompt), ``passkey_after`` (the question after the pruned context), their
+        bootstrap intervals, such as ``passkey_interval``, and ``samples``; or ``error`` instead of figures.
 
     Raises
     ------
@@ -274,7 +274,7 @@ def of_press(contest: Contest, word: str) -> Peer:
                 "and kvpress as it is installed has no training"
             ) from None
         dense = contest.model(ids, logits_to_keep=1).logits[0]
-        if not torch.equal(logits, dense):  # the cut comes behind each layer's attention: the first token is dense
+        if not torch.equal(logits, dense):  # the cut comes after each layer's attention: the first token is dense
             raise GateError("no figures: its first token is not computed as the dense model computes it")
         return figures(cache, contest.tokens)
 
@@ -335,7 +335,7 @@ def of_llama(contest: Contest, name: str, wheel: str, file: Path) -> Peer:
 
 
 def figures(cache: Any, tokens: int) -> Figures:
-    """Of a cache of transformers behind a prompt of so many tokens."""
+    """Of a cache of transformers after a prompt of so many tokens."""
     kept = cached_tokens(cache)
     return Figures(cache_bytes(cache), sum(kept) / (len(kept) * tokens))
 
@@ -379,7 +379,7 @@ def rows_of(contest: Contest, peers: Sequence[Peer | tuple[str, str]]) -> list[d
                 continue
             try:
                 row |= work(peer)
-            # Whatever a peer dies of is its answer, in place of all its figures; the others go on.
+            # Whatever a peer dies of is its answer, instead of all its figures; the others go on.
             except Exception as error:
                 rows[peer.name] = {**common, "peer": peer.name, "version": peer.version, "error": reason(error)}
     return list(rows.values())

@@ -97,7 +97,7 @@ class Subject:
         return apply_sdtp(self.model, self.pruners, self.schedule) if name == "pruned" else contextlib.nullcontext()
 
     def prefill(self, tokens: int) -> tuple[torch.Tensor, Any]:
-        """Logits ``[V]`` behind a prompt of so many pseudo-random tokens, and its cache."""
+        """Logits ``[V]`` after a prompt of so many pseudo-random tokens, and its cache."""
         import torch
 
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""How things are timed: by turns, on a device that says when its work was done."""
+"""How things are timed: interleaved, on a device that says when its work was done."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class CpuDevice:
 def interleave(
     device: Device, runs: Mapping[Key, Callable[[], object]], repeats: int, warm_ups: int | None = None
 ) -> dict[Key, list[float]]:
-    """Microseconds of each run, by turns and from a cold cache, so that a drift of the machine falls on all alike.
+    """Microseconds of each run, interleaved and from a cold cache, so that a drift of the machine falls on all alike.
 
     Parameters
     ----------

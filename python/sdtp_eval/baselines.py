@@ -1,7 +1,7 @@
 """Rivals of a learned pruner at the runtime's own seam, and the upper bounds that no method can have.
 
 A baseline is a function of a :class:`~sdtp_kernels.scorers.StageInput`, like the runtime's own. An oracle looks at what
-comes behind the prompt: it is computed by a dense pass over prompt and continuation, and looked up by the tokens'
+comes after the prompt: it is computed by a dense pass over prompt and continuation, and looked up by the tokens'
 original index once the prompt is pruned. Its place is at the top of a plot, labelled as what it is.
 """
 
@@ -87,7 +87,7 @@ def oracle_future_attention(
 ) -> dict[int, torch.Tensor]:
     """Attention that each prompt token will receive from the tokens that predict the continuation.
 
-    Those are the prompt's last token and all behind it. Mean over them, maximum over heads, mean over the layers from
+    Those are the prompt's last token and all after it. Mean over them, maximum over heads, mean over the layers from
     the stage on: what is dropped before a layer is missing in all later ones.
 
     Parameters
@@ -137,12 +137,12 @@ def oracle_saliency(
     Raises
     ------
     ValueError
-        If no answer stands behind the prompt.
+        If no answer stands after the prompt.
     """
     if not 0 < answer_length <= input_ids.shape[1] - prompt_length:
         raise ValueError(
             f"oracle_saliency: {input_ids.shape[1]} tokens with a prompt of {prompt_length} and an answer of "
-            f"{answer_length}; the loss needs an answer of one token or more behind the prompt"
+            f"{answer_length}; the loss needs an answer of one token or more after the prompt"
         )
     decoder = model.model
     inputs: dict[int, torch.Tensor] = {}
@@ -183,7 +183,7 @@ class LookUp(NamedTuple):
     """``[N]``"""
 
     def __call__(self, stage: StageInput) -> torch.Tensor:
-        # Tokens behind the prompt have indices beyond it; they are kept whatever their score.
+        # Tokens after the prompt have indices beyond it; they are kept whatever their score.
         return self.scores[stage.token_index.clamp(0, len(self.scores) - 1)]
 
 

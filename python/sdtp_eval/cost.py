@@ -1,4 +1,4 @@
-"""``sdtp eval cost``: what scoring costs where it happens, right behind a decoder layer.
+"""``sdtp eval cost``: what scoring costs where it happens, right after a decoder layer.
 
 The model reads one text with every stage scored and nothing dropped, so that all stages and all layers have the same
 tokens before them. Layers and stages of one forward pass are timed in turn, which makes the ratio of their medians safe

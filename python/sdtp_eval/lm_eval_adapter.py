@@ -22,7 +22,7 @@ DEFAULT_NEW_TOKENS = 256  # where a task does not say; lm-eval's own default
 class SdtpLM(LM):
     """Answers lm-eval's requests one by one (batch size 1).
 
-    What is scored or asked for is never pruned: a continuation is teacher-forced behind the pruned context.
+    What is scored or asked for is never pruned: a continuation is teacher-forced after the pruned context.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class SdtpLM(LM):
 
     @torch.no_grad()
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log probability of each continuation behind its pruned context, and whether it is the greedy one."""
+        """Log probability of each continuation after its pruned context, and whether it is the greedy one."""
         results = []
         for request in self._bar(requests, "loglikelihood", disable_tqdm):
             context, continuation = request.args

@@ -84,7 +84,7 @@ class Dataset(NamedTuple):
     before: str
     """The prompt before the context."""
     after: str
-    """And behind it; ``{input}`` is the question."""
+    """And after it; ``{input}`` is the question."""
     new_tokens: int
     measure: Callable[[str, str, list[str]], float]
     chat: bool = True
@@ -328,10 +328,10 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
                 key = (f"longbench {name}", protocol, args.tokens, sample_id, method_name, label)
                 if key in done:
                     continue
-                pruned, behind = (context, question) if protocol == AFTER else ([*context, *question], [])
+                pruned, after = (context, question) if protocol == AFTER else ([*context, *question], [])
                 begin = time.perf_counter()
                 with quality.patch(model, method, schedule, args.backend):
-                    new = quality.greedy(model, pruned, behind, DATASETS[name].new_tokens)
+                    new = quality.greedy(model, pruned, after, DATASETS[name].new_tokens)
                 answer = str(tokenizer.decode(new, skip_special_tokens=True))
                 result = {
                     **dict(zip(compare.KEY, key, strict=True)),

@@ -48,7 +48,7 @@ def find_press(word: str) -> Any:
 def compressed_forward(
     model: Any, press: Any, mean_keep: float, input_ids: torch.Tensor, prompt_length: int, num_logits: int
 ) -> tuple[torch.Tensor, Any]:
-    """Prefill the prompt, compress its cache, and read what stands behind it with the compressed cache.
+    """Prefill the prompt, compress its cache, and read what stands after it with the compressed cache.
 
     Parameters
     ----------
@@ -62,25 +62,25 @@ def compressed_forward(
     prompt_length : int
         Leading tokens that are the prompt.
     num_logits : int
-        How many of the last positions' logits are wanted, at most those behind the prompt and its last.
+        How many of the last positions' logits are wanted, at most those after the prompt and its last.
 
     Returns
     -------
     logits : Tensor [num_logits, V]
     cache : Cache
-        Of the compressed prompt and the tokens behind it.
+        Of the compressed prompt and the tokens after it.
     """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    behind = input_ids[:, prompt_length:]
+    after = input_ids[:, prompt_length:]
     with _translated(model), press(compression_ratio=1 - mean_keep)(model):
         first = model(input_ids[:, :prompt_length], **{CACHE: cache}, logits_to_keep=1).logits[0]
-    if behind.shape[1] == 0:
+    if after.shape[1] == 0:
         return first[-num_logits:], cache
     position_ids = torch.arange(prompt_length, input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     with _translated(model):
-        rest = model(behind, position_ids=position_ids, **{CACHE: cache}).logits[0]
+        rest = model(after, position_ids=position_ids, **{CACHE: cache}).logits[0]
     return torch.cat([first, rest])[-num_logits:], cache
 
 
@@ -89,7 +89,7 @@ def pressed(model: Any, press: Any) -> Iterator[None]:
     """Run a model, pruned or not, under a press: ``with apply_sdtp(...), pressed(model, press): model.generate(...)``.
 
     In every layer the press sees the tokens that the stages have left, in their original order and with the keys of
-    their original positions, and shortens that layer's cache: behind the prompt, or while tokens are generated
+    their original positions, and shortens that layer's cache: after the prompt, or while tokens are generated
     (``DecodingPress``). Presses know no padding, so batches are of equal lengths. Such a cache no longer knows how long
     the prompt was: it belongs to one call of ``generate()``, and no later turn can go on with it.
 

@@ -1,7 +1,7 @@
 """``sdtp eval``: what pruning costs in quality, for any checkpoint, method, schedule and budget.
 
 Each sample is read once by the dense model and once by every method with every schedule, so all comparisons are paired.
-The answer is teacher-forced behind the pruned prompt and never pruned itself. Results go to ``samples.jsonl`` as they
+The answer is teacher-forced after the pruned prompt and never pruned itself. Results go to ``samples.jsonl`` as they
 come, and a run that is started again takes up where it was stopped. Under ``accelerate launch`` (or ``torchrun``) the
 processes share the samples and write files of their own, which the first one puts together.
 """
@@ -62,7 +62,7 @@ def add_command(subparsers: Any) -> None:
     )  # fmt: skip
     runner.add_argument("--tokens", nargs="+", type=int, default=[1024], help="prompt lengths (default: 1024)")
     runner.add_argument("--samples", type=int, default=48, help="samples a task and length (%(default)s)")
-    runner.add_argument("--continuation", type=int, default=128, help="tokens scored behind a text (%(default)s)")
+    runner.add_argument("--continuation", type=int, default=128, help="tokens scored after a text (%(default)s)")
     runner.add_argument(
         "--data", nargs="+", default=[], metavar="PATH", help="text files or directories (default: Python's reference)"
     )
@@ -429,8 +429,8 @@ class Reader:
                 scored = self._forward(prompt_length)
             if method.dropped_kv == "predicted":  # the cache is whole, the computation is not
                 computed = sum(layer.tokens_out for layer in handle.report().layers) / len(handle.report().layers)
-                behind = len(self.sample.ids) - prompt_length
-                scored = scored._replace(mean_keep=(computed - behind) / prompt_length)
+                after = len(self.sample.ids) - prompt_length
+                scored = scored._replace(mean_keep=(computed - after) / prompt_length)
             expected = self._mean_keep(schedule, prompt_length)
             if abs(scored.mean_keep - expected) > 1e-9:
                 raise RuntimeError(
@@ -528,13 +528,13 @@ class Reader:
 
         from sdtp_eval.peers import compressed_forward
 
-        behind = self.input_ids.shape[1] - prompt_length
+        after = self.input_ids.shape[1] - prompt_length
         on_gpu = self.input_ids.is_cuda
         if on_gpu:
             torch.cuda.synchronize()
         begin = time.perf_counter()
-        # What stands behind the prompt is never pruned; at least the answer's positions need their logits.
-        wanted = max(behind + 1, len(self.answer))
+        # What stands after the prompt is never pruned; at least the answer's positions need their logits.
+        wanted = max(after + 1, len(self.answer))
         if press is None:
             output = self.model(self.input_ids, use_cache=True, logits_to_keep=wanted)
             logits, cache = output.logits[0], cache_of(output)
@@ -546,7 +546,7 @@ class Reader:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
         layers = cache.layers
-        kept = sum(layer.keys.shape[-2] - behind for layer in layers)
+        kept = sum(layer.keys.shape[-2] - after for layer in layers)
         log_probabilities = logits[-len(self.answer) :].float().log_softmax(-1)
         return Scored(log_probabilities, kept / (len(layers) * prompt_length), seconds)
 

@@ -294,7 +294,7 @@ def make_samples(
     count : int
         Samples; texts may hold fewer windows.
     continuation : int, default 128
-        Tokens scored behind a text.
+        Tokens scored after a text.
     seed : int, default 0
     chat : bool, default True
         Put questions into the tokenizer's chat template where it has one.

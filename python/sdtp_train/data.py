@@ -32,7 +32,7 @@ VALIDATION_EVERY = 8
 MIN_CONTEXT = 64  # shorter prompts are not pruned, see PruningSchedule.min_prompt
 _CHARACTERS = 10  # per token: more than any text takes, so that one slice of a document is enough
 _ELSEWHERE = 4000  # characters of another document, of which one sentence is taken
-# How a prompt asks where there is no chat template; what the model writes comes right behind.
+# How a prompt asks where there is no chat template; what the model writes comes right after.
 _LAYOUTS = ("Question: {question}\nAnswer: ", "{question}\n", "Q: {question}\nA: ")
 # Tests are repetitive, and pydoc_data is the language reference, with the documents that are kept for evaluation.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "pydoc_data"}
@@ -238,7 +238,7 @@ class _Wanted:
         if not all(line in filler for line in task.quoted):  # a prompt too short for its own question
             filler = "\n".join(task.quoted)
         whole = prompt(lookup.write_into(rng, filler, task.facts))
-        # Tokenizers join a blank to the word behind it.
+        # Tokenizers join a blank to the word after it.
         text = whole.rstrip(" ")
         ids = self._ids(" " * (len(whole) - len(text)) + answer, special=False)[: self.continuation]
         context = self._ids(text, special=not use_template)

@@ -1,7 +1,7 @@
 """The directory between the stages: shards of hidden states and targets, and a manifest that says what they are.
 
 ``manifest.json`` holds the settings and the list of samples from the beginning, and the checksums of the shards once
-all are there. ``shard-<i>.safetensors`` holds the samples of one slice of that list, their tokens behind one another:
+all are there. ``shard-<i>.safetensors`` holds the samples of one slice of that list, their tokens after one another:
 
 * ``token_ids`` int64: context and continuation of each sample;
 * ``hidden_states.<layer>`` ``[tokens of the contexts, D]``: the input of the stage;
@@ -235,7 +235,7 @@ class Saliency:
 
 
 def join_samples(found: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors of several samples behind one another."""
+    """The tensors of several samples after one another."""
     joined = defaultdict(list)
     for tensors in found:
         for name, tensor in tensors.items():

@@ -77,15 +77,18 @@ def simulate_pruning(
     mask = torch.ones(ids.shape[1], device=ids.device)
     dropped: list[_Dropped] = []
     alive = torch.arange(n, device=ids.device)
-    opinion, number = torch.zeros(n, device=ids.device), 0  # mean of the MLPs' scores so far, where they are averaged
+    running_mean, number = (
+        torch.zeros(n, device=ids.device),
+        0,
+    )  # mean of the MLPs' scores so far, where they are averaged
     for i in range(first, len(decoder.layers)):
         stage = schedule.layers.index(i) + 1 if i in schedule.layers else 0
         if stage and schedule.drops(stage) and n >= schedule.min_prompt:
             scores: torch.Tensor = pruners[i](hidden_states[0, alive])
             if pruners[i].averaging:
                 number += 1
-                scores = torch.lerp(opinion[alive], scores, 1 / number)
-                opinion = opinion.scatter(0, alive, scores)
+                scores = torch.lerp(running_mean[alive], scores, 1 / number)
+                running_mean = running_mean.scatter(0, alive, scores)
             scores = scores + _bias(
                 pruners[i], schedule, decoder.layers[i - 1], hidden_states, below, embeddings, alive
             )

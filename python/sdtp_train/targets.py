@@ -116,7 +116,7 @@ def future_attention(dense: DensePass, layers: Sequence[int]) -> torch.Tensor:
 
     Per layer and head the mean over these queries (from the prompt's last token to the last but one), the maximum over
     heads, the mean over the layers from the stage on. Forward only. Compare SnapKV's observation (arXiv 2404.14469)
-    with the queries of the future in place of the prompt's last ones. One layer's logits ``[heads, T - n, T]`` are all
+    with the queries of the future instead of the prompt's last ones. One layer's logits ``[heads, T - n, T]`` are all
     that is held at a time.
 
     Parameters

@@ -204,7 +204,7 @@ def _count_rows(prefill: Prefill, tokens: Tokens, least: int, most: int) -> Coun
 def hold(
     prefill: Prefill, counts: Counts, deferred: Deferred | None, layer_idx: int, stage: int, token_index: torch.Tensor
 ) -> PrunedState | None:
-    """Tell a layer of the cache which tokens are about to be written to it, behind `stage` stages.
+    """Tell a layer of the cache which tokens are about to be written to it, after `stage` stages.
 
     None where it needs no telling: below the first stage, without a cache, and where a whole prompt is written that
     nothing can continue.

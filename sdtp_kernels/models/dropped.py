@@ -1,6 +1,6 @@
 """Dropped tokens that keep predicted keys and values: out of the computation, not out of memory.
 
-A stage reduces what is computed, as it always does, and what it drops is encoded once. The layers behind it compute
+A stage reduces what is computed, as it always does, and what it drops is encoded once. The layers after it compute
 queries, keys and values of the tokens that are left; the cache that they are handed completes keys and values to the
 whole prompt, by position, and stores them at once. So every layer of the cache has the logical length, and is what it
 would be after a dense prefill: later calls are the model's own.
@@ -170,7 +170,7 @@ class CompletedCache:
         keys, values = self._cache.update(keys, values, layer_idx, *args, **kwargs)
         if not isinstance(self._cache.layers[layer_idx], StaticLayer):
             return keys, values
-        num_columns = self.token_index.shape[1]  # a static layer hands out the room behind the prompt as well
+        num_columns = self.token_index.shape[1]  # a static layer hands out the room after the prompt as well
         return keys[:, :, :num_columns], values[:, :, :num_columns]
 
     def _columns(self, token_index: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-// CUDA for one translation unit on a CPU, for tests: what csrc/cuda/platform.cuh includes in place of CUDA.
+// CUDA for one translation unit on a CPU, for tests: what csrc/cuda/platform.cuh includes instead of CUDA.
 //
 // Every CUDA thread is a fiber of runtime.cpp, which switches between them wherever they meet: at barriers, warp
 // operations and spins. Memory is touched here, in code that the sanitizers instrument; the runtime only decides who

@@ -1,9 +1,8 @@
 """``sdtp bench report``: every table and picture of the report, and the README's tables, from rows alone.
 
 The rows are the JSON Lines below ``benchmarks/results``, whoever wrote them; :mod:`~sdtp_bench.report.results` reads
-them, :mod:`~sdtp_bench.report.tables` and :mod:`~sdtp_bench.report.figures` show them, and
-:mod:`~sdtp_bench.report.claims` puts a reproduction's claims beside them. No number is written by hand. Where there are
-no rows, the page says which command makes them.
+them, and :mod:`~sdtp_bench.report.tables` and :mod:`~sdtp_bench.report.figures` show them. No number is written by
+hand. Where there are no rows, the page says which command makes them.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class Section(NamedTuple):
 
 def sections(rows: Results) -> list[Section]:
     """All parts in their order, with what the rows give."""
-    from sdtp_bench.report import claims, figures, tables
+    from sdtp_bench.report import figures, tables
     from sdtp_bench.report.results import COMMANDS
 
     models = tables.stage_models()
@@ -125,7 +124,7 @@ def sections(rows: Results) -> list[Section]:
             "Loss and answers of a pruned model against the dense one on the same samples, at equal B: learned "
             "pruners, training-free scorers, and presses that cut the cache after a dense prefill.",
             ("quality", "cost", "evict"), [*tables.quality(rows), *tables.scoring(rows), *tables.evict(rows)],
-            figures.pareto(rows),
+            [*figures.modes(rows), *figures.pareto(rows)],
         ),
         section(
             "peers", "Peers",
@@ -142,12 +141,6 @@ def sections(rows: Results) -> list[Section]:
             "Nothing here was measured on a GPU. The roofline is computed from shapes and the vendors' peaks; "
             "registers and spills are what the compilers report. On a machine with a GPU, make gpu-check measures.",
             ("triton", "nvcc"), [tables.gpu_model(models), *tables.compiled(rows)], [figures.roofline(models)],
-        ),
-        section(
-            "claims", "A reproduction's claims, side by side with what can be true",
-            "Claimed: as a public reproduction on Qwen2-7B, or the paper (arXiv 2504.04514), has it. Computed: from "
-            "FLOPs and shapes. Model: the roofline of a GPU. Measured: from rows of this repository.",
-            (), claims.claims(rows), [figures.claimed()],
         ),
     ]  # fmt: skip
 
@@ -169,23 +162,21 @@ def render(rows: Results, parts: list[Section], digest: str) -> str:
 
 
 def markdown(found: list[Table]) -> str:
-    """Tables and what stands under each, as Markdown."""
+    """Tables and what stands under each, as Markdown: the page has commands and rows."""
     from sdtp_bench.report import tables
 
     blocks = []
     for table in found:
         marks = ["---:" if is_numeric else "---" for is_numeric in table.numeric]
         lines = ["| " + " | ".join(cells) + " |" for cells in (table.columns, marks, *table.rows)]
-        made_by = ", ".join(f"`{command}`" for command in table.source.commands) or "a command not recorded"
-        files = ", ".join(f"`benchmarks/results/{file}`" for file in table.source.files)
-        source = f"{table.title}. {table.source.facts()}. Made by {made_by}; rows: {files}."
+        source = f"{table.title}; {table.source.facts()}. [How it was measured](docs/report/index.html#quality)."
         source = textwrap.fill(source, 120, break_long_words=False, break_on_hyphens=False)
         blocks.append("\n".join([*lines, "", source]).replace(tables.SPACE, " "))
     return "\n\n".join(blocks)
 
 
 def renewed(text: str, rows: Results, name: str) -> str:
-    """A document with its tables made anew between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+    """A document with its tables made again between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 
     Raises
     ------
@@ -194,7 +185,7 @@ def renewed(text: str, rows: Results, name: str) -> str:
     """
     from sdtp_bench.report import tables
 
-    known: dict[str, Callable[[Results], list[Table]]] = {"speed": tables.speed, "quality": tables.quality_readme}
+    known: dict[str, Callable[[Results], list[Table]]] = {"modes": tables.modes}
 
     def renew(match: re.Match[str]) -> str:
         opening, wanted, _, closing = match.groups()

@@ -7,7 +7,7 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdtp_bench.report import claims, results, tables
+from sdtp_bench.report import results, tables
 from sdtp_bench.report.results import Source
 from sdtp_bench.shapes import GPUS
 from sdtp_eval import compare
@@ -289,7 +289,8 @@ def memory(rows: Results) -> list[Picture]:
 
 # ------------------------------------------------------------------------------------------------------------- quality
 
-_AXES = {"nll": "loss, nats a token over dense", "passkey": "pass keys found", "multikey": "competing keys found",
+_AXES = {"nll": "loss, nats a token over dense", "passkey": "pass keys found", "lookup": "facts found",
+         "multikey": "competing keys found",
          "recall": "recalled word for word"}  # fmt: skip
 
 
@@ -338,8 +339,42 @@ def pareto(rows: Results) -> list[Picture]:
     return pictures
 
 
+def modes(rows: Results) -> list[Picture]:
+    """The README's picture: what dropping and predicting cost in loss, against the time to the first token."""
+    judged = tables.with_both(rows)
+    if not judged:
+        return []
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, len(judged), squeeze=False)[0]
+        for axis, one in zip(panels, judged, strict=True):
+            for is_predicted, colour, marker in ((False, COLOURS[1], "s"), (True, BLUE, "o")):
+                there = [
+                    row for row in one.learned if ("predicted" in row["schedule"]) == is_predicted and row["time"]
+                ]  # fmt: skip
+                there.sort(key=lambda row: row["time"])
+                values = [row["nll_increase"] for row in there]
+                axis.errorbar(
+                    [100 * row["time"] for row in there], [value["mean"] for value in values],
+                    [[value["mean"] - value["low"] for value in values],
+                     [value["high"] - value["mean"] for value in values]],
+                    label="keys and values predicted" if is_predicted else "dropped", color=colour, marker=marker,
+                    capsize=2, elinewidth=0.8, linewidth=2,
+                )  # fmt: skip
+            axis.plot([100], [0], marker="*", markersize=11, color=BLACK, linestyle="", label="dense")
+            axis.set(xlabel="time to the first token, % of dense", ylim=(0, None))
+            axis.set_title(results.quality_model(rows, one.samples).partition(",")[0])
+        panels[0].set_ylabel("loss, nats a token over dense")
+        panels[0].legend()
+
+    samples = [row for one in judged for row in one.samples]
+    title = f"Loss against the time to the first token, {samples[0]['tokens']} tokens"
+    note = "95 % intervals by bootstrap over texts; times are medians of ratios of interleaved prefills."
+    return [Picture("modes", title, results.quality_source(rows, samples), draw, note, (9.0, 3.6))]
+
+
 def _shape(schedule: str) -> str:
-    """What a schedule's label says behind its layers: the block size and protected tokens."""
+    """What a schedule's label says after its layers: the block size and protected tokens."""
     return " ".join(schedule.split()[2:]) if not schedule.startswith("B ") else " ".join(schedule.split()[3:])
 
 
@@ -463,30 +498,3 @@ def roofline(models: Sequence[dict[str, Any]]) -> Picture:
     title = f"Model, not measured: roofline of one stage, Qwen2-7B, bf16, {length} tokens"
     note = "Below its roof lies what a stage can reach at best, because its launches run one after the other."
     return Picture("roofline", title, tables.MODEL_SOURCE, draw, note)
-
-
-def claimed() -> Picture:
-    """The claimed speed-ups beside the ideal and the roofline's."""
-
-    def draw(figure: Any) -> None:
-        axis = figure.subplots()
-        for limits, text in ((claims.SINGLE_GPU, "claimed, one GPU"), (claims.MULTI_GPU, "claimed, eight GPUs")):
-            axis.axhspan(*limits, color="#bbbbbb", alpha=0.5, linewidth=0)
-            axis.text(tables.MODEL_LENGTHS[0], sum(limits) / 2, text, va="center", fontsize=9)
-        for keep in claims.KEEPS:
-            x = tables.MODEL_LENGTHS
-            y = [claims.ideal(keep, n) for n in x]
-            axis.plot(x, y, color=_colour(keep), label=f"ideal, keep {keep:g} (computed)")
-            for name, marker in zip(("h100", "4090"), "ox", strict=True):
-                y = [claims.gpu_speedup(GPUS[name], keep, n) for n in x]
-                axis.plot(x, y, color=_colour(keep), marker=marker, linestyle="")
-        for name, marker in zip(("h100", "4090"), "ox", strict=True):
-            label = f"roofline, {GPUS[name].device_name} (model)"
-            axis.plot([], [], color="#555555", marker=marker, linestyle="", label=label)
-        _lengths_axis(axis, tables.MODEL_LENGTHS)
-        _plain_log_axis(axis)
-        axis.set(ylabel="speed-up of the prefill, Qwen2-7B", ylim=(0.9, 11))
-        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.85))
-
-    title = "The claims beside what pruning can give: Qwen2-7B, the reproduction's stages"
-    return Picture("claims", title, tables.MODEL_SOURCE, draw, "Claimed and computed; nothing in it is measured.")

@@ -19,6 +19,9 @@ Row = dict[str, Any]
 # What every method of the quality tables is compared with; in a run without any of them, with the learned pruners.
 RIVALS = ("attention", "recent", "random")
 
+SOLVED = ("passkey", "lookup")
+"""Tasks of which only the questions count that the dense model answers."""
+
 UNKNOWN = "unknown"
 # What makes rows of a kind: named where there are none yet, and for rows that do not name their own.
 COMMANDS = {
@@ -58,7 +61,7 @@ _SETTINGS = {
         "pooling",
         "threads",
     ),
-    "prefill": ("checkpoint", "tokens", "keep", "budget", "block_size", "dtype", "method"),
+    "prefill": ("checkpoint", "tokens", "keep", "budget", "block_size", "dtype", "method", "dropped_kv"),
     "peers": ("peer", "checkpoint", "tokens", "keep", "dtype"),
     "memory": ("checkpoint", "keep", "budget", "block_size", "dtype", "method", "limit_bytes"),
     "multi": ("checkpoint", "tokens", "keep", "dtype", "method", "processes", "threads"),
@@ -119,36 +122,26 @@ class Results(dict[str, list[Row]]):
     def quality(self) -> dict[Question, Judged]:
         """Rows of ``sdtp eval run``, a run at a time: the samples that all of its methods have read.
 
-        Of pass keys those that the dense model finds.
+        Of pass keys and lookups those that the dense model finds.
         """
         unique = {(row["file"], *(row[name] for name in compare.KEY)): row for row in self["quality"]}
         groups = grouped(unique.values(), lambda row: Question(*(row[name] for name in Question._fields)))
         found = {}
-        order = ("nll", "passkey", "multikey")  # what is judged first stands first, and of one kind the largest run
+        order = (
+            "nll",
+            "passkey",
+            "lookup",
+            "multikey",
+        )  # what is judged first stands first, and of one kind the largest run
 
         def place(key: Question) -> tuple[Any, ...]:
             return order.index(key.task) if key.task in order else len(order), key[:3], -len(groups[key]), key.file
 
         for key in sorted(groups, key=place):
             members = _shared(groups[key])
-            samples = compare.solved_by_dense(members) if key.task == "passkey" else members
+            samples = compare.solved_by_dense(members) if key.task in SOLVED else members
             if samples:
                 found[key] = Judged(samples, _summaries(samples))
-        return found
-
-    @functools.cached_property
-    def learned(self) -> dict[tuple[str, str, int], Judged]:
-        """Of :attr:`quality` by task, protocol and length the run with learned pruners that has the most of the rivals,
-        and of those the one with the most samples."""
-        found: dict[tuple[str, str, int], Judged] = {}
-
-        def weight(judged: Judged) -> tuple[int, int]:
-            return len({row["method"] for row in judged.samples} & set(RIVALS)), judged.learned[0]["n"]
-
-        for question, judged in self.quality.items():
-            known = found.get(question[:3])
-            if judged.learned and (known is None or weight(judged) > weight(known)):
-                found[question[:3]] = judged
         return found
 
 
@@ -309,7 +302,7 @@ class Source(NamedTuple):
 
 
 def runs_of(rows: Results, samples: Iterable[Row]) -> list[Row]:
-    """The records of the runs that made these per-sample rows, which do not say so themselves: those beside them."""
+    """The records of the runs that made these per-sample rows, which do not say so themselves: those next to them."""
     asked = {(PurePath(row["file"]).parent, row["task"], row["tokens"]) for row in samples}
 
     def has_made(run: Row) -> bool:

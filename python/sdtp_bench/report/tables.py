@@ -24,7 +24,8 @@ SPACE = "\N{NO-BREAK SPACE}"  # between a figure and its unit
 OURS = ("cpu", "triton", "cuda", "reference")  # providers that are backends of the op; all others are baselines
 SHOWN_GPUS = ("h100", "a100", "4090", "mi300x")
 PARTS = ("linear", "attention", "pruning", "other")
-README_KEEPS, README_BUDGET, README_SHORTEST = (0.9, 0.8), "global", 1024
+README_MODES = (("0.9", True), ("0.8", False), ("0.8", True))
+"""Keep ratios, and whether keys and values of dropped tokens are predicted."""
 
 
 class Table(NamedTuple):
@@ -90,8 +91,9 @@ def by_length(rows: Iterable[Row]) -> list[Row]:
 
 
 def subject_of(row: Row) -> tuple[str, ...]:
-    """What rows of one table have in common: machine, checkpoint, dtype and method."""
-    return results.machine(row), row["checkpoint"], row["dtype"], row["method"]
+    """What rows of one table have in common: machine, checkpoint, dtype, method, and what is kept of dropped tokens."""
+    kept = () if row.get("dropped_kv", "none") == "none" else (f"{row['dropped_kv']} keys and values",)
+    return results.machine(row), row["checkpoint"], row["dtype"], row["method"], *kept
 
 
 def _title(about: tuple[str, ...]) -> str:
@@ -102,19 +104,6 @@ def prefills(rows: Results) -> dict[tuple[str, ...], list[Row]]:
     """Rows of ``sdtp bench prefill`` by machine, checkpoint, dtype and method."""
     measured = [row for row in rows["prefill"] if "error" not in row]
     return results.grouped(measured, subject_of)
-
-
-def speed(rows: Results) -> list[Table]:
-    """The README's excerpt: one budget, two keep ratios."""
-    tables: list[Table] = []
-    for about, members in prefills(rows).items():
-        shown = [
-            row for row in members
-            if row["keep"] in README_KEEPS and row["budget"] == README_BUDGET and row["tokens"] >= README_SHORTEST
-        ]  # fmt: skip
-        if shown:
-            tables.append(_prefill_table(f"speed-{len(tables) + 1}", about, shown))
-    return tables
 
 
 def prefill(rows: Results) -> list[Table]:
@@ -291,8 +280,9 @@ def display(method: str) -> str:
 
 # In the order that they are shown in.
 TASKS = {
-    "nll": "Loss of the text behind the prompt, nats a token over the dense model: less is better",
+    "nll": "Loss of the text after the prompt, nats a token over the dense model: less is better",
     "passkey": "Pass keys found, of those that the dense model finds",
+    "lookup": "Facts of twenty wordings found, of those that the dense model finds",
     "multikey": "Of eight competing keys the right one: share of all questions",
     "recall": "Verbatim recall: answers right in every token, share of all questions",
 }
@@ -332,33 +322,44 @@ def quality(rows: Results) -> list[Table]:
     return tables
 
 
-def quality_readme(rows: Results) -> list[Table]:
-    """The README's excerpt: the learned pruners' loss, and the pass keys that they and last-window attention find."""
-    tables: list[Table] = []
-    for (task, _, tokens), judged in rows.learned.items():
-        keys = rows.learned.get(("passkey", "inside", tokens))
-        if task != "nll" or keys is None:
-            continue
-        found = {(row["method"], row["schedule"]): row for row in keys.summaries}
-        cells = []
+def modes(rows: Results) -> list[Table]:
+    """The README's table: the models that were judged with both kinds of dropped keys and values, three rows each."""
+    cells, samples = [], []
+    for judged in with_both(rows):
+        model = results.quality_model(rows, judged.samples).partition(",")[0]
+        lookups = {
+            (row["method"], row["schedule"]): row
+            for question, found in rows.quality.items() if question.task == "lookup"
+            for row in found.summaries
+        }  # fmt: skip
+        samples += judged.samples
         for row in judged.learned:
-            own, rival = (found.get((method, row["schedule"])) for method in (row["method"], "attention"))
-            if own and rival and " block " not in row["schedule"]:
-                counts = (f"{round(r['exact']['mean'] * r['n'])} of {r['n']}" for r in (own, rival))
-                keep = " ".join(word for word in row["schedule"].split() if not word.startswith("@"))
-                cells.append((keep, number(row["mean_keep"], 3), interval(row["nll_increase"]), *counts))
-        columns = (
-            "keep per stage", "B", "loss of the next tokens, nats a token", "pass keys found",
-            "by last-window attention",
-        )  # fmt: skip
-        if cells:
-            source = results.quality_source(rows, [*judged.samples, *keys.samples])
-            count = judged.learned[0]["n"]
-            title = (
-                f"What the shipped pruners cost: {_on(rows, judged.samples)}{tokens} tokens, loss of {count} samples"
-            )
-            tables.append(Table(f"quality-{len(tables) + 1}", title, columns, tuple(cells), source))
-    return tables
+            keep, is_predicted = row["schedule"].split()[0], "predicted" in row["schedule"]
+            if (keep, is_predicted) not in README_MODES:
+                continue
+            found = lookups.get((row["method"], row["schedule"]))
+            cells.append((
+                model, "predicted" if is_predicted else "dropped", keep, percent(row["time"]),
+                percent(1.0 if is_predicted else row["mean_keep"]), interval(row["nll_increase"], 2),
+                NONE if found is None else f"{round(found['exact']['mean'] * found['n'])} of {found['n']}",
+            ))  # fmt: skip
+    if not cells:
+        return []
+    columns = (
+        "model", "K and V of dropped tokens", "keep ratio", "time to first token", "KV cache", "loss, nats a token",
+        "facts found",
+    )  # fmt: skip
+    tokens, count = samples[0]["tokens"], len({row["id"] for row in samples})
+    title = f"{tokens} tokens, {count} texts that nobody trained on"
+    return [Table("modes", title, columns, tuple(cells), results.quality_source(rows, samples))]
+
+
+def with_both(rows: Results) -> list[results.Judged]:
+    """The runs on running text that judged learned pruners with dropped and with predicted keys and values."""
+    return [
+        judged for question, judged in rows.quality.items()
+        if question.task == "nll" and len({"predicted" in row["schedule"] for row in judged.learned}) == 2
+    ]  # fmt: skip
 
 
 def _on(rows: Results, samples: Sequence[Row]) -> str:
@@ -378,7 +379,7 @@ def scoring(rows: Results) -> list[Table]:
         for row in rows["cost"]
     )  # fmt: skip
     columns = ("method", "tokens", "dtype", "scoring", "a decoder layer", "share")
-    return [Table("scoring", "Scoring right behind a layer", columns, cells, Source.of(rows["cost"]))]
+    return [Table("scoring", "Scoring right after a layer", columns, cells, Source.of(rows["cost"]))]
 
 
 def evict(rows: Results) -> list[Table]:

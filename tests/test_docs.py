@@ -1,0 +1,79 @@
+"""What people read: links that lead somewhere, words of the field, and the README's lines as they stand there."""
+
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+from conftest import BYTE_MODEL, save_byte_model
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(path for place in (".", "docs", "docs/notes", "benchmarks") for path in (ROOT / place).glob("*.md"))
+# Words that readers stumble over, each with what to say instead.
+AVOIDED = {
+    r"behind (the|a|its|their) (prompt|text|context|question|last|first)": "after",
+    r"\banew\b": "again",
+    r"\blikewise\b": "also",
+    r"\bby turns\b": "interleaved",
+    r"\bbeside them\b": "next to them",
+    r"\bin place of\b": "instead of",
+    r"\bbefalls\b": "say who pays for what",
+    r"\bopinions?\b": "running mean score",
+    r"\btokens wait\b": "deferred tokens",
+    r"\bpieces? of a prompt\b": "chunk",
+}
+pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="a copy of the source without its documents")
+
+
+def anchors(page):
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{target}: known are {sorted(anchors(file))}"
+        if anchor and file.suffix == ".html":
+            assert f'id="{anchor}"' in file.read_text(), target
+
+
+def prose(path):
+    """What of a file people read: all of a page, of a program its comments and strings."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return text
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return "\n".join(token.string for token in tokens if token.type in (tokenize.COMMENT, tokenize.STRING))
+
+
+def test_words_that_readers_stumble_over_are_avoided():
+    sources = [path for folder in ("sdtp_kernels", "python", "examples") for path in (ROOT / folder).rglob("*.py")]
+    found = []
+    for path in (*PAGES, *sources):
+        if "notes" in path.parts:  # experiments stay as they were written down
+            continue
+        text = " ".join(prose(path).split())
+        for word, instead in AVOIDED.items():
+            found += [f"{path.relative_to(ROOT)}: {match[0]!r}, say {instead!r}" for match in re.finditer(word, text)]
+    assert not found, "\n".join(found)
+
+
+def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    from sdtp_kernels import TokenPruner, save_pruners
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    save_byte_model(tmp_path / "my-model")
+    Path("long.txt").write_text("A long text. " * 40)
+    save_pruners({layer: TokenPruner(BYTE_MODEL["hidden_size"]) for layer in (4, 7)}, "pruners.safetensors")
+    exec(compile(code, "README.md", "exec"), {})
+    assert "tokens" in capsys.readouterr().out
