@@ -23,7 +23,7 @@ Length = TypeVar("Length", int, torch.Tensor)
 MAX_PROMPT = 2**30
 
 
-# Of `front_loaded`: chosen on development text, see docs/quality.md.
+# Of `front_loaded`: chosen on development text, see docs/notes/pruners.md.
 EARLY_POWER = 0.7
 
 

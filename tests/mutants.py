@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -2564,8 +2565,9 @@ def main() -> int:
 
     def on_a_copy(attempt, subject):
         source = copies.get()
+        begin = time.monotonic()
         try:
-            return attempt(subject, source)
+            return attempt(subject, source), time.monotonic() - begin
         finally:
             copies.put(source)
 
@@ -2579,9 +2581,12 @@ def main() -> int:
         attempts += [("passed", file, pool.submit(on_a_copy, control, files[file])) for file in files]
         failures = 0
         for verdict, name, attempt in attempts:
-            reason = attempt.result()
+            reason, seconds = attempt.result()
             failures += reason is not None
-            print(f"{'FAILED' if reason else verdict:<8}{name}{': ' + reason if reason else ''}", flush=True)
+            print(
+                f"{'FAILED' if reason else verdict:<8}{seconds:6.1f} s  {name}{': ' + reason if reason else ''}",
+                flush=True,
+            )
     print(f"{len(attempts) - failures} of {len(attempts)} as they should be")
     return 1 if failures else 0
 

@@ -29,7 +29,7 @@ TRAINED = ("pruners", "kv")
 NUM_PAIRS = 4096  # of the ranking loss, per sample and stage
 WARM_UP = 0.05  # share of the steps
 # Of a term with standard deviation 1, as the regression's goal has. Regression itself gave it about 0.35 on
-# SmolLM2-135M, and pass keys were lost with 2: see docs/quality.md.
+# SmolLM2-135M, and pass keys were lost with 2: see docs/notes/pruners.md.
 ATTENTION_WEIGHT = 1.0
 # A few numbers that multiply inputs of size one have far to go; the MLP's many weights have not.
 BIAS_RATE = 10.0
@@ -583,7 +583,7 @@ def extend_distance(pruner: TokenPruner, nearest: int, farthest: int) -> None:
 
 
 def default_width(hidden_size: int) -> int:
-    """Width of an MLP: a third of the paper's D/4. The held-out fit is the same (docs/quality.md), the cost is not.
+    """Width of an MLP: a third of the paper's D/4. The held-out fit is the same (docs/notes/pruners.md), the cost is not.
 
     A whole number of 16 floats, the size of a vector register and of a tensor core's tile, which are paid for whole.
     """
