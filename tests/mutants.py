@@ -1220,6 +1220,13 @@ MUTANTS = [
         "test_train_pruners.py::test_simulation_equals_real_pruning",
     ),
     Mutant(
+        "the reference taken on a GPU without a word",
+        "sdtp_kernels/backends/__init__.py",
+        'if best == "reference" and device.type == "cuda":',
+        "if False:",
+        "test_cuda.py::test_auto_says_aloud_that_no_kernel_of_a_gpu_runs",
+    ),
+    Mutant(
         "the hub asked for a file with a typing error in its name",
         "sdtp_kernels/pruner_file.py",
         "(?!.*\\.safetensors$)",

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from cuda_on_cpu import build
 
-from sdtp_kernels import BackendUnavailableError, explain_backends, select_tokens
+from sdtp_kernels import BackendUnavailableError, backends, explain_backends, select_tokens
 from sdtp_kernels.backends import _native, limits
 from sdtp_kernels.backends import cuda as backend
 
@@ -178,6 +179,20 @@ def test_auto_takes_cuda_where_triton_is_missing(gpu, monkeypatch):
     assert {s.name: s for s in explain_backends("cuda")}["triton"].chosen
     monkeypatch.setitem(sys.modules, "triton", None)
     assert {s.name: s for s in explain_backends("cuda", torch.float16)}["cuda"].chosen
+
+
+def test_auto_says_aloud_that_no_kernel_of_a_gpu_runs(gpu, monkeypatch):
+    gpu(9, 0)
+    backends._best.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose("auto", torch.device("cuda"), torch.float16).__name__.endswith("triton")
+    backends._best.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(backend, "load_error", lambda device: "was not built")
+    with pytest.warns(UserWarning, match=r"'auto' is 'reference' on cuda.*triton: .*; cuda: was not built\)"):
+        assert backends.choose("auto", torch.device("cuda"), torch.float16).__name__ == "sdtp_kernels.reference"
+    backends._best.cache_clear()
 
 
 def test_a_library_that_was_not_built(tmp_path, monkeypatch):

@@ -23,8 +23,8 @@ from sdtp_kernels.backends import triton as backend
 pytest.importorskip("triton", reason="the backend's compiler runs on Linux only")
 
 SUITE = Path(__file__).with_name("triton_interpreter_suite.py")
-OLDEST = Path(sys.prefix) / "triton-3.8"
-VERSIONS = {"installed": None, "3.8": OLDEST}
+OLDEST = Path(sys.prefix) / "triton-3.6"
+VERSIONS = {"installed": None, "3.6": OLDEST}
 
 
 def run(version, *command, **settings):
@@ -32,7 +32,8 @@ def run(version, *command, **settings):
     folder = VERSIONS[version]
     if folder and not folder.is_dir():
         pytest.skip(
-            f"needs a second Triton: pip install --no-deps --target {folder.name} 'triton==3.8.*' in {sys.prefix}"
+            "needs a second Triton: pip install --no-deps --target "
+            f"{folder.name} 'triton==3.6.*' 'numpy==2.3.*' in {sys.prefix}"
         )
     path = os.pathsep.join(filter(None, (str(folder or ""), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, **settings}

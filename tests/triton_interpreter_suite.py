@@ -741,8 +741,8 @@ def test_auto_never_takes_the_interpreter(monkeypatch):
     status = {s.name: s for s in explain_backends("cpu")}
     assert status["triton"].available
     assert not status["triton"].chosen
-    monkeypatch.setattr(triton, "__version__", "3.7.1")
-    assert "needs triton 3.8 or newer, found 3.7.1" in backend.unavailable_reason(torch.device("cpu"))
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert "needs triton 3.6 or newer, found 3.5.1" in backend.unavailable_reason(torch.device("cpu"))
 
 
 def test_tables():

@@ -583,7 +583,7 @@ def extend_distance(pruner: TokenPruner, nearest: int, farthest: int) -> None:
 
 
 def default_width(hidden_size: int) -> int:
-    """Width of an MLP: a third of the paper's D/4. The held-out fit is the same (docs/notes/pruners.md), the cost is not.
+    """Width of an MLP: a third of the paper's D/4. It fits as well (docs/notes/pruners.md) and costs less.
 
     A whole number of 16 floats, the size of a vector register and of a tensor core's tile, which are paid for whole.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -116,7 +117,15 @@ def choose(name: str, device: torch.device, dtype: torch.dtype | None = None) ->
 
 @functools.cache
 def _best(device: torch.device, dtype: torch.dtype | None) -> str:
-    best = next(status.name for status in explain_backends(device, dtype) if status.chosen)
+    statuses = explain_backends(device, dtype)
+    best = next(status.name for status in statuses if status.chosen)
+    if best == "reference" and device.type == "cuda":
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in statuses if not s.available and s.name != "cpu")
+        warnings.warn(
+            f"backend 'auto' is 'reference' on {device}, which is slow: no kernels for GPUs can run ({reasons}). "
+            "'sdtp doctor' tells more",
+            stacklevel=3,
+        )
     logger.info("backend 'auto' is %r on %s", best, device)
     return best
 

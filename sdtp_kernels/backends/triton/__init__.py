@@ -14,7 +14,7 @@ from sdtp_kernels import reference
 from sdtp_kernels.backends import limits
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_MIN_TRITON = (3, 8)
+_MIN_TRITON = (3, 6)
 _AMD_TARGETS = ("gfx90a", "gfx942")  # CDNA 2 and 3: what the table of configurations holds
 
 
@@ -31,7 +31,7 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -
     except ImportError as error:
         return f"triton does not import ({error}): pip install 'sdtp-kernels[triton]' (Linux)"
     if tuple(map(int, triton.__version__.split(".")[:2])) < _MIN_TRITON:
-        return f"needs triton 3.8 or newer, found {triton.__version__}: pip install 'sdtp-kernels[triton]'"
+        return f"needs triton 3.6 or newer, found {triton.__version__}: pip install 'sdtp-kernels[triton]'"
     return None if device.type == "cpu" else _gpu_reason(device)
 
 
