@@ -1220,6 +1220,27 @@ MUTANTS = [
         "test_train_pruners.py::test_simulation_equals_real_pruning",
     ),
     Mutant(
+        "a GPU check that passes empty",
+        BENCH + "gpu_check.py",
+        'return 1 if wrong or is_late or ("kernels" in parts and (unseen or not rows)) else 0',
+        "return 1 if wrong else 0",
+        "test_bench_gpu_check.py::test_a_run_that_checks_nothing_fails",
+    ),
+    Mutant(
+        "a wrong kernel that a resumed GPU check takes for done",
+        BENCH + "gpu_check.py",
+        'known = [row for row in map(json.loads, lines) if not row["error"]]',
+        "known = [row for row in map(json.loads, lines)]",
+        "test_bench_gpu_check.py::test_a_short_visit_ends_in_time_and_goes_on",
+    ),
+    Mutant(
+        "a list of layers with the label of a pattern",
+        "python/sdtp_eval/quality.py",
+        " and layers[-1] + min(steps) >= num_layers",
+        "",
+        "test_eval_quality.py::test_schedules_and_their_labels",
+    ),
+    Mutant(
         "the reference taken on a GPU without a word",
         "sdtp_kernels/backends/__init__.py",
         'if best == "reference" and device.type == "cuda":',

@@ -341,6 +341,9 @@ def test_status_and_rows_where_a_kernel_is_wrong(sdtp, tmp_path: Path, monkeypat
     monkeypatch.setattr(gpu_check, "examine", few)
     right = cpu.prune_tokens
     monkeypatch.setattr(cpu, "prune_tokens", lambda *arguments: copy_of_another_row(right(*arguments)))
+    assert sdtp("--out", tmp_path, "--only", "kernels", "times") == 1
+    assert "Nothing was checked.\n  triton: " in capsys.readouterr().out  # required, and not here
+    monkeypatch.setattr(gpu_check, "GPU_BACKENDS", ("cpu",))
     assert sdtp("--out", tmp_path) == 1
     rows = [json.loads(line) for line in (tmp_path / gpu_check.ROWS).read_text().splitlines()]
     wrong = [row for row in rows if row["error"]]
@@ -352,6 +355,61 @@ def test_status_and_rows_where_a_kernel_is_wrong(sdtp, tmp_path: Path, monkeypat
     (tmp_path / "file").touch()
     assert sdtp("--out", tmp_path / "file") == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_a_run_that_checks_nothing_fails(tmp_path: Path, monkeypatch, capsys) -> None:
+    examine = functools.partial(gpu_check.examine, FakeDevice(), tmp_path / "out", [SHAPE], [CASE], 2)
+    assert examine(require=["cpu"], parts=["kernels"]) == 0
+    for absent in ("triton", "cuda"):
+        assert examine(require=["cpu", absent]) == 1
+        assert f"Nothing was checked.\n  {absent}: " in capsys.readouterr().out
+    monkeypatch.setattr(gpu_check, "backends_on", lambda device, dtype: [])
+    assert examine(require=["cpu"], parts=["kernels"]) == 1
+    assert "Nothing was checked of cpu: this run proves nothing" in capsys.readouterr().out
+    assert examine(parts=["kernels"]) == 1
+    assert "Nothing was checked of anything" in capsys.readouterr().out
+
+
+def test_a_short_visit_ends_in_time_and_goes_on(tmp_path: Path, monkeypatch, capsys) -> None:
+    examine = functools.partial(gpu_check.examine, FakeDevice(), tmp_path, [SHAPE], [CASE], 2, require=["cpu"])
+    clock = iter(range(10**6))
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: next(clock))
+    assert examine(deadline=9.5) == 1
+    assert "--deadline 9.5 has passed" in capsys.readouterr().out
+    first = (tmp_path / gpu_check.ROWS).read_text().splitlines()
+    assert len(first) == 10
+    checked = []
+    error_of = gpu_check.error_of
+    monkeypatch.setattr(gpu_check, "error_of", lambda check, backend: checked.append(check) or error_of(check, backend))
+    assert examine(resume=True) == 0
+    rows = (tmp_path / gpu_check.ROWS).read_text().splitlines()
+    assert rows[:10] == first  # and what they are of was not done again
+    keys = [gpu_check._key(row) + str(row.get("provider")) + str(row.get("graph")) for row in map(json.loads, rows)]
+    assert len(set(keys)) == len(keys)
+    kernels = [row for row in rows if json.loads(row)["kind"] == "check"]
+    checked.clear()
+    assert examine(resume=True) == 0
+    assert checked == []
+    assert (tmp_path / gpu_check.ROWS).read_text().splitlines() == rows
+    # What was wrong is done again.
+    spoiled = [json.dumps({**json.loads(rows[3]), "error": "wrong"}) if i == 3 else row for i, row in enumerate(rows)]
+    (tmp_path / gpu_check.ROWS).write_text("\n".join(spoiled) + "\n")
+    assert examine(resume=True) == 0
+    assert len(checked) == 1
+    assert len((tmp_path / gpu_check.ROWS).read_text().splitlines()) == len(rows)
+    assert kernels
+
+
+def test_the_plan_needs_no_gpu(sdtp, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sdtp("--dry-run", "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()[:4]] == list(gpu_check.PARTS)
+    assert not (tmp_path / "out").exists()
+    assert sdtp("--dry-run", "--only", "times") == 0
+    assert "kernels" not in capsys.readouterr().out
+    # What a short visit should see first.
+    assert [case.tokens for case in sorted(gpu_check.BENCH_CASES, key=gpu_check._value)[:6]] == [4096] * 3 + [32768] * 3
 
 
 def test_a_patched_model_by_every_attention(monkeypatch):

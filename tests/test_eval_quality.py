@@ -283,6 +283,12 @@ def test_schedules_and_their_labels() -> None:
         "0.8 @3,5",
     ]
     assert list(quality.make_schedules(arguments(), method, 12, 1000)) == ["0.9 @4:3", "0.8 @4:3"]
+    # A list that begins like a pattern is another schedule, and has another label.
+    both = quality.make_schedules(arguments("--keep", "0.9", "--layers", "4:3", "4,7,10"), method, 16, 1000)
+    assert {label: schedule.layers for label, schedule in both.items()} == {
+        "0.9 @4:3": (4, 7, 10, 13),
+        "0.9 @4,7,10": (4, 7, 10),
+    }
     shapes = quality.make_schedules(arguments("--keep", "0.8", "--shape", "even", "early"), method, 12, 1000)
     assert {label: schedule.keep_ratio for label, schedule in shapes.items()} == {
         "0.8 @4:3": 0.8,

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ from sdtp_bench.timing import CudaDevice, interleave
 from sdtp_eval.provenance import describe_run
 from sdtp_kernels import (
     PruningSchedule,
+    explain_backends,
     gather_tokens,
     position_attention,
     prune_tokens,
@@ -36,7 +38,7 @@ from sdtp_kernels import (
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from sdtp_bench.providers import Output
     from sdtp_bench.timing import Device
@@ -85,7 +87,9 @@ BENCH_CASES = tuple(
 # ---------------------------------------------------------------------------------------------------- 1: right or wrong
 
 
-def check_kernels(device: Device, shapes: Sequence[Shape] = CHECK_SHAPES) -> Iterator[dict[str, Any]]:
+def check_kernels(
+    device: Device, shapes: Sequence[Shape] = CHECK_SHAPES, known: Collection[str] = ()
+) -> Iterator[dict[str, Any]]:
     """Every op of every backend that can run on `device`, against the reference.
 
     Selections and copies bit for bit, scores and attention by tolerance, a row's scores bit for bit without its
@@ -95,6 +99,8 @@ def check_kernels(device: Device, shapes: Sequence[Shape] = CHECK_SHAPES) -> Ite
     ----------
     device : Device
     shapes : sequence of Shape
+    known : collection of str
+        Keys of rows that there are already; their checks are left out.
 
     Yields
     ------
@@ -132,8 +138,9 @@ def check_kernels(device: Device, shapes: Sequence[Shape] = CHECK_SHAPES) -> Ite
             ]
             for op, settings, check in checks:
                 for backend in backends:
-                    error = error_of(check, backend)
-                    yield {"kind": "check", "backend": backend, "op": op, **sizes, **settings, "error": error}
+                    row = {"kind": "check", "backend": backend, "op": op, **sizes, **settings}
+                    if _key(row) not in known:
+                        yield {**row, "error": error_of(check, backend)}
 
 
 def _settings(shape: Shape) -> Iterator[dict[str, Any]]:
@@ -326,18 +333,38 @@ def _model(device: Device, case: Case, plan: StagePlan) -> dict[str, float | Non
 
 # ---------------------------------------------------------------------------------------------------------- the command
 
+PARTS = ("kernels", "models", "times", "sanitizer")
+"""In this order: first whether all is right, then how fast it is; the tools that slow everything down come last."""
+
+GPU_BACKENDS = ("triton", "cuda")
+# Of an H100 with 16 cores, for the plan alone: estimates from shapes, not measurements.
+SECONDS = {"kernels": 0.15, "models": 4.0, "times": 2.5, "sanitizer": 60.0}
+
 
 def add_parser(commands: Any) -> None:
     """Add ``gpu-check`` to the parsers of ``sdtp bench``."""
     parser = commands.add_parser("gpu-check", help="prove the kernels on this machine's GPU, then time them")
     parser.add_argument("--out", metavar="DIR", default="gpu-check", help=f"for {ROWS} and {PICTURE} (%(default)s)")
+    parser.add_argument(
+        "--require", nargs="+", choices=GPU_BACKENDS, default=list(GPU_BACKENDS), metavar="BACKEND",
+        help="fail unless these run and were checked (default: triton cuda)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}"
+    )
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="begin nothing after so much time, and fail")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --out and do what is not in them")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and estimated seconds")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check and measure; 0 where all is right, 1 where something is not, 2 without a GPU."""
+    """Check and measure; 0 where all is right and done, 1 where something is not, 2 without a GPU."""
     from sdtp_kernels.cli import CommandError
 
+    if args.dry_run:
+        print_plan(args.only)
+        return 0
     if not torch.cuda.is_available():
         raise CommandError(
             f"no GPU that torch {torch.__version__} can use, so there is nothing to check. What can be shown without "
@@ -345,7 +372,10 @@ def run(args: argparse.Namespace) -> int:
             "and compiled for every target"
         )
     try:
-        return examine(CudaDevice(), Path(args.out))
+        return examine(
+            CudaDevice(), Path(args.out),
+            require=args.require, parts=args.only, deadline=args.deadline, resume=args.resume,
+        )  # fmt: skip
     except OSError as error:
         raise CommandError(f"--out {args.out}: {error}") from error
     except ImportError as error:
@@ -358,38 +388,126 @@ def examine(
     shapes: Sequence[Shape] = CHECK_SHAPES,
     cases: Sequence[Case] = BENCH_CASES,
     repeats: int = REPEATS,
+    *,
+    require: Sequence[str] = (),
+    parts: Sequence[str] = PARTS,
+    deadline: float | None = None,
+    resume: bool = False,
 ) -> int:
     """All parts; rows and a picture go to the directory `out`, a summary to the terminal.
+
+    Parameters
+    ----------
+    device : Device
+    out : Path
+    shapes, cases, repeats
+        Of the checks, and of the times.
+    require : sequence of str
+        Backends that have to run and to be checked, or the result is 1.
+    parts : sequence of str
+        Of :data:`PARTS`.
+    deadline : float, optional
+        Seconds after which nothing more begins.
+    resume : bool, default False
+        Keep the rows that `out` has, and leave out what they are of. Rows with an error are made again.
 
     Returns
     -------
     int
-        0 where all is right, else 1.
+        0 where everything was done and all is right, else 1.
     """
+    begin = time.monotonic()
+    statuses = {status.name: status for status in explain_backends(device.torch_device)}
+    absent = [f"{name}: {statuses[name].reason}" for name in require if not statuses[name].available]
+    if absent:
+        print("Required, and cannot run here. Nothing was checked.\n  " + "\n  ".join(absent))
+        return 1
     out.mkdir(parents=True, exist_ok=True)
     about = describe_run(device.torch_device)
     about["machine"]["gpu"] = device.name
     print(f"{device.name}, torch {torch.__version__}, revision {about['revision']}")
-    rows: list[dict[str, Any]] = []
+    lines = (out / ROWS).read_text(encoding="utf-8").splitlines() if resume and (out / ROWS).is_file() else []
+    known = [row for row in map(json.loads, lines) if not row["error"]]
+    rows: list[dict[str, Any]] = list(known)
+    is_late = False
     with torch.no_grad(), (out / ROWS).open("w", encoding="utf-8") as file:
-        for row in _rows(device, shapes, cases, repeats):
-            rows.append(row)
-            file.write(json.dumps({**row, **about}) + "\n")
-            file.flush()
-            _report(row)
+        file.writelines(json.dumps(row) + "\n" for row in known)
+        for row in _rows(device, shapes, cases, repeats, parts, {_key(row) for row in known}):
+            if row is not None:
+                rows.append(row)
+                file.write(json.dumps({**row, **about}) + "\n")
+                file.flush()
+                _report(row)
+            is_late = deadline is not None and time.monotonic() - begin > deadline
+            if is_late:
+                break
     wrong = [row for row in rows if row["error"]]
-    draw([row for row in rows if row["kind"] == "time"], out / PICTURE, device.name)
-    print(f"{len(rows) - len(wrong)} right, {len(wrong)} wrong; see {out / ROWS} and {out / PICTURE}")
-    return 1 if wrong else 0
+    unseen = [name for name in require if not any(row.get("backend") == name for row in rows)]
+    if timed := [row for row in rows if row["kind"] == "time"]:
+        draw(timed, out / PICTURE, device.name)
+    print(f"{len(rows) - len(wrong)} right, {len(wrong)} wrong; see {out / ROWS}{f' and {PICTURE}' if timed else ''}")
+    if is_late:
+        print(f"Not all was done: --deadline {deadline:g} has passed. 'sdtp bench gpu-check --resume' goes on")
+    elif "kernels" in parts and (unseen or not rows):
+        print(f"Nothing was checked of {', '.join(unseen) or 'anything'}: this run proves nothing")
+    return 1 if wrong or is_late or ("kernels" in parts and (unseen or not rows)) else 0
 
 
-def _rows(device: Device, shapes: Sequence[Shape], cases: Sequence[Case], repeats: int) -> Iterator[dict[str, Any]]:
-    yield from check_kernels(device, shapes)
-    if device.torch_device.type == "cuda":
-        yield from sanitize()
+def _rows(
+    device: Device,
+    shapes: Sequence[Shape],
+    cases: Sequence[Case],
+    repeats: int,
+    parts: Sequence[str],
+    known: set[str],
+) -> Iterator[dict[str, Any] | None]:
+    """Rows as they are made; None for what is known already."""
+    on_gpu = device.torch_device.type == "cuda"
+    if "kernels" in parts:
+        yield from check_kernels(device, shapes, known)
+    if "models" in parts and on_gpu:
         yield from check_models(device)
-    for case in cases:
-        yield from measure(device, case, repeats)
+    if "times" in parts:
+        for case in sorted(cases, key=_value):
+            if any(_key({"kind": "time", **case._asdict()}) in key for key in known):
+                yield None
+            else:
+                yield from measure(device, case, repeats)
+    if "sanitizer" in parts and on_gpu:
+        yield from sanitize()
+
+
+def _value(case: Case) -> tuple[bool, bool, int]:
+    """The most telling lengths first: a short visit may end before all are done."""
+    return case.tokens not in (4096, 32768), case.model != "qwen2-7b", case.tokens
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    """What a row is of: a check's backend, op and sizes, or the case that was timed."""
+    if row["kind"] == "time":
+        return json.dumps([str(row[name]) for name in ("kind", *Case._fields)])
+    names = ("kind", "backend", "op", "tool", "dtype", *Shape._fields, "rms_eps", "block_size", "padded", "pooling")
+    return json.dumps([str(row.get(name)) for name in (*names, "head_dim")])
+
+
+def print_plan(parts: Sequence[str]) -> None:
+    """What would be done, in order, with the estimated seconds of each part."""
+    numbers = {
+        "kernels": sum(
+            len(DTYPES) * (3 + len(HEAD_SIZES) + len(list(_settings(shape)))) + len(list(_settings(shape)))
+            for shape in CHECK_SHAPES
+        ) * len(GPU_BACKENDS),
+        "models": 7,
+        "times": len(BENCH_CASES),
+        "sanitizer": len(SANITIZER_TOOLS),
+    }  # fmt: skip
+    total = 0.0
+    for part in (part for part in PARTS if part in parts):
+        seconds = numbers[part] * SECONDS[part]
+        total += seconds
+        print(f"{part:<10}{numbers[part]:>6} steps, about {seconds:5.0f} s")
+    first = ", ".join(f"{case.model} at {case.tokens}" for case in sorted(BENCH_CASES, key=_value)[:2])
+    print(f"{'in all':<23}about {total:5.0f} s on an H100 with 16 cores, by estimate; times begin with {first}")
 
 
 def _report(row: dict[str, Any]) -> None:

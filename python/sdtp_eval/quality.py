@@ -283,7 +283,7 @@ def make_schedules(
     found = {}
     for layers, (budget, block_size), shape in itertools.product(patterns, budgets, args.shape):
         base = PruningSchedule(layers=layers, budget=budget, block_size=block_size, sink=args.sink, recent=args.recent)
-        notes = [f"@{_show_layers(layers)}"]
+        notes = [f"@{_show_layers(layers, num_layers)}"]
         notes += ["early"] if shape == "early" else []
         notes += [f"block {block_size}"] if budget == "block" else []
         notes += [f"sink {args.sink}"] if args.sink != PruningSchedule.sink else []
@@ -368,9 +368,11 @@ def _parse_layers(word: str, num_layers: int) -> tuple[int, ...]:
         raise ValueError(f"--layers {word}: expected FIRST:STEP, such as 4:3, or a list, such as 4,7,10") from None
 
 
-def _show_layers(layers: tuple[int, ...]) -> str:
+def _show_layers(layers: tuple[int, ...], num_layers: int) -> str:
+    """As ``--layers`` takes them: FIRST:STEP only where they go on to the end."""
     steps = {b - a for a, b in itertools.pairwise(layers)}
-    return f"{layers[0]}:{steps.pop()}" if len(steps) == 1 and len(layers) > 2 else ",".join(map(str, layers))
+    goes_on = len(steps) == 1 and len(layers) > 2 and layers[-1] + min(steps) >= num_layers
+    return f"{layers[0]}:{steps.pop()}" if goes_on else ",".join(map(str, layers))
 
 
 # --------------------------------------------------------------------------------------------------------- scoring
@@ -649,7 +651,8 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]] | None:
         )
     ]
     plans = {tokens: plan(args, methods, model.config.num_hidden_layers, tokens) for tokens in args.tokens}
-    work = [(tokens, sample, _jobs(args, tokens, sample, plans[tokens])) for tokens, sample in samples]
+    num_layers = model.config.num_hidden_layers
+    work = [(tokens, sample, _jobs(args, num_layers, tokens, sample, plans[tokens])) for tokens, sample in samples]
     order = [job.key for _, _, jobs in work for job in jobs]
     file = Path(args.out) / SAMPLES
     if workers.index == 0:
@@ -722,7 +725,9 @@ class Job(NamedTuple):
     schedule: PruningSchedule | None
 
 
-def _jobs(args: argparse.Namespace, tokens: int, sample: Sample, entries: Sequence[Entry]) -> list[Job]:
+def _jobs(
+    args: argparse.Namespace, num_layers: int, tokens: int, sample: Sample, entries: Sequence[Entry]
+) -> list[Job]:
     found: dict[tuple[Any, ...], Job] = {}
     for protocol in sample.protocols:
         if sample.question and protocol not in args.protocols:
@@ -731,7 +736,7 @@ def _jobs(args: argparse.Namespace, tokens: int, sample: Sample, entries: Sequen
             if sample.task == "ranks":  # nothing is dropped: of a schedule only the layers matter
                 if method is None or schedule is None:
                     continue
-                label = f"@{_show_layers(schedule.layers)}"
+                label = f"@{_show_layers(schedule.layers, num_layers)}"
             key = (sample.task, protocol, tokens, sample.id, method.name if method else DENSE, label)
             found.setdefault(key, Job(key, protocol, method, schedule))
     return list(found.values())
