@@ -47,7 +47,7 @@ KEEP_ALL = 1 - 1e-8
 
 def add_command(subparsers: Any) -> None:
     """Add ``eval`` to the parsers of ``sdtp``."""
-    from sdtp_eval import cost, longbench, ruler
+    from sdtp_eval import cost, longbench, mine, ruler
 
     parser = subparsers.add_parser("eval", help="measure what pruning costs in quality")
     commands = parser.add_subparsers(dest="eval_command", required=True, metavar="COMMAND")
@@ -92,6 +92,7 @@ def add_command(subparsers: Any) -> None:
     cost.add_parser(commands)
     ruler.add_parser(commands)
     longbench.add_parser(commands)
+    mine.add_parser(commands)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
