@@ -1220,6 +1220,13 @@ MUTANTS = [
         "test_train_pruners.py::test_simulation_equals_real_pruning",
     ),
     Mutant(
+        "one's own prompts, the best first",
+        "python/sdtp_eval/mine.py",
+        'key=lambda row: -row["kl"]',
+        'key=lambda row: row["kl"]',
+        "test_eval_mine.py::test_the_worst_prompt_stands_first",
+    ),
+    Mutant(
         "a GPU check that passes empty",
         BENCH + "gpu_check.py",
         'return 1 if wrong or is_late or ("kernels" in parts and (unseen or not rows)) else 0',
