@@ -87,21 +87,23 @@ report: $(VENV)/install.done ## docs/report and the README's tables, made again 
 	$(BIN)/sdtp bench report
 
 TRAIN = build/train
-train: $(TRAIN)/smollm2-135m.safetensors $(TRAIN)/smollm2-135m-paper.safetensors ## SmolLM2-135M's pruners by regression, best form and paper's form, from texts that every Python has
+# "python" is what every Python has; the pruners that ship have read the sets of benchmarks/debian_texts.sh training as well.
+TEXTS ?= python
+train: $(TRAIN)/smollm2-135m.safetensors $(TRAIN)/smollm2-135m-paper.safetensors ## SmolLM2-135M's pruners and KV predictor by regression, and pruners of the paper's form; texts in TEXTS='python DIR ...'
 
-train-kl: $(TRAIN)/smollm2-135m-kl.safetensors ## the pruners that ship: the best form of these, then trained from end to end (an hour more)
+train-kl: $(TRAIN)/smollm2-135m-kl.safetensors ## the best form of these, then its pruners trained from end to end (an hour more)
 
 # A killed stage 1 goes on where it was, so it may run again.
 $(TRAIN)/smollm2-135m.safetensors: | $(VENV)/install.done
-	$(BIN)/sdtp saliency --samples 256 --context 512 1024 --out $(TRAIN)/saliency
-	$(BIN)/sdtp train --saliency $(TRAIN)/saliency --epochs 6 --out $@
+	$(BIN)/sdtp saliency --data $(TEXTS) --samples 256 --context 512 1024 --kv-statistics --out $(TRAIN)/saliency
+	$(BIN)/sdtp train --saliency $(TRAIN)/saliency --epochs 6 --kv-rank 160 --out $@
 
 $(TRAIN)/smollm2-135m-paper.safetensors: $(TRAIN)/smollm2-135m.safetensors
 	$(BIN)/sdtp train --saliency $(TRAIN)/saliency --epochs 6 --no-distance --attention-weight 0 --pooling 1 \
 		--no-averaging --intermediate 144 --out $@
 
 $(TRAIN)/smollm2-135m-kl.safetensors: $(TRAIN)/smollm2-135m.safetensors
-	$(BIN)/sdtp saliency --samples 720 --context 512 --seed 11 --out $(TRAIN)/saliency-kl
+	$(BIN)/sdtp saliency --data $(TEXTS) --samples 720 --context 512 --seed 11 --out $(TRAIN)/saliency-kl
 	$(BIN)/sdtp train --saliency $(TRAIN)/saliency-kl --init $< --loss kl --epochs 1 --batch 3 --lr 1e-4 \
 		--keep 0.8 0.8 0.9 --eval-every 50 --out $@
 

@@ -51,7 +51,7 @@ def main() -> None:
         dense, dense_bytes = read(model, ids, args.tokens)
         for keep, evicts in METHODS:
             schedule = PruningSchedule.every(model.config.num_hidden_layers, keep_ratio=keep)
-            with apply_sdtp(model, pruners, schedule, evict_earlier_kv=evicts):
+            with apply_sdtp(model, pruners, schedule, evict_earlier_kv=evicts, dropped_kv="none"):
                 nll, kv_bytes = read(model, ids, args.tokens)
             row = {"document": name, "keep_ratio": keep, "evict_earlier_kv": evicts, "tokens": args.tokens}
             row |= {"nll": nll, "nll_dense": dense, "kv_bytes": kv_bytes, "kv_bytes_dense": dense_bytes}

@@ -94,7 +94,9 @@ class Subject:
         """The model as it is, or patched."""
         from sdtp_kernels import apply_sdtp
 
-        return apply_sdtp(self.model, self.pruners, self.schedule) if name == "pruned" else contextlib.nullcontext()
+        if name != "pruned":
+            return contextlib.nullcontext()
+        return apply_sdtp(self.model, self.pruners, self.schedule, dropped_kv="none")
 
     def prefill(self, tokens: int) -> tuple[torch.Tensor, Any]:
         """Logits ``[V]`` after a prompt of so many pseudo-random tokens, and its cache."""

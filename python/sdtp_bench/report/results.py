@@ -63,7 +63,7 @@ _SETTINGS = {
     ),
     "prefill": ("checkpoint", "tokens", "keep", "budget", "block_size", "dtype", "method", "dropped_kv"),
     "peers": ("peer", "checkpoint", "tokens", "keep", "dtype"),
-    "memory": ("checkpoint", "keep", "budget", "block_size", "dtype", "method", "limit_bytes"),
+    "memory": ("checkpoint", "keep", "budget", "block_size", "dtype", "method", "limit_bytes", "dropped_kv"),
     "multi": ("checkpoint", "tokens", "keep", "dtype", "method", "processes", "threads"),
 }
 _SETTINGS["scaling"] = _SETTINGS["op"]
@@ -222,7 +222,8 @@ def _latest(rows: Iterable[Row], settings: Sequence[str] | None) -> list[Row]:
         return list(rows)
     found: dict[Hashable, Row] = {}
     for row in rows:
-        key = (machine(row), *(str(row.get(name)) for name in settings))
+        # Rows that are older than predicted keys and values do not say that they have none.
+        key = (machine(row), *(str(row.get(name) or "none") for name in settings))
         found[key] = row
     return list(found.values())
 

@@ -230,7 +230,8 @@ def longest(rows: Results) -> list[Table]:
         dense = next((row["tokens"] for row in members if row["keep"] is None), None)
         cells = tuple(
             (
-                display(row["method"]), NONE if row["keep"] is None else f"{row['keep']:g}",
+                display(row["method"]) + (", predicted" if row.get("dropped_kv") == "predicted" else ""),
+                NONE if row["keep"] is None else f"{row['keep']:g}",
                 NONE if row["keep"] is None else budget(row), str(row["tokens"]),
                 number(row["tokens"] / dense if dense else None), mebibytes(row["peak_bytes"]),
                 mebibytes(row["kv_bytes"]),
