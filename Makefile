@@ -87,11 +87,11 @@ report: $(VENV)/install.done ## docs/report and the README's tables, made again 
 	$(BIN)/sdtp bench report
 
 TRAIN = build/train
-# "python" is what every Python has; the pruners that ship have read the sets of benchmarks/debian_texts.sh training as well.
+# "python" is what every Python has. The pruners that ship were trained on it, by facts of fewer wordings than today's.
 TEXTS ?= python
 train: $(TRAIN)/smollm2-135m.safetensors $(TRAIN)/smollm2-135m-paper.safetensors ## SmolLM2-135M's pruners and KV predictor by regression, and pruners of the paper's form; texts in TEXTS='python DIR ...'
 
-train-kl: $(TRAIN)/smollm2-135m-kl.safetensors ## the best form of these, then its pruners trained from end to end (an hour more)
+train-kl: $(TRAIN)/smollm2-135m-kl.safetensors ## the best form of these, then its pruners trained from end to end, as those that ship (an hour more)
 
 # A killed stage 1 goes on where it was, so it may run again.
 $(TRAIN)/smollm2-135m.safetensors: | $(VENV)/install.done
