@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sdtp_kernels import PruningSchedule
 
 DENSE, DROPPED, PREDICTED = "dense", "dropped", "predicted"
-FACTS = (1, 13, 7)  # of sdtp_eval.tasks.LOOKUPS: a name, a port, a number
+FACTS = (15, 8, 7)  # of sdtp_eval.tasks.LOOKUPS, which SmolLM2 answers when it is dense: a name, a place, a number
 DEPTHS = (0.2, 0.5, 0.8)
 CHECKED = 512  # tokens of the prompt that the check reads: enough to prune, and quickly read
 BUSY = 1.5  # slowest over fastest run: beyond it somebody else was using the machine
