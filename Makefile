@@ -44,7 +44,7 @@ $(VENV)/triton-3.6: | $(VENV)/torch.done
 $(VENV)/kvpress: | $(VENV)/torch.done
 	-$(BIN)/pip install --quiet --no-deps --target $@ 'kvpress==0.5.*' cachetools fire termcolor peft
 
-# Other versions of transformers, beside the environment also. 5.16 wants an older hub, which wants httpx; the rest of
+# Other versions of transformers, also beside the environment. 5.16 wants an older hub, which wants httpx; the rest of
 # what they need (tokenizers, safetensors, regex) is in the environment in versions that they take.
 $(VENV)/transformers-%: | $(VENV)/torch.done
 	-$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==$*' \
@@ -77,7 +77,7 @@ bench: $(VENV)/install.done ## the op, whole prompts and memory on this machine,
 	$(BENCH) multi --tokens 1024 --repeats 2 --rounds 1 --out $(RESULTS)
 
 # Offline: a peer that would fetch weights says so instead.
-peers: $(VENV)/install.done $(VENV)/kvpress $(VENV)/peers ## kvpress, llama.cpp and others at the same budget, also
+peers: $(VENV)/install.done $(VENV)/kvpress $(VENV)/peers ## kvpress, llama.cpp and others at the same budget
 	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/$(VENV)/kvpress:$(CURDIR)/$(VENV)/peers $(BENCH) peers --samples 4 --out $(RESULTS)
 
 gpu-check: $(VENV)/install.done ## on a machine with a GPU: prove the kernels there, then time them; exits 2 without one

@@ -22,7 +22,7 @@ namespace stable = torch::stable;
 // Bytes that are worth waking a thread for.
 constexpr int64_t kGrainBytes = 64 * 1024;
 
-// Large outputs come from the system again, and a fault for each 4 KiB of them costs more than the copy. A hint: where
+// Large outputs are memory that the system has to give each time, and a fault for each 4 KiB of them costs more than the copy. A hint: where
 // the system knows no huge pages, or gives none, nothing happens.
 void prefer_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)

@@ -46,7 +46,7 @@ class LlamaCpp:
         Raises
         ------
         RuntimeError
-            If the server refuses, or has not read the whole prompt again.
+            If the server refuses, or did not read the whole prompt.
         """
         answer = self._server.handle_completions(
             {"prompt": list(prompt), "n_predict": new_tokens, "temperature": 0.0, "cache_prompt": False}
@@ -75,7 +75,7 @@ def file_type(file: Path) -> str:
 
 
 def widen(file: Path, dest: Path) -> None:
-    """Write a GGUF file again with its matrices in 16 bits; vectors stay in 32, as llama.cpp has them."""
+    """Copy a GGUF file with its matrices in 16 bits; vectors stay in 32, as llama.cpp has them."""
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
     from gguf.quants import dequantize, quantize
 

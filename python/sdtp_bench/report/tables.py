@@ -326,13 +326,13 @@ def quality(rows: Results) -> list[Table]:
 def modes(rows: Results) -> list[Table]:
     """The README's table: the models that were judged with both kinds of dropped keys and values, three rows each."""
     cells, samples = [], []
+    lookups = {
+        (row["method"], row["schedule"]): row
+        for question, found in rows.quality.items() if question.task == "lookup"
+        for row in found.summaries
+    }  # fmt: skip
     for judged in with_both(rows):
         model = results.quality_model(rows, judged.samples).partition(",")[0]
-        lookups = {
-            (row["method"], row["schedule"]): row
-            for question, found in rows.quality.items() if question.task == "lookup"
-            for row in found.summaries
-        }  # fmt: skip
         samples += judged.samples
         for row in judged.learned:
             keep, is_predicted = row["schedule"].split()[0], "predicted" in row["schedule"]
@@ -347,7 +347,7 @@ def modes(rows: Results) -> list[Table]:
     if not cells:
         return []
     columns = (
-        "model", "K and V of dropped tokens", "keep ratio", "time to first token", "KV cache", "loss, nats a token",
+        "model", "K and V of dropped tokens", "keep ratio", "time", "KV cache", "loss, nats a token",
         "facts found",
     )  # fmt: skip
     tokens, count = samples[0]["tokens"], len({row["id"] for row in samples})
