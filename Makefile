@@ -105,7 +105,7 @@ $(TRAIN)/smollm2-135m-paper.safetensors: $(TRAIN)/smollm2-135m.safetensors
 $(TRAIN)/smollm2-135m-kl.safetensors: $(TRAIN)/smollm2-135m.safetensors
 	$(BIN)/sdtp saliency --data $(TEXTS) --samples 720 --context 512 --seed 11 --out $(TRAIN)/saliency-kl
 	$(BIN)/sdtp train --saliency $(TRAIN)/saliency-kl --init $< --loss kl --epochs 1 --batch 3 --lr 1e-4 \
-		--keep 0.8 0.8 0.9 --eval-every 50 --out $@
+		--keep 0.8 0.8 0.9 --dropped-kv none --eval-every 50 --out $@
 
 test: $(VENV)/nvcc.done ## everything that proves the package right: lint, tests, planted bugs
 	$(MAKE) lint $(VENV)/triton-3.6 $(VENV)/kvpress $(VENV)/quantizers

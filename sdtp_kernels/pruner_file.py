@@ -192,7 +192,8 @@ def load_pruners(path: str | os.PathLike[str], *, revision: str | None = None) -
     ImportError
         If it would have to come from the hub, and huggingface_hub is not installed.
     ValueError
-        If it is no pruner file, truncated, of a later format version, incomplete, or holds NaN or infinite weights.
+        If it is no pruner file, truncated, of a later format version, incomplete, or holds NaN or infinite weights; or
+        if a revision is asked for of a file on the disk.
 
     Examples
     --------
@@ -202,9 +203,12 @@ def load_pruners(path: str | os.PathLike[str], *, revision: str | None = None) -
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
-        if not (isinstance(path, str) and _REPOSITORY.fullmatch(path)):
+    if Path(path).exists() or not (isinstance(path, str) and _REPOSITORY.fullmatch(path)):
+        if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such pruner file")
+        if revision is not None:
+            raise ValueError(f"{path}: revision={revision!r} is of a repository on the hub, and this is a file")
+    else:
         path = _from_hub(path, revision)
     try:
         with safe_open(path, framework="pt") as file:

@@ -1227,6 +1227,20 @@ MUTANTS = [
         "test_eval_mine.py::test_the_worst_prompt_stands_first",
     ),
     Mutant(
+        "maps that come out of training in another dtype",
+        "python/sdtp_train/train.py",
+        "kv_predictor.to(kv_dtype)",
+        "kv_predictor.bfloat16()",
+        "test_train_kv.py::test_training_keeps_the_dtype_of_the_maps_and_prunes_as_it_is_told",
+    ),
+    Mutant(
+        "a revision that a file on the disk ignores",
+        "sdtp_kernels/pruner_file.py",
+        "        if revision is not None:\n",
+        "        if False:\n",
+        "test_pruner.py::test_a_file_has_no_revisions",
+    ),
+    Mutant(
         "a GPU check that passes empty",
         BENCH + "gpu_check.py",
         'return 1 if wrong or is_late or ("kernels" in parts and (unseen or not rows)) else 0',
@@ -1271,8 +1285,8 @@ MUTANTS = [
     Mutant(
         "every process has the maps of the first one's heads",
         MODELS + "dropped.py",
-        "heads[group.rank() * own.num_key_value_heads :]",
-        "heads",
+        "slice(rank * own.num_key_value_heads, (rank + 1) * own.num_key_value_heads)",
+        "slice(0, own.num_key_value_heads)",
         "test_devices.py::test_tensor_parallel",
     ),
     Mutant(

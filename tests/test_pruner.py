@@ -97,9 +97,16 @@ def test_what_the_hub_has_not(hub, tmp_path, monkeypatch):
             load_pruners(name, revision=revision)
     # A file that is missing is no repository: nobody asks the hub.
     monkeypatch.setattr(pruner_file, "_from_hub", None)
-    for name in ("missing.safetensors", "folder/missing.safetensors", "a/b/c", tmp_path / "x"):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some/folder").mkdir(parents=True)
+    for name in ("missing.safetensors", "folder/missing.safetensors", "a/b/c", tmp_path / "x", "some/folder"):
         with pytest.raises(FileNotFoundError, match="no such pruner file"):
             load_pruners(name)
+
+
+def test_a_file_has_no_revisions(path):
+    with pytest.raises(ValueError, match="revision='main' is of a repository on the hub, and this is a file"):
+        load_pruners(path, revision="main")
 
 
 def test_the_hub_needs_its_client(monkeypatch):

@@ -17,7 +17,7 @@ from test_train_saliency import Killed, contents, damage, mark, options
 from sdtp_eval.parallel import Workers
 from sdtp_kernels import KVPredictor, cli, load_pruners, save_pruners
 from sdtp_kernels.models.family import FAMILIES
-from sdtp_train import kv, shards, targets, train
+from sdtp_train import kv, shards, simulate, targets, train
 
 STAGES, N = (2, 4), 50
 CPU = torch.device("cpu")
@@ -437,6 +437,25 @@ def test_maps_learn_end_to_end_alone_or_with_the_pruners(place, whole, tmp_path,
         assert all(same) == (trained == ["kv"])
 
 
+def test_training_keeps_the_dtype_of_the_maps_and_prunes_as_it_is_told(place, whole, tmp_path, sdtp, monkeypatch):
+    start, seen = tmp_path / "start", []
+    command = ("train", "--model", place / "model", "--saliency", whole, "--steps", 1)
+    assert sdtp(*command, "--out", start, "--kv-rank", 5) == 0
+    stack = load_pruners(start)
+    save_pruners(stack, start, kv_predictor=stack.kv_predictor.float())
+    simulated = simulate.simulate_pruning
+    monkeypatch.setattr(simulate, "simulate_pruning", lambda *args: seen.append(args[-1]) or simulated(*args))
+    for number, (settings, predicts) in enumerate(
+        (((), None), (("--loss", "kl"), True), (("--loss", "kl", "--dropped-kv", "none"), False))
+    ):
+        seen.clear()
+        assert sdtp(*command, "--out", tmp_path / str(number), "--init", start, *settings) == 0
+        assert {predictor is not None for predictor in seen} == (set() if predicts is None else {predicts})
+        for name, p in load_pruners(tmp_path / str(number)).kv_predictor.state_dict().items():
+            assert p.dtype == torch.float32
+            assert torch.equal(p, stack.kv_predictor.state_dict()[name])
+
+
 def test_maps_that_learn_go_on_after_a_kill(place, whole, tmp_path, sdtp, monkeypatch):
     start, out, again = tmp_path / "start", tmp_path / "out", tmp_path / "again"
     command = ("train", "--model", place / "model", "--saliency", whole)
@@ -489,7 +508,9 @@ def test_mistakes_get_answers_and_nothing_is_written(place, whole, tmp_path, sdt
     assert "prunes at layers [7], for which the KV predictor has no maps" in capsys.readouterr().err
     for wrong in (("--loss", "kl"), ("--init", tmp_path / "plain", "--loss", "kl"), ("--kv-rank", 4, "--loss", "kl")):
         assert sdtp(*command, "--out", out, "--train", "kv", *wrong) == 2
-        assert "--train kv: needs the KV predictor of --init, and lm or kl in --loss" in capsys.readouterr().err
+        assert "--train kv: needs the KV predictor of --init, lm or kl in --loss" in capsys.readouterr().err
+    assert sdtp(*command, "--out", out, "--dropped-kv", "predicted", "--loss", "kl") == 2
+    assert "--dropped-kv predicted: needs the KV predictor of --init" in capsys.readouterr().err
     assert sdtp(*command, "--out", out, "--kv-lr", 0) == 2
     assert "--kv-lr 0.0: expected a number above 0" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))

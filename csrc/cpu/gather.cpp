@@ -22,8 +22,8 @@ namespace stable = torch::stable;
 // Bytes that are worth waking a thread for.
 constexpr int64_t kGrainBytes = 64 * 1024;
 
-// Large outputs are memory that the system has to give each time, and a fault for each 4 KiB of them costs more than the copy. A hint: where
-// the system knows no huge pages, or gives none, nothing happens.
+// The system has to give the memory of large outputs each time, and a fault for each 4 KiB of it costs more than the
+// copy. A hint: where the system knows no huge pages, or gives none, nothing happens.
 void prefer_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
     constexpr uintptr_t kHugePage = 2 * 1024 * 1024;

@@ -71,7 +71,7 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=24, help="longest answer (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed prefills of each kind (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed prefills, at least one a question (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the results there as well")
     parser.add_argument(
         "--html", metavar="FILE", help="write a page that colours each token by the layer before which it was dropped"
@@ -89,13 +89,11 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError) as error:
         raise CommandError(str(error)) from error
     _print(result)
-    for option, path, content in (
-        ("--json", args.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n"),
-        ("--html", args.html, _page(result)),
-    ):
+    wanted = [("--json", args.json, _json), ("--html", args.html, _page)]
+    for option, path, write in wanted:
         try:
             if path:
-                _write(content, Path(path))
+                _write(write(result), Path(path))
         except OSError as error:
             raise CommandError(f"{option} {path}: cannot be written ({error.strerror})") from None
     return 0
@@ -105,8 +103,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Prefill dense, dropping, and predicting where there is a KV predictor; then let each answer.
 
     The kinds take turns, one question a round. Before anything is timed, the patched model has been shown to equal the
-    unpatched one bit for bit on the prompt's first tokens where it keeps all of them; every pruned prefill has to hold
-    what the schedule says. Batch size 1, logits of the last token only.
+    unpatched one bit for bit on the prompt's last 512 tokens, where it keeps all of them. Every pruned prefill has to
+    hold what the schedule says. Batch size 1, logits of the last token only.
 
     Parameters
     ----------
@@ -477,6 +475,10 @@ def _page(result: Mapping[str, Any]) -> str:
         prompt=prompt,
         remarks="<br>".join(map(html.escape, _remarks(result))),
     )  # fmt: skip
+
+
+def _json(result: Mapping[str, Any]) -> str:
+    return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
 
 
 def _write(content: str, path: Path) -> None:

@@ -105,6 +105,10 @@ def add_command(subparsers: Any) -> None:
         "--train", nargs="+", choices=TRAINED, default=["pruners"],
         help="what learns: kv is the KV predictor of --init, by lm or kl (default: pruners)",
     )  # fmt: skip
+    parser.add_argument(
+        "--dropped-kv", choices=("none", "predicted"),
+        help="how lm and kl prune: what later layers keep of dropped tokens (default: predicted where --init can)",
+    )  # fmt: skip
     parser.add_argument("--kv-lr", type=float, default=KV_LR, help="largest rate of kv, relative (%(default)s)")
     parser.add_argument(
         "--keep", nargs="+", type=float, default=[0.9, 0.8], help="keep ratios of lm and kl, drawn at random (0.9 0.8)"
@@ -297,10 +301,13 @@ def train(args: argparse.Namespace) -> None:
         kv_predictor, kv_facts = known.kv_predictor, known.header.training.get("kv_predictor")
         if kv_predictor is not None:
             kv_predictor.check(config, objective.schedules[0])
-            kv_predictor = kv_predictor.float().to(workers.device)
-            objective = objective._replace(kv_predictor=kv_predictor)
-    if "kv" in args.train and (kv_predictor is None or objective.model is None):
-        raise ValueError("--train kv: needs the KV predictor of --init, and lm or kl in --loss")
+            if args.dropped_kv != "none" and objective.model is not None:
+                kv_dtype = next(kv_predictor.parameters()).dtype
+                kv_predictor = kv_predictor.float().to(workers.device)
+                objective = objective._replace(kv_predictor=kv_predictor)
+    if objective.kv_predictor is None and ("kv" in args.train or args.dropped_kv == "predicted"):
+        asked = "--train kv" if "kv" in args.train else "--dropped-kv predicted"
+        raise ValueError(f"{asked}: needs the KV predictor of --init, lm or kl in --loss, and no --dropped-kv none")
     settings = {
         **{name: value for name, value in vars(args).items() if name not in ("run", "command", "resume", "device")},
         "out": out.name,
@@ -328,7 +335,8 @@ def train(args: argparse.Namespace) -> None:
             print(kv.summary(kv_predictor, kv_facts))
         if kv_predictor is not None:
             facts["kv_predictor"] = {"fitted": kv_facts, "trained_by": weights} if "kv" in args.train else kv_facts
-            kv_predictor.bfloat16()
+            if objective.kv_predictor is not None:
+                kv_predictor.to(kv_dtype)
         save_pruners(pruners, out, config=config, training=facts, kv_predictor=kv_predictor)
         _draw_curves(history, out.with_name(f"{out.name}.png"))
         shards.write_text(out.with_name(f"{out.name}.README.md"), make_card(load_pruners(out)))

@@ -36,10 +36,14 @@ def on_layers(
     Of tensor parallelism, each process has the maps of its own heads.
     """
     own = copy.copy(predictor)
-    heads = range(own.num_key_value_heads)
-    if group is not None:
-        own.num_key_value_heads //= group.size()
-        heads = heads[group.rank() * own.num_key_value_heads :][: own.num_key_value_heads]
+    number, rank = (1, 0) if group is None else (group.size(), group.rank())
+    if predictor.num_key_value_heads % number:
+        raise NotImplementedError(
+            f"dropped_kv='predicted' with tensor parallelism over {number} processes: {predictor.num_key_value_heads} "
+            "key heads do not split into equal shares; pass dropped_kv='none'"
+        )
+    own.num_key_value_heads //= number
+    heads = slice(rank * own.num_key_value_heads, (rank + 1) * own.num_key_value_heads)
     own._modules = dict(predictor._modules)
     own.down, own.up = torch.nn.ModuleDict(), torch.nn.ModuleDict()
     for name, linear in predictor.down.items():
@@ -49,9 +53,8 @@ def on_layers(
         stage, layer = map(int, name.split(":"))
         if stage in schedule.layers:
             own.up[name] = _moved(linear, decoder.layers[layer], decoder.dtype)
-            for p in own.up[name].parameters() if group is not None else ():
-                by_head = p.data.unflatten(0, (2, -1, own.head_dim))  # keys and values
-                p.data = by_head[:, heads[0] : heads[-1] + 1].flatten(0, 2).contiguous()
+            for p in own.up[name].parameters() if number > 1 else ():
+                p.data = p.data.unflatten(0, (2, -1, own.head_dim))[:, heads].flatten(0, 2)  # keys and values
     return own
 
 
