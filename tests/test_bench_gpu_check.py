@@ -398,6 +398,14 @@ def test_a_short_visit_ends_in_time_and_goes_on(tmp_path: Path, monkeypatch, cap
     assert len(checked) == 1
     assert len((tmp_path / gpu_check.ROWS).read_text().splitlines()) == len(rows)
     assert kernels
+    # A case is timed again as a whole, and what an earlier part found wrong is not forgotten.
+    timed = [i for i, row in enumerate(map(json.loads, rows)) if row["kind"] == "time"]
+    spoiled = [json.dumps({**json.loads(r), "error": "wrong"}) if i in (3, timed[0]) else r for i, r in enumerate(rows)]
+    (tmp_path / gpu_check.ROWS).write_text("\n".join(spoiled) + "\n")
+    assert examine(resume=True, parts=["times"]) == 1
+    found = [json.loads(row) for row in (tmp_path / gpu_check.ROWS).read_text().splitlines()]
+    assert [row["kind"] for row in found if row["error"]] == ["check"]
+    assert len(found) == len(rows)
 
 
 def test_the_plan_needs_no_gpu(sdtp, tmp_path: Path, monkeypatch, capsys) -> None:

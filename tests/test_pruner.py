@@ -75,6 +75,7 @@ def hub(path, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # whenever it was imported
     for commit, branch in (("a" * 40, "main"), ("b" * 40, "other")):
         repository = tmp_path / "hub/models--someone--pruners.of-it"
         for part in ("refs", f"snapshots/{commit}"):

@@ -409,7 +409,8 @@ def examine(
     deadline : float, optional
         Seconds after which nothing more begins.
     resume : bool, default False
-        Keep the rows that `out` has, and leave out what they are of. Rows with an error are made again.
+        Keep the rows that `out` has. Kernels and cases without an error are not done again; of the parts that are not
+        asked for all rows stay, with their errors.
 
     Returns
     -------
@@ -427,16 +428,16 @@ def examine(
     about["machine"]["gpu"] = device.name
     print(f"{device.name}, torch {torch.__version__}, revision {about['revision']}")
     lines = (out / ROWS).read_text(encoding="utf-8").splitlines() if resume and (out / ROWS).is_file() else []
-    known = [row for row in map(json.loads, lines) if not row["error"]]
+    known = _still_true([json.loads(line) for line in lines], parts)
     rows: list[dict[str, Any]] = list(known)
     is_late = False
     with torch.no_grad(), (out / ROWS).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in known)
-        for row in _rows(device, shapes, cases, repeats, parts, {_key(row) for row in known}):
-            if row is not None:
-                rows.append(row)
-                file.write(json.dumps({**row, **about}) + "\n")
-                file.flush()
+        for made in _rows(device, shapes, cases, repeats, parts, {_key(row) for row in known}):
+            rows += made
+            file.writelines(json.dumps({**row, **about}) + "\n" for row in made)
+            file.flush()
+            for row in made:
                 _report(row)
             is_late = deadline is not None and time.monotonic() - begin > deadline
             if is_late:
@@ -460,21 +461,31 @@ def _rows(
     repeats: int,
     parts: Sequence[str],
     known: set[str],
-) -> Iterator[dict[str, Any] | None]:
-    """Rows as they are made; None for what is known already."""
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows as they are made, those of one case together: a run ends between cases, never in one."""
     on_gpu = device.torch_device.type == "cuda"
     if "kernels" in parts:
-        yield from check_kernels(device, shapes, known)
+        yield from ([row] for row in check_kernels(device, shapes, known))
     if "models" in parts and on_gpu:
-        yield from check_models(device)
+        yield from ([row] for row in check_models(device))
     if "times" in parts:
         for case in sorted(cases, key=_value):
-            if any(_key({"kind": "time", **case._asdict()}) in key for key in known):
-                yield None
-            else:
-                yield from measure(device, case, repeats)
+            if _key({"kind": "time", **case._asdict()}) not in known:
+                yield measure(device, case, repeats)
     if "sanitizer" in parts and on_gpu:
-        yield from sanitize()
+        yield from ([row] for row in sanitize())
+
+
+def _still_true(rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> list[dict[str, Any]]:
+    """Of an earlier run what this one neither does again nor may forget."""
+    wrong = {_key(row) for row in rows if row["error"]}  # a case is timed again where one of its rows is wrong
+
+    def part(row: Mapping[str, Any]) -> str:
+        names = {"time": "times", "sanitizer": "sanitizer"}
+        return names.get(row["kind"], "kernels" if "hidden_size" in row else "models")
+
+    resumed = ("kernels", "times")
+    return [row for row in rows if part(row) not in parts or (part(row) in resumed and _key(row) not in wrong)]
 
 
 def _value(case: Case) -> tuple[bool, bool, int]:
