@@ -1241,6 +1241,13 @@ MUTANTS = [
         "test_pruner.py::test_a_file_has_no_revisions",
     ),
     Mutant(
+        "a question that gives its answer away",
+        "python/sdtp_train/lookup.py",
+        "if task.answer not in task.question:",
+        "if True:",
+        "test_train_data.py::test_lookup_samples_can_be_answered_from_the_text",
+    ),
+    Mutant(
         "a GPU check that passes empty",
         BENCH + "gpu_check.py",
         'return 1 if wrong or is_late or ("kernels" in parts and (unseen or not rows)) else 0',

@@ -61,7 +61,10 @@ def make_task(rng: random.Random, text: str, num_facts: int, other: str = "") ->
         makers += [lambda: _gap(rng, sentences)] * 2
     if others:
         makers += [lambda: _stranger(rng, others)] * 2
-    return rng.choice(makers)()
+    while True:
+        task = rng.choice(makers)()
+        if task.answer not in task.question:  # else nothing would have to be found
+            return task
 
 
 def write_into(rng: random.Random, text: str, facts: Sequence[str]) -> str:
