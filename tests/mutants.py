@@ -2446,7 +2446,7 @@ MUTANTS = [
         BENCH + "report/results.py",
         "found[key] = row",
         "found.setdefault(key, row)",
-        "test_bench_report.py::test_stale_tables_are_found",
+        "test_bench_report.py::test_the_later_row_of_the_same_settings_counts",
     ),
     Mutant(
         "means of different samples side by side",

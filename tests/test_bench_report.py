@@ -276,7 +276,7 @@ def test_stale_tables_are_found(sdtp, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "README.md" in capsys.readouterr().out
     readme.write_text(made.replace("# Title", "# Another"))
     assert sdtp("--check") == 0
-    # The later row of the same settings counts.
+    # Whatever is drawn from a row changes with it.
     with (tmp_path / "results/quality/samples.jsonl").open("a") as file:
         (row, *_) = (row for row in quality_rows("mine@012345", "0.9 @4:3 predicted", 0.67, 9.0, 1.0))
         file.write(json.dumps(row) + "\n")
@@ -373,6 +373,14 @@ def test_quality_is_paired_and_named_by_kind(rows: results.Results) -> None:
     assert column(keys, "mean [95 %]")[2] == "1.000 [1.000, 1.000]"
     assert ", 7 samples," in keys.title
     assert ", 7 samples," in lookups.title
+
+
+def test_the_later_row_of_the_same_settings_counts(tmp_path: Path) -> None:
+    again = prefill_row(4096, 0.9) | {"speedup": 9.0}
+    later = {"abacus/prefill.jsonl": [*all_rows()["abacus/prefill.jsonl"], again]}
+    read = results.read(write(tmp_path / "results", later))
+    assert len(read["prefill"]) == 7
+    assert [row["speedup"] for row in read["prefill"] if row["speedup"] == 9.0] == [9.0]
 
 
 def test_runs_are_not_mixed(tmp_path: Path) -> None:
