@@ -17,6 +17,18 @@ DISTANCE_KNOTS = 18
 FARTHEST = 2 ** (DISTANCE_KNOTS - 1) - 1  # what is farther counts as this
 
 
+def trained_width(hidden_size: int) -> int:
+    """Width of the MLP that ``sdtp train`` makes: a third of the paper's D/4, which fits as well (docs/notes/pruners.md).
+
+    Whole tiles of a GPU's matrix product, which are paid for whole: a multiple of 128. Where D/12 is less, one of 16,
+    the size of a processor's vectors.
+    """
+    width = hidden_size // 12
+    if width < 128:
+        return max(16, width // 16 * 16)
+    return round(width / 128) * 128
+
+
 class PrunerWeights(NamedTuple):
     """The weights in the form that the ops take; see :func:`sdtp_kernels.score_tokens`."""
 

@@ -1193,10 +1193,10 @@ MUTANTS = [
     ),
     Mutant(
         "a width that is no whole number of vectors",
-        "python/sdtp_train/train.py",
-        "hidden_size // 12 // 16 * 16",
-        "hidden_size // 12",
-        "test_train_pruners.py::test_an_mlp_is_a_third_of_the_papers_in_whole_vectors",
+        "sdtp_kernels/pruner.py",
+        "max(16, width // 16 * 16)",
+        "max(16, width)",
+        "test_train_pruners.py::test_an_mlp_is_a_third_of_the_papers_in_whole_tiles",
     ),
     Mutant(
         "supervision that never enters the loss",

@@ -145,7 +145,7 @@ def measure(
     runs: dict[tuple[str, int], Callable[[], object]] = {}
     errors: dict[tuple[str, int], str] = {}
     extra: dict[tuple[str, int], int | None] = {}
-    kept_bytes = plan.num_keep * (bytes_of_token(stage) + 8) * case.batch  # and an index
+    kept_bytes = plan.num_keep * (bytes_of_token(stage) + 8 + 4) * case.batch  # and an index and a mean
     try:
         with torch.no_grad():
             for (name, call), count in itertools.product(
@@ -165,9 +165,12 @@ def measure(
     about = {
         **case._asdict(),
         "hidden_size": stage.hidden_states.shape[-1],
+        "pruner_size": stage.scoring.w1.shape[0],
         "num_keep": plan.num_keep,
-        "flops": 2 * case.batch * case.tokens * (stage.w1.numel() + stage.w2.numel()),
-        "bytes": case.batch * case.tokens * bytes_of_token(stage) + sum(w.nbytes for w in stage.weights) + kept_bytes,
+        "flops": 2 * case.batch * case.tokens * (stage.scoring.w1.numel() + stage.scoring.w2.numel()),
+        "bytes": sum(t.nbytes for t in stage.scoring if isinstance(t, torch.Tensor))
+        + case.batch * case.tokens * bytes_of_token(stage)
+        + kept_bytes,
     }
     rows = []
     for (name, count), error in errors.items():
@@ -183,8 +186,8 @@ def measure(
 def first_matmul(stage: Stage) -> Callable[[], torch.Tensor]:
     """The pruner's first matrix product alone, into memory that is there already."""
     tokens = stage.hidden_states.flatten(0, 1)
-    out = tokens.new_empty(tokens.shape[0], stage.w1.shape[0])
-    return lambda: torch.mm(tokens, stage.w1.t(), out=out)
+    out = tokens.new_empty(tokens.shape[0], stage.scoring.w1.shape[0])
+    return lambda: torch.mm(tokens, stage.scoring.w1.t(), out=out)
 
 
 def bytes_of_token(stage: Stage) -> int:

@@ -52,6 +52,7 @@ _SETTINGS = {
         "provider",
         "model",
         "hidden_size",
+        "pruner_size",
         "tokens",
         "batch",
         "keep",
