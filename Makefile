@@ -12,7 +12,7 @@ MACHINE ?= $(shell uname -m)-$(shell nproc)core
 RESULTS = benchmarks/results/$(MACHINE)
 BENCH = $(BIN)/sdtp bench
 
-.PHONY: help demo bench peers report train train-kl gpu-check test test-compat test-mutants lint format wheel clean
+.PHONY: help demo bench peers report docs train train-kl gpu-check test test-compat test-mutants lint format wheel clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -55,6 +55,11 @@ $(VENV)/quantizers: | $(VENV)/torch.done
 	-DISABLE_CUDA=1 $(BIN)/pip install --quiet --no-deps --target $@ 'hqq==0.2.*' 'optimum==2.*' 'optimum-quanto==0.2.*' \
 		einops termcolor
 
+# What the site is made with.
+$(VENV)/docs: docs/requirements.txt | $(VENV)/torch.done
+	$(BIN)/pip install --quiet --upgrade --target $@ -r $<
+	touch $@
+
 # A peer in C++, whole in its wheel.
 $(VENV)/peers: | $(VENV)/torch.done
 	-$(BIN)/pip install --quiet --no-deps --target $@ xllamacpp==2026.10.11549
@@ -85,6 +90,10 @@ gpu-check: $(VENV)/install.done ## on a machine with a GPU: prove the kernels th
 
 report: $(VENV)/install.done ## docs/report and the README's tables, made again from the rows in benchmarks/results
 	$(BIN)/sdtp bench report
+
+docs: $(VENV)/install.done $(VENV)/docs ## the site, in build/docs; a broken link or reference fails
+	PYTHONPATH=$(CURDIR)/$(VENV)/docs$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m sphinx --quiet --fail-on-warning \
+		-c docs -d build/doctrees . build/docs
 
 TRAIN = build/train
 # "python" is what every Python has. The pruners that ship were trained on it, by facts of fewer wordings than today's.

@@ -1,15 +1,23 @@
-"""What people read: links that lead somewhere, words of the field, and the README's lines as they stand there."""
+"""What people read: links that lead somewhere, words of the field, the README's lines as they stand there, the site."""
 
 import io
+import os
 import re
+import runpy
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
 import pytest
 from conftest import BYTE_MODEL, save_byte_model
 
+import sdtp_kernels
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(path for place in (".", "docs", "docs/notes", "benchmarks") for path in (ROOT / place).glob("*.md"))
+PLACES = (".", "docs", "docs/notes", "benchmarks", "examples")
+PAGES = sorted(path for place in PLACES for path in (ROOT / place).glob("*.md"))
+SITE = Path(sys.prefix) / "docs"  # what the site is made with: see the Makefile
 # Words that readers stumble over, each with what to say instead.
 AVOIDED = {
     r"behind (the|a|its|their) (prompt|text|context|question|last|first)": "after",
@@ -77,3 +85,39 @@ def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
     save_pruners({layer: TokenPruner(BYTE_MODEL["hidden_size"]) for layer in (4, 7)}, "pruners.safetensors")
     exec(compile(code, "README.md", "exec"), {})
     assert "tokens" in capsys.readouterr().out
+
+
+def test_the_navigation_contains_every_page():
+    navigation = runpy.run_path(str(ROOT / "docs/conf.py"))["NAVIGATION"]
+    listed = [page for pages in navigation.values() for page in pages]
+    home = ROOT / "README.md"
+    assert sorted(listed) == sorted(page.relative_to(ROOT).with_suffix("").as_posix() for page in {*PAGES} - {home})
+
+
+def test_every_public_name_is_on_the_api_page():
+    directives = re.findall(r"^\.\. auto\w+:: ([\w.]+)", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert sorted(set(sdtp_kernels.__all__) - set(directives)) == []
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    if not SITE.is_dir():
+        pytest.skip(f"Sphinx is not in {SITE}: 'make docs' puts it there")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])}
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "-c",
+        "docs",
+        "-d",
+        tmp_path / "doctrees",
+        ".",
+        tmp_path / "site",
+    ]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    for page in ("index.html", "docs/api.html", "docs/report/index.html"):
+        assert (tmp_path / "site" / page).is_file(), page
