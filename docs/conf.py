@@ -9,14 +9,15 @@ import sdtp_kernels
 ROOT = Path(__file__).resolve().parent.parent
 # The sidebar: what a reader wants, and the pages that say it.
 NAVIGATION = {
-    "Start": ("docs/install", "examples/README", "docs/troubleshooting"),
-    "Use": ("docs/training", "docs/serving", "docs/api"),
+    "Start": ("docs/quick-start", "docs/install", "examples/README", "docs/troubleshooting"),
+    "Use": ("docs/own-model", "docs/serving", "docs/api"),
     "Judge": ("docs/quality", "docs/measuring", "benchmarks/README"),
-    "Understand": ("docs/kernels", "CONTRIBUTING", "CHANGELOG"),
+    "Understand": ("docs/design", "docs/training", "docs/features", "docs/kernels", "CONTRIBUTING", "CHANGELOG"),
     "Notes": (
         "docs/notes/pruners",
         "docs/notes/predicted-quality",
         "docs/notes/kv-prediction-gate",
+        "docs/notes/cpu",
         "docs/notes/claims",
     ),
 }

@@ -2515,7 +2515,7 @@ MUTANTS = [
     Mutant(
         "a page that the navigation forgets",
         "docs/conf.py",
-        '"docs/serving", ',
+        '"docs/quick-start", ',
         "",
         "test_docs.py::test_the_navigation_contains_every_page",
     ),
@@ -2532,6 +2532,20 @@ MUTANTS = [
         "# API\n",
         "# API\n\n[gone](serving.md#no-such-heading)\n",
         "test_docs.py::test_links_lead_somewhere",
+    ),
+    Mutant(
+        "an error text that the package no longer has",
+        "docs/troubleshooting.md",
+        "`SDTP needs left padding`",
+        "`SDTP wants left padding`",
+        "test_docs.py::test_troubleshooting_has_the_texts_that_the_package_prints",
+    ),
+    Mutant(
+        "a quick start with a line that fails",
+        "docs/quick-start.md",
+        'with apply_sdtp(model, "attention", 0.9) as handle:',
+        'with apply_sdtp(model, "saliency", 0.9) as handle:',
+        "test_docs.py::test_the_lines_of_the_first_pages_run",
     ),
 ]
 

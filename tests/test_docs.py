@@ -1,5 +1,6 @@
-"""What people read: links that lead somewhere, words of the field, the README's lines as they stand there, the site."""
+"""What people read: links that lead somewhere, words of the field, lines that run as they stand there, the site."""
 
+import ast
 import io
 import os
 import re
@@ -75,15 +76,16 @@ def test_words_that_readers_stumble_over_are_avoided():
     assert not found, "\n".join(found)
 
 
-def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", ["README.md", "docs/quick-start.md"])
+def test_the_lines_of_the_first_pages_run(page, tmp_path, monkeypatch, capsys):
     from sdtp_kernels import TokenPruner, save_pruners
 
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     save_byte_model(tmp_path / "my-model")
     Path("long.txt").write_text("A long text. " * 40)
     save_pruners({layer: TokenPruner(BYTE_MODEL["hidden_size"]) for layer in (4, 7)}, "pruners.safetensors")
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, page, "exec"), {})
     assert "tokens" in capsys.readouterr().out
 
 
@@ -121,3 +123,32 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert result.returncode == 0, result.stderr[-4000:]
     for page in ("index.html", "docs/api.html", "docs/report/index.html"):
         assert (tmp_path / "site" / page).is_file(), page
+
+
+FOREIGN = ("No module named 'setuptools.command.bdist_wheel'", "unexpected memory mapping")
+"""Texts of other tools that readers meet."""
+
+
+def texts_of_the_source():
+    """Strings as people see them: parts joined, what differs left out as ``...``."""
+    for path in (ROOT / "setup.py", *(ROOT / "sdtp_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+    for path in (ROOT / "csrc").rglob("*.cpp"):
+        yield re.sub(r'"\s*\n\s*"', "", path.read_text())
+
+
+def test_troubleshooting_has_the_texts_that_the_package_prints():
+    rows = re.findall(r"^\| (.*?) \| .* \|$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    told = [text for row in rows for text in re.findall(r"`([^`]+)`", row) if text not in FOREIGN]
+    assert len(told) > 40
+    known = set(texts_of_the_source())
+    missing = [
+        text
+        for text in told
+        if not any(all(part in source for part in text.split("...") if part.strip(" .,:")) for source in known)
+    ]
+    assert missing == []
