@@ -26,6 +26,8 @@ project = "sdtp-kernels"
 version = release = sdtp_kernels.__version__
 html_title = f"{project} {version}"
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
 html_show_sphinx = False
