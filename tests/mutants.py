@@ -2511,6 +2511,13 @@ MUTANTS = [
         "",
         "test_bench_gpu_check.py::test_runs_are_interleaved_and_cold",
     ),
+    Mutant(
+        "a version in a second place",
+        "pyproject.toml",
+        'dynamic = ["version"]',
+        'version = "0.0.9"',
+        "test_build.py::test_one_place_names_the_version",
+    ),
     # What people read.
     Mutant(
         "a page that the navigation forgets",
