@@ -56,16 +56,16 @@ class TokenPruner(nn.Module):
         Add the attention of the prompt's last queries (:func:`~sdtp_kernels.scorers.question_attention`) with a learned
         weight. The hidden state of a token cannot know the question after it; this term does.
     pooling : int, default 1
-        A stage ranks a token by the highest score among so many around it (odd), see
-        :func:`~sdtp_kernels.select_tokens`: what stands together is kept together. 1 is the form of the paper.
+        An odd number of tokens. A stage ranks a token by the highest score among that many around it, so neighbours are
+        kept together (:func:`~sdtp_kernels.select_tokens`). 1 is the form of the paper.
     averaging : bool, default False
-        A stage ranks by the mean of the MLP's scores of all stages so far: noisy estimates of the same thing.
-        The distance and attention terms stay those of the stage.
+        A stage ranks by the mean of the MLP's scores of all stages so far, which are noisy estimates of the same
+        quantity. The distance and attention terms stay those of the stage.
 
     Notes
     -----
-    The distance and attention terms look at the prompt's end. Under the block budget, where what a block keeps must not
-    depend on what follows it (:attr:`PruningSchedule.sees_prompt_end`), a stage leaves them out.
+    The distance and attention terms look at the prompt's end. Under the block budget a stage leaves them out, because
+    what a block keeps must not depend on what follows it (:attr:`PruningSchedule.sees_prompt_end`).
 
     Raises
     ------

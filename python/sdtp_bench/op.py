@@ -1,7 +1,7 @@
-"""``sdtp bench op`` and ``scaling``: the pruning step, everyone who can run it side by side.
+"""``sdtp bench op`` and ``scaling``: the pruning step by every provider that can run it.
 
-Outputs are compared first: who is wrong gets an error instead of a figure. Then all take turns. The first matrix
-product of the pruner takes part alone, as the bound that no composition of PyTorch's operators can beat.
+Outputs are compared first: a wrong one gets an error instead of a figure. Then all are timed interleaved. The first
+matrix product of the pruner takes part alone, as the bound that no composition of PyTorch's operators can beat.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MIN_REPEATS, MAX_REPEATS = 5, 60
 
 def add_parsers(commands: Any) -> None:
     """Add ``op`` and ``scaling`` to the parsers of ``sdtp bench``."""
-    op = commands.add_parser("op", help="the pruning step: everyone who can run it, side by side")
+    op = commands.add_parser("op", help="the pruning step, by every provider that can run it")
     add_case_arguments(op)
     op.set_defaults(tokens=[2048, 8192], model=["qwen2-0.5b", "qwen2-7b"], threads=None, providers=None)
     scaling = commands.add_parser("scaling", help="the pruning step on a CPU: time and memory over tokens and threads")
@@ -41,8 +41,8 @@ def add_parsers(commands: Any) -> None:
     )
     for parser, bench in ((op, "op"), (scaling, "scaling")):
         parser.add_argument("--providers", nargs="+", metavar="NAME",
-                            help="who takes part; 'reference' only where it is named (all others that can run)"
-                            if bench == "op" else "who takes part (eager cpu)")  # fmt: skip
+                            help="providers; 'reference' only where it is named (all others that can run)"
+                            if bench == "op" else "providers (eager cpu)")  # fmt: skip
         parser.add_argument("--out", metavar="DIR", help=f"append the rows to {bench}.jsonl there")
         parser.set_defaults(run=run, bench=bench)
 
@@ -113,7 +113,7 @@ def measure(
     names: Sequence[str] | None = None,
     threads: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Check everyone on one case, then time who is right.
+    """Check every provider on one case, then time those that are right.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def measure(
     names : sequence of str, optional
         See :func:`sdtp_bench.providers.find_providers`.
     threads : sequence of int, optional
-        Numbers of threads to run with, on a CPU; by default those that torch has. All take turns in one run.
+        Numbers of threads to run with, on a CPU; by default those that torch has. All are interleaved in one run.
 
     Returns
     -------

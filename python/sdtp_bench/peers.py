@@ -1,7 +1,7 @@
 """``sdtp bench peers``: what one would use instead, on the same prompt, checkpoint and budget, in one run.
 
 The budget is B, the mean share of tokens that a layer keeps: that of our schedule at the keep ratio asked for. Whoever
-keeps another share, or fails a check, gets no figure but the reason; so does whoever cannot run here.
+keeps another share, or fails a check, gets no figure but the reason. So does a peer that cannot run here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--samples", type=int, default=8, help="texts and pass keys for the quality (%(default)s)")
     parser.add_argument("--dtype", choices=processes.DTYPES, default="bfloat16", help="of the model (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--backend", default="auto", help="who runs the ops; see 'sdtp doctor' (%(default)s)")
+    parser.add_argument("--backend", default="auto", help="backend of the ops; see 'sdtp doctor' (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds (%(default)s)")
     parser.add_argument("--out", metavar="DIR", help="append the rows to a file of their own there, as JSON lines")
     parser.set_defaults(run=run)
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Figures(NamedTuple):
-    """What a peer shows beside its time."""
+    """What a peer shows next to its time."""
 
     kv_bytes: int | None
     """Of the prompt's cache; ``None`` where it does not tell."""
@@ -183,7 +183,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 
 def peers_of(contest: Contest, resources: contextlib.ExitStack) -> list[Peer | tuple[str, str]]:
-    """Everybody who can take part, and name and reason of everybody who cannot."""
+    """The peers that can take part, and name and reason of those that cannot."""
     from sdtp_eval.baselines import BASELINES
     from sdtp_eval.peers import PREFIX
     from sdtp_eval.quality import Method
@@ -295,7 +295,7 @@ def llama_peers(contest: Contest, resources: contextlib.ExitStack) -> list[Peer 
     try:
         wheel = llama_cpp.version()
     except ImportError as error:
-        return [("llama.cpp", f"xllamacpp cannot be imported ({error}); 'make peers' puts it beside the environment")]
+        return [("llama.cpp", f"xllamacpp cannot be imported ({error}); 'make peers' installs it")]
     source = Path(args.gguf)
     folder = Path(resources.enter_context(tempfile.TemporaryDirectory()))
     found: list[Peer | tuple[str, str]] = []
@@ -335,7 +335,7 @@ def of_llama(contest: Contest, name: str, wheel: str, file: Path) -> Peer:
 
 
 def figures(cache: Any, tokens: int) -> Figures:
-    """Of a cache of transformers after a prompt of so many tokens."""
+    """Of a cache of transformers after a prompt of this many tokens."""
     kept = cached_tokens(cache)
     return Figures(cache_bytes(cache), sum(kept) / (len(kept) * tokens))
 
@@ -344,7 +344,7 @@ def figures(cache: Any, tokens: int) -> Figures:
 
 
 def rows_of(contest: Contest, peers: Sequence[Peer | tuple[str, str]]) -> list[dict[str, Any]]:
-    """Check, time in turns, score; see :func:`measure`."""
+    """Check, time interleaved, score; see :func:`measure`."""
     common = {
         "bench": "peers",
         "checkpoint": Path(contest.args.model).name,

@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", nargs="+", choices=processes.DTYPES, default=["float32"], help="default: float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--backend", default="auto", help="who runs the ops; see 'sdtp doctor' (%(default)s)")
+    parser.add_argument("--backend", default="auto", help="backend of the ops; see 'sdtp doctor' (%(default)s)")
     parser.add_argument("--text", metavar="FILE", help="the text to read (default: Python's language reference)")
     parser.add_argument("--out", metavar="DIR", help="append the rows to a file of their own there, as JSON lines")
 

@@ -1,4 +1,4 @@
-"""Everyone who can run the pruning step, and what tells right from wrong: nobody wrong is timed."""
+"""The providers that can run the pruning step, and the check of each: a wrong one is not timed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def backends_on(device: torch.device, dtype: torch.dtype) -> list[str]:
 def find_providers(
     device: Device, case: Case, stage: Stage, plan: StagePlan, names: Sequence[str] | None = None
 ) -> dict[str, Callable[[], Output]]:
-    """The pruning step of one case, by the name of who runs it.
+    """The pruning step of one case, by the name of the provider.
 
     Parameters
     ----------

@@ -89,7 +89,7 @@ def add_command(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--pooling", type=int, default=7, metavar="TOKENS",
-        help="rank a token by the best score among so many around it; 1 for none (%(default)s)",
+        help="rank a token by the best score among this many around it; 1 for none (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--no-averaging", action="store_false", dest="averaging",

@@ -78,7 +78,7 @@ class _Dropped(NamedTuple):
     """What one stage has dropped."""
 
     stage: int
-    """The layer that it stands before."""
+    """The layer after the stage."""
     tokens: torch.Tensor
     """``[B, n, R]``, encoded for the maps of this stage."""
     position_embeddings: tuple[torch.Tensor, torch.Tensor]

@@ -44,8 +44,8 @@ def prove(family: Family) -> None:
             return
         failure = f"logits differ by {difference:.3g}, allowed are {TOLERANCE}"
     raise NotImplementedError(
-        f"SDTP was not tested on transformers {version}, and a pruned {family.causal_lm.__name__} does not compute "
-        f"there what it must ({failure}). Install a version that was: {tested}"
+        f"SDTP was not tested on transformers {version}, and a pruned {family.causal_lm.__name__} computes something "
+        f"wrong there ({failure}). Install a tested version: {tested}"
     )
 
 
