@@ -100,5 +100,5 @@ def ranked_blocks(scores: torch.Tensor, plan: StagePlan, pooling: int) -> torch.
 def in_one_dtype(stage: Stage) -> Stage:
     """The stage with everything in the dtype of the hidden states, as ``model.to(dtype)`` leaves it."""
     dtype = stage.hidden_states.dtype
-    fields = (t.to(dtype) if isinstance(t, torch.Tensor) else t for t in stage.scoring)
-    return stage._replace(scoring=type(stage.scoring)(*fields))
+    tensors = {name: value for name, value in stage.scoring._asdict().items() if isinstance(value, torch.Tensor)}
+    return stage._replace(scoring=stage.scoring._replace(**{name: t.to(dtype) for name, t in tensors.items()}))
