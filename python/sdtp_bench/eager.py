@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -100,5 +100,8 @@ def ranked_blocks(scores: torch.Tensor, plan: StagePlan, pooling: int) -> torch.
 def in_one_dtype(stage: Stage) -> Stage:
     """The stage with everything in the dtype of the hidden states, as ``model.to(dtype)`` leaves it."""
     dtype = stage.hidden_states.dtype
-    tensors = {name: value for name, value in stage.scoring._asdict().items() if isinstance(value, torch.Tensor)}
-    return stage._replace(scoring=stage.scoring._replace(**{name: t.to(dtype) for name, t in tensors.items()}))
+    fields: dict[str, Any] = {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) else value
+        for name, value in stage.scoring._asdict().items()
+    }
+    return stage._replace(scoring=stage.scoring._replace(**fields))
