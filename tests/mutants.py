@@ -514,8 +514,8 @@ MUTANTS = [
     Mutant(
         "the mean of a row's own tail lost",
         "csrc/cpu/prune.cpp",
-        "std::copy_n(before->const_data_ptr<float>() + first, tail, values);",
-        "std::copy_n(before->const_data_ptr<float>(), tail, values);",
+        "std::copy_n(before.const_data_ptr<float>() + first, tail, values);",
+        "std::copy_n(before.const_data_ptr<float>(), tail, values);",
         "test_ops.py::test_prune_equals_the_composition",
     ),
     Mutant(
