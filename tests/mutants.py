@@ -519,10 +519,10 @@ MUTANTS = [
         "test_ops.py::test_prune_equals_the_composition",
     ),
     Mutant(
-        "padding among the dropped",
+        "dropped tokens before their padding",
         "csrc/cpu/prune.cpp",
-        "for (int64_t column = width - length;",
-        "for (int64_t column = std::max<int64_t>(width - length - (num_dropped - count), 0);",
+        "next = std::fill_n(next, num_dropped - count, -1);",
+        "",
         "test_ops.py::test_prune_equals_the_composition",
     ),
     Mutant(
