@@ -722,6 +722,13 @@ MUTANTS = [
         "triton_interpreter_suite.py::test_prompt_bias_of_a_long_prompt",
     ),
     Mutant(
+        "a driver too old for the CUDA library",
+        "sdtp_kernels/backends/cuda.py",
+        "if major >= int(built_for):",
+        "if True:",
+        "test_cuda.py::test_unavailable_reasons",
+    ),
+    Mutant(
         "stages not averaged by CUDA",
         "csrc/cuda/score.cuh",
         "before + share * (sum - before)",
