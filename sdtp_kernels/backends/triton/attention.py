@@ -120,7 +120,7 @@ def position_attention(
     o = output if q is query else torch.empty_like(q)
     config = configs.attention_config(query)
     scale = head_dim**-0.5 if scale is None else scale
-    attention_kernel[(triton.cdiv(num_queries, config.block_queries) * num_heads, batch_size)](
+    attention_kernel[(configs.ceil_divide(num_queries, config.block_queries) * num_heads, batch_size)](
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], o, *o.stride()[:3],
         num_visible.contiguous(), None if first_visible is None else first_visible.contiguous(),
         num_heads, num_heads // key.shape[1], num_queries, key.shape[2], scale * math.log2(math.e),

@@ -233,7 +233,7 @@ def prune_tokens(
     else:
         parts = score_parts(hidden_states, scoring, skip_last)
         tile = configs.select_tile(block_size + pooling - 1, configs.MAX_TILE_WITH_COPY)
-        shares = min(_MAX_SHARES, triton.cdiv(block_size, configs.GATHER_TOKENS))
+        shares = min(_MAX_SHARES, configs.ceil_divide(block_size, configs.GATHER_TOKENS))
         select_and_gather_kernel[(num_blocks * shares + num_fills, batch_size)](
             *parts.arguments, shares=shares, TILE=tile, **arguments,
             **configs.select_options(tile, hidden_states.device), **configs.overlap(hidden_states.device),

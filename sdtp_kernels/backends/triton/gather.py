@@ -133,7 +133,7 @@ def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor, chained: b
     for first in range(0, len(pairs), MAX_TENSORS):
         group = pairs[first : first + MAX_TENSORS]
         tokens = configs.GATHER_TOKENS
-        gather_kernel[(triton.cdiv(num_keep, tokens), batch_size)](
+        gather_kernel[(configs.ceil_divide(num_keep, tokens), batch_size)](
             **copy_arguments([tensor for tensor, _ in group], [output for _, output in group]),
             indices_ptr=indices.contiguous(), num_keep=num_keep, TOKENS=tokens,
             **configs.EXACT, **configs.overlap(indices.device, chained),

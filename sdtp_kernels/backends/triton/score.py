@@ -177,11 +177,11 @@ def score_parts(hidden_states: torch.Tensor, scoring: Scoring, skip_last: int = 
     """One launch: partial scores of every token but for the last `skip_last` of each row."""
     batch_size, num_tokens, hidden_size = hidden_states.shape
     config, pruner_size = configs.score_config(hidden_states, scoring.w1), scoring.w1.shape[0]
-    num_parts = triton.cdiv(pruner_size, config.block_width)
+    num_parts = configs.ceil_divide(pruner_size, config.block_width)
     parts = scoring.b1.new_empty(num_parts, batch_size, num_tokens)
     num_scored = num_tokens - skip_last
     if batch_size * num_scored * num_parts:
-        grid = (triton.cdiv(num_scored, config.block_tokens) * num_parts, batch_size)
+        grid = (configs.ceil_divide(num_scored, config.block_tokens) * num_parts, batch_size)
         score_kernel[grid](
             *pruner_arguments(hidden_states, scoring), parts, batch_size, num_tokens, num_scored,
             hidden_size, pruner_size, scoring.rms_eps, PDL=configs.has_pdl(hidden_states.device),
@@ -196,7 +196,7 @@ def score_tokens(hidden_states: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     scores = unfinished.parts.new_empty(hidden_states.shape[:2])
     if scores.numel():
         block = 1024
-        finish_kernel[(triton.cdiv(scores.numel(), block),)](
+        finish_kernel[(configs.ceil_divide(scores.numel(), block),)](
             *unfinished.arguments, scores, scores.numel(), BLOCK=block, **configs.EXACT
         )
     return scores

@@ -339,7 +339,7 @@ def fill_plan(num_tokens: int, selection: Selection, num_dropped: int, slots_a_p
     first_slot, most_padding = selection.num_keep - selection.recent, num_dropped - (num_tokens - selection.num_keep)
     if selection.rows is not None:
         first_slot, most_padding = 0, num_dropped
-    return first_slot, triton.cdiv(max(selection.num_keep - first_slot, most_padding), slots_a_program)
+    return first_slot, configs.ceil_divide(max(selection.num_keep - first_slot, most_padding), slots_a_program)
 
 
 def count_blocks(num_tokens: int, selection: Selection) -> int:

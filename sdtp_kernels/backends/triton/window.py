@@ -325,16 +325,16 @@ def _attend(
     """
     (batch_size, num_heads, window, head_dim), (_, key_heads, num_keys, _) = query.shape, key.shape
     reach, floats = pooling // 2, functools.partial(query.new_empty, dtype=torch.float32)
-    num_tiles = triton.cdiv(num_keys, tile.BLOCK_KEYS - 2 * reach)
+    num_tiles = configs.ceil_divide(num_keys, tile.BLOCK_KEYS - 2 * reach)
     output = floats((batch_size, num_keys))
     moments = None if end is None else floats((batch_size, num_tiles, 3))
     if not output.numel():
         return output, moments
     # A few programs for every multiprocessor.
-    blocks = triton.cdiv(num_keys, tile.BLOCK_KEYS)
-    wanted = triton.cdiv(2 * configs.device_of(query.device).multiprocessors, batch_size * key_heads)
-    keys_per_split = triton.cdiv(blocks, min(wanted, blocks)) * tile.BLOCK_KEYS
-    num_splits = triton.cdiv(num_keys, keys_per_split)
+    blocks = configs.ceil_divide(num_keys, tile.BLOCK_KEYS)
+    wanted = configs.ceil_divide(2 * configs.device_of(query.device).multiprocessors, batch_size * key_heads)
+    keys_per_split = configs.ceil_divide(blocks, min(wanted, blocks)) * tile.BLOCK_KEYS
+    num_splits = configs.ceil_divide(num_keys, keys_per_split)
     partial = floats((batch_size, key_heads, num_splits, 2, tile.ROWS))
     cos, sin = rotary
     rotary_strides = (0, 0)
@@ -401,7 +401,7 @@ def prompt_bias(terms: PromptTerms) -> torch.Tensor:
             attention = eager.window_attention(*arguments, cos, sin, terms.scaling, terms.pooling)
         else:
             logs, moments = _attend(*arguments, (cos, sin), terms.scaling, terms.pooling, tile, end)
-    grid = (triton.cdiv(num_tokens, _TOKENS), batch_size)
+    grid = (configs.ceil_divide(num_tokens, _TOKENS), batch_size)
     if attention is not None:
         logs, moments = torch.empty_like(bias), bias.new_empty(batch_size, grid[0], 3)
         logarithm_kernel[grid](
