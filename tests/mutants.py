@@ -617,11 +617,11 @@ MUTANTS = [
         "triton_interpreter_suite.py::test_prune_equals_the_composition[128-plain]",
     ),
     Mutant(
-        "a dropped token before the first slot",
+        "the first dropped token lost",
         "sdtp_kernels/backends/triton/select.py",
         "mask & (slots >= 0) & (slots",
-        "mask & (slots",
-        "triton_interpreter_suite.py::test_dropped_tokens_without_room",
+        "mask & (slots >= 1) & (slots",
+        "triton_interpreter_suite.py::test_prune_equals_the_composition[128-plain]",
     ),
     Mutant(
         "dropped tokens of all blocks in one place",
@@ -666,17 +666,17 @@ MUTANTS = [
         "triton_interpreter_suite.py::test_window_attention",
     ),
     Mutant(
-        "sums of one part alone",
+        "parts of the keys summed as they are",
         "sdtp_kernels/backends/triton/window.py",
-        "* tl.exp2(part - highest)",
+        " * tl.exp2(part - highest)",
         "",
-        "triton_interpreter_suite.py::test_window_attention_of_steep_logits",
+        "triton_interpreter_suite.py::test_window_attention",
     ),
     Mutant(
         "a query without a say divides by 0",
         "sdtp_kernels/backends/triton/window.py",
-        "tl.where(total == 0.0, 0.0, 1.0 /",
-        "tl.where(total < -1.0, 0.0, 1.0 /",
+        "1.0 / tl.where(total == 0.0, 1.0, total)",
+        "1.0 / total",
         "triton_interpreter_suite.py::test_window_attention_of_queries_without_a_say",
     ),
     Mutant(
@@ -689,9 +689,9 @@ MUTANTS = [
     Mutant(
         "a halo that is stored",
         "sdtp_kernels/backends/triton/window.py",
-        "is_own = (place >= REACH) & (place < BLOCK_KEYS - REACH) &",
-        "is_own =",
-        "triton_interpreter_suite.py::test_programs_of_the_window_run_at_once",
+        "(place < BLOCK_KEYS - REACH)",
+        "(place < BLOCK_KEYS)",
+        "triton_interpreter_suite.py::test_prompt_bias",
     ),
     Mutant(
         "rotated the other way",

@@ -129,7 +129,7 @@ def window_sums_kernel(
 
 @triton.jit
 def combine_parts(partial_ptr, num_splits, ROWS: tl.constexpr):
-    """(highest logit of each query, 1 over its sum of powers; 0 for one that sees no key)."""
+    """(highest logit of each query, 1 over its sum of powers)."""
     row = tl.arange(0, ROWS)
     highest = tl.full([ROWS], -3.0e38, tl.float32)
     for split in range(num_splits):
@@ -138,7 +138,7 @@ def combine_parts(partial_ptr, num_splits, ROWS: tl.constexpr):
     for split in range(num_splits):
         part = tl.load(partial_ptr + split * (2 * ROWS) + row)
         total += tl.load(partial_ptr + split * (2 * ROWS) + ROWS + row) * tl.exp2(part - highest)
-    return highest, tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))  # NaN stays NaN
+    return highest, 1.0 / tl.where(total == 0.0, 1.0, total)  # 0 of one that sees no key, whose powers are all 0
 
 
 @triton.jit
