@@ -8,8 +8,8 @@ from importlib import metadata
 import pytest
 import torch
 
-from sdtp_eval import quality
 from sdtp_eval.checkpoints import load_checkpoint
+from sdtp_eval.reader import greedy
 from sdtp_kernels import apply_sdtp, cli
 
 
@@ -49,7 +49,7 @@ def test_the_worst_prompt_stands_first(sdtp, byte_checkpoint, tmp_path, capsys):
     ids = tokenizer(long).input_ids
     assert by_line[2]["tokens"] == len(ids)
     with torch.no_grad(), apply_sdtp(model, "norm", 0.5):
-        pruned = quality.greedy(model, ids, [], 6)
+        pruned = greedy(model, ids, [], 6)
     assert by_line[2]["pruned_answer"] == tokenizer.decode(pruned, skip_special_tokens=True).strip()
     assert by_line[3]["tokens"] == len(f"[user] {long}[bold]Why?\n[assistant]")
     printed = capsys.readouterr().out

@@ -8,7 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sdtp_eval.command import user_errors
+
 if TYPE_CHECKING:
+    import argparse
     import os
     from collections.abc import Iterable, Sequence
 
@@ -20,6 +23,25 @@ METRICS = {"nll": ("nll_increase", "kl"), "ranks": ("spearman",)}
 ANSWERS = ("exact", "nll")
 RESAMPLES = 9999
 SAME_BUDGET = 0.01  # two methods are compared where their B differs by no more
+
+
+def add_against_option(parser: argparse.ArgumentParser) -> None:
+    """Whom to compare with."""
+    parser.add_argument(
+        "--against", nargs="*", default=["random", "recent", "attention"], metavar="METHOD",
+        help="paired differences to these, at equal B (default: random recent attention)",
+    )  # fmt: skip
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``compare`` to the parsers of ``sdtp eval``."""
+    parser = commands.add_parser("compare", help="tables and pictures of runs")
+    parser.add_argument("files", nargs="+", metavar="DIR_OR_FILE", help="what 'run' has written")
+    add_against_option(parser)
+    parser.add_argument("--by", metavar="FIELD", help="break down by a field of the samples: kind, depth, wording")
+    parser.add_argument("--solved", action="store_true", help="only questions that the dense model answers")
+    parser.add_argument("--plot", metavar="PNG", help="draw quality against B and against time")
+    parser.set_defaults(run=run)
 
 
 class Interval(NamedTuple):
@@ -277,9 +299,7 @@ def _shape(row: dict[str, Any]) -> str:
 
 def run(args: Any) -> int:
     """``sdtp eval compare``."""
-    from sdtp_kernels.cli import CommandError
-
-    try:
+    with user_errors():
         samples = read_samples(args.files)
         if args.solved:
             samples = solved_by_dense(samples)
@@ -287,6 +307,4 @@ def run(args: Any) -> int:
         print_table(rows, args.against)
         if args.plot:
             draw(summarize(group(samples)), args.plot)
-    except (ValueError, OSError) as error:
-        raise CommandError(str(error)) from error
     return 0

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.api.model import LM
-from tqdm import tqdm
 
-from sdtp_eval.quality import greedy
+from sdtp_eval.command import progress_bar
+from sdtp_eval.reader import greedy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 DEFAULT_NEW_TOKENS = 256  # where a task does not say; lm-eval's own default
 
@@ -131,6 +131,8 @@ class SdtpLM(LM):
     def _tensor(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor([ids], device=self.model.device)
 
-    def _bar(self, requests: Sequence[Any], what: str, disable: bool) -> Iterable[Any]:
-        bar: Iterable[Any] = tqdm(requests, desc=what, disable=disable or not self.progress)
-        return bar
+    def _bar(self, requests: Sequence[Any], what: str, disable: bool) -> Iterator[Any]:
+        with progress_bar(len(requests), what, shown=self.progress and not disable) as bar:
+            for request in requests:
+                yield request
+                bar.advance()

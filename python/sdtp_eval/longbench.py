@@ -18,7 +18,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdtp_eval import compare, tasks
+from sdtp_eval import command, compare, records, schedules, tasks
+from sdtp_eval.methods import add_dropped_kv_options, add_methods_option, find_methods, patch, plan
+from sdtp_eval.reader import greedy
 from sdtp_eval.tasks import AFTER, INSIDE, PROTOCOLS
 
 if TYPE_CHECKING:
@@ -275,52 +277,47 @@ def build_prompt(
 
 def add_parser(commands: Any) -> None:
     """Add ``longbench`` to the parsers of ``sdtp eval``."""
-    from sdtp_eval import quality
-
     parser = commands.add_parser("longbench", help="LongBench v1, from its files")
     parser.add_argument("--data", metavar="DIR", required=True, help="folder with the <dataset>.jsonl of LongBench v1")
-    parser.add_argument("--out", metavar="DIR", required=True, help="results; a run that is there is continued")
+    records.add_options(parser)
     parser.add_argument("--tasks", nargs="+", default=list(DATASETS), metavar="DATASET", help="default: all in English")
-    parser.add_argument(
-        "--methods", nargs="+", default=["random", "recent", "attention"], metavar="METHOD",
-        help="pruner files and scorers; dense always runs too (default: random recent attention)",
-    )  # fmt: skip
+    add_methods_option(parser, ["random", "recent", "attention"], "pruner files and scorers; dense always runs too")
     parser.add_argument("--tokens", type=int, default=4096, help="longest prompt (%(default)s)")
     parser.add_argument("--samples", type=int, help="samples a dataset (default: all)")
     parser.add_argument(
         "--protocols", nargs="+", choices=PROTOCOLS, default=[INSIDE], help="see 'run' (default: inside)"
     )
-    quality.add_model_options(parser)
-    quality.add_schedule_options(parser)
-    quality.add_against_option(parser)
+    command.add_model_options(parser)
+    schedules.add_options(parser)
+    add_dropped_kv_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """``sdtp eval longbench``."""
-    from sdtp_eval import quality
-
-    return quality.report(args, evaluate)
+    return records.report(args, evaluate)
 
 
 def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Answer what the directory ``args.out`` does not hold yet; ``exact`` is the benchmark's measure, 0 to 1."""
     import torch
-    from tqdm import tqdm
-
-    from sdtp_eval import quality
 
     questions = [
         (name, sample) for name in args.tasks for sample in read_dataset(Path(args.data), name)[: args.samples]
     ]
-    methods = quality.find_methods(args.methods, oracles=False)
-    model, tokenizer = quality.load_model(args)
+    methods = find_methods(args.methods, oracles=False)
+    model, tokenizer = command.load_model(args)
     num_layers = model.config.num_hidden_layers
-    entries = quality.plan(args, methods, num_layers, args.tokens)
-    path = quality.open_results(Path(args.out), args, model)
+    entries = plan(args, methods, num_layers, args.tokens)
+    path = records.open_results(Path(args.out), args, model)
     done = {tuple(result[key] for key in compare.KEY) for result in compare.read_samples([path])}
-    with path.open("a", encoding="utf-8") as file, torch.no_grad():
-        for name, sample in tqdm(questions, desc="longbench"):
+    with (
+        command.progress_bar(len(questions)) as bar,
+        path.open("a", encoding="utf-8") as file,
+        torch.no_grad(),
+    ):
+        for name, sample in questions:
+            bar.show(f"longbench {name}")
             context, question = build_prompt(tokenizer, DATASETS[name], sample, args.tokens)
             sample_id = hashlib.sha256(json.dumps([name, context, question]).encode()).hexdigest()[:16]
             for (method, label, schedule), protocol in itertools.product(entries, args.protocols):
@@ -330,8 +327,8 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
                     continue
                 pruned, after = (context, question) if protocol == AFTER else ([*context, *question], [])
                 begin = time.perf_counter()
-                with quality.patch(model, method, schedule, args.backend):
-                    new = quality.greedy(model, pruned, after, DATASETS[name].new_tokens)
+                with patch(model, method, schedule, args.backend):
+                    new = greedy(model, pruned, after, DATASETS[name].new_tokens)
                 answer = str(tokenizer.decode(new, skip_special_tokens=True))
                 result = {
                     **dict(zip(compare.KEY, key, strict=True)),
@@ -345,4 +342,5 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
                 }
                 file.write(json.dumps(result) + "\n")
                 file.flush()
+            bar.advance()
     return compare.read_samples([path])

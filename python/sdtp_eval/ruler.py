@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from sdtp_eval import compare
+from sdtp_eval import command, compare, records, schedules
+from sdtp_eval.methods import add_dropped_kv_options, add_methods_option, find_methods, patch, plan
 from sdtp_eval.tasks import AFTER, PROTOCOLS
 
 if TYPE_CHECKING:
@@ -24,39 +25,33 @@ TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_fwe")  # 
 
 def add_parser(commands: Any) -> None:
     """Add ``ruler`` to the parsers of ``sdtp eval``."""
-    from sdtp_eval import quality
-
     parser = commands.add_parser("ruler", help="RULER tasks through lm-eval (extra: ruler)")
-    parser.add_argument("--out", metavar="DIR", required=True, help="results; a run that is there is continued")
+    records.add_options(parser)
     parser.add_argument(
         "--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}, which run offline"
     )
-    parser.add_argument(
-        "--methods", nargs="+", default=["random", "recent", "attention"], metavar="METHOD",
-        help="pruner files and scorers; dense always runs too (default: random recent attention)",
-    )  # fmt: skip
+    add_methods_option(parser, ["random", "recent", "attention"], "pruner files and scorers; dense always runs too")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024], help="prompt lengths (default: 1024)")
     parser.add_argument("--samples", type=int, default=20, help="samples a task and length (%(default)s)")
     parser.add_argument("--new-tokens", type=int, help="longest answer (default: the task's own, 50 to 128)")
     parser.add_argument(
         "--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS), help="see 'run' (default: both)"
     )
-    quality.add_model_options(parser)
-    quality.add_schedule_options(parser)
-    quality.add_against_option(parser)
+    command.add_model_options(parser)
+    schedules.add_options(parser)
+    add_dropped_kv_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """``sdtp eval ruler``."""
-    from sdtp_eval import quality
     from sdtp_kernels.cli import CommandError
 
     try:
         import lm_eval  # noqa: F401 - said here, before a model is loaded
     except ImportError as error:
         raise CommandError(f"RULER runs through lm-eval ({error}): pip install 'sdtp-kernels[ruler]'") from error
-    return quality.report(args, evaluate)
+    return records.report(args, evaluate)
 
 
 def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -70,11 +65,9 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     ValueError
         If a method is an oracle, which needs the answer's tokens, or a task does not exist.
     """
-    from sdtp_eval import quality
-
-    methods = quality.find_methods(args.methods, oracles=False)
-    model, tokenizer = quality.load_model(args)
-    file = quality.open_results(Path(args.out), args, model)
+    methods = find_methods(args.methods, oracles=False)
+    model, tokenizer = command.load_model(args)
+    file = records.open_results(Path(args.out), args, model)
     # By sample ids that lm-eval knows only once it has run: whole evaluations are what is resumed.
     done = {
         (result["task"], result["protocol"], result["tokens"], result["method"], result["schedule"])
@@ -83,7 +76,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     asked_for = [
         (task, protocol, tokens, entry)
         for tokens in args.tokens
-        for entry in quality.plan(args, methods, model.config.num_hidden_layers, tokens)
+        for entry in plan(args, methods, model.config.num_hidden_layers, tokens)
         for protocol in args.protocols
         for task in args.tasks
     ]
@@ -92,10 +85,10 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         name = method.name if method else compare.DENSE
         if (f"ruler {task}", protocol, tokens, name, label) in done:
             continue
-        with quality.patch(model, method, schedule, args.backend):
+        with patch(model, method, schedule, args.backend):
             results = list(_evaluate(args, model, tokenizer, task, tokens, protocol, schedule))
         if not is_recorded:
-            quality.record_run(args, model)
+            records.record_run(args, model)
             is_recorded = True
         # In one piece, so that what is in the file is complete.
         lines = [json.dumps({**result, "method": name, "schedule": label}) + "\n" for result in results]
