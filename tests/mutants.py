@@ -2540,6 +2540,27 @@ MUTANTS = [
         "test_command.py::test_a_gpu_that_is_not_there_is_refused",
     ),
     Mutant(
+        "LongBench's code asked in a chat",
+        EVAL + "longbench.py",
+        'NO_CHAT = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")',
+        'NO_CHAT = ("trec", "triviaqa", "samsum")',
+        "test_eval_longbench.py::test_the_benchmark_asks_examples_and_code_without_a_chat",
+    ),
+    Mutant(
+        "LongBench's answers judged whole",
+        EVAL + "longbench.py",
+        "answer.lstrip(stop).split(stop)[0]",
+        "answer.lstrip(stop)",
+        "test_eval_longbench.py::test_measures",
+    ),
+    Mutant(
+        "LongBench's question left out",
+        EVAL + "longbench.py",
+        'dataset.after.replace("{{question}}", sample["input"])',
+        'dataset.after.replace("{{question}}", "")',
+        "test_eval_longbench.py::test_prompts_hold_context_and_question_and_cut_the_middle",
+    ),
+    Mutant(
         "evaluation that needs training",
         EVAL + "tasks.py",
         "from sdtp_eval import texts\n",
