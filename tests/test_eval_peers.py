@@ -110,8 +110,8 @@ def test_a_press_gets_the_budget_of_the_schedule(tiny_model: Any) -> None:
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"no method 'kvpress:Snap'; kvpress .* has KeepFirst, Pyramid"):
         methods.find_method("kvpress:Snap")
-    with pytest.raises(ValueError, match="only 'sdtp eval run' can use the presses"):
-        methods.find_methods(["kvpress:KeepFirst"], oracles=False)
+    with pytest.raises(ValueError, match="the cache has to be compressed by kvpress"):
+        methods.find_methods(["kvpress:KeepFirst"], methods.FROM_PROMPTS)
     monkeypatch.setitem(sys.modules, "kvpress", None)
     with pytest.raises(ValueError, match="pip install --no-deps kvpress"):
         methods.find_method("kvpress:KeepFirst")

@@ -106,8 +106,7 @@ def test_a_question_after_the_pruned_context_equals_a_second_call(tiny_model, sa
 def test_greedy_answers_are_exact_where_teacher_forcing_says_so(tiny_model, sample: Sample, protocol: str) -> None:
     method = find_method("attention")
     reader = Reader(tiny_model, sample)
-    with reader.patched(protocol, method, SCHEDULE):
-        answer = reader.greedy(protocol, extra=0)
+    answer = reader.greedy(protocol, method, SCHEDULE, extra=0)
     own = Sample(sample.task, sample.kind, sample.context, sample.question, tuple(answer))
     assert Reader(tiny_model, own).result(protocol, method, SCHEDULE)["exact"] == 1.0
     other = Sample(sample.task, sample.kind, sample.context, sample.question, (*answer[:-1], answer[-1] ^ 1))

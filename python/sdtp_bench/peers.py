@@ -161,7 +161,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     processes.complete(args)
     model, tokenizer = load_checkpoint(args.model, getattr(torch, args.dtype))
     model = model.to(args.device)
-    (method,) = find_methods([args.method], oracles=False)
+    (method,) = find_methods([args.method], ("pruners",))
     layers = method.layers or PruningSchedule.every(model.config.num_hidden_layers).layers
     pool = tasks.TextPool(tokenizer, [], "held-out")
     for tokens in args.tokens:

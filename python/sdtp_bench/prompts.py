@@ -95,7 +95,7 @@ def settings_of(args: argparse.Namespace) -> Iterator[Setting]:
     from sdtp_kernels import PruningSchedule
 
     text = texts.read_text(args.text) if args.text else texts.language_reference()
-    (method,) = find_methods([args.method], oracles=False)
+    (method,) = find_methods([args.method], ("pruners",))
     forms = with_dropped_kv(args, method)
     for dtype in args.dtype:
         model, tokenizer = load_checkpoint(args.model, getattr(torch, dtype))

@@ -84,7 +84,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(f"--runs {args.runs}: expected at least 1")
     model, tokenizer = command.load_model(args)
     num_layers = model.config.num_hidden_layers
-    methods = find_methods(args.methods, oracles=False)
+    methods = find_methods(args.methods, ("pruners",))
     pool = tasks.TextPool(tokenizer, [], "all")
     rows = []
     for tokens in args.tokens:

@@ -32,6 +32,8 @@ class SdtpLM(LM):
     split : function of str to (str, str), optional
         Divides a prompt of ``generate_until`` into a context to prune and a question that follows it, unpruned (patch
         the model with ``later_turns=False``); without it the whole prompt is pruned.
+    shorten : function of list of int to list of int, optional
+        What the model is given of a context, by token ids; without it all of it.
     max_new_tokens : int, optional
         Upper limit for every task, whatever it asks for.
     progress : bool, default True
@@ -48,12 +50,14 @@ class SdtpLM(LM):
         tokenizer: Any,
         *,
         split: Callable[[str], tuple[str, str]] | None = None,
+        shorten: Callable[[list[int]], list[int]] = list,
         max_new_tokens: int | None = None,
         progress: bool = True,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
-        self.split, self.max_new_tokens, self.progress = split, max_new_tokens, progress
+        self.split, self.shorten = split, shorten
+        self.max_new_tokens, self.progress = max_new_tokens, progress
 
     @property
     def tokenizer_name(self) -> str:
@@ -79,6 +83,7 @@ class SdtpLM(LM):
         for request in self._bar(requests, "loglikelihood", disable_tqdm):
             context, continuation = request.args
             ids, count = self._encode_pair(context, continuation)
+            ids = [*self.shorten(ids[:-count]), *ids[-count:]]
             output = self.model(self._tensor(ids[:-1]), logits_to_keep=count)
             logits = output.logits[0, -count:].float().log_softmax(-1)
             answer = torch.tensor(ids[-count:], device=logits.device)
@@ -112,7 +117,7 @@ class SdtpLM(LM):
         """Greedy continuation of a prompt."""
         context, question = self.split(prompt) if self.split else (prompt, "")
         follows = list(self.tokenizer(question, add_special_tokens=False).input_ids) if question else []
-        new = greedy(self.model, self._encode(context), follows, max_new_tokens)
+        new = greedy(self.model, self.shorten(self._encode(context)), follows, max_new_tokens)
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_eval import command, compare, records, schedules, tasks
-from sdtp_eval.methods import add_dropped_kv_options, add_methods_option, find_methods, patch, plan
+from sdtp_eval.methods import (
+    FROM_PROMPTS,
+    add_dropped_kv_options,
+    add_methods_option,
+    find_methods,
+    mean_keep,
+    patch,
+    plan,
+    shorten,
+)
 from sdtp_eval.reader import greedy
 from sdtp_eval.tasks import AFTER, INSIDE, PROTOCOLS
 
@@ -160,7 +169,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--data", metavar="DIR", required=True, help="folder with the <dataset>.jsonl of LongBench v1")
     records.add_options(parser)
     parser.add_argument("--tasks", nargs="+", default=list(DATASETS), metavar="DATASET", help="default: all in English")
-    add_methods_option(parser, ["random", "recent", "attention"], "pruner files and scorers; dense always runs too")
+    add_methods_option(
+        parser, ["random", "recent", "attention"], "pruner files, scorers and cutters; dense always runs too"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="longest prompt (%(default)s)")
     parser.add_argument("--samples", type=int, help="samples a dataset (default: all)")
     parser.add_argument(
@@ -183,7 +194,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     datasets = {name: find_dataset(name) for name in args.tasks}
     questions = [(name, sample) for name in datasets for sample in read_dataset(Path(args.data), name)[: args.samples]]
-    methods = find_methods(args.methods, oracles=False)
+    methods = find_methods(args.methods, FROM_PROMPTS)
     model, tokenizer = command.load_model(args)
     num_layers = model.config.num_hidden_layers
     entries = plan(args, methods, num_layers, args.tokens)
@@ -205,8 +216,9 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
                     continue
                 pruned, after = (context, question) if protocol == AFTER else ([*context, *question], [])
                 begin = time.perf_counter()
+                short = shorten(method, schedule, pruned, num_layers)
                 with patch(model, method, schedule, args.backend):
-                    new = greedy(model, pruned, after, datasets[name].new_tokens)
+                    new = greedy(model, short, after, datasets[name].new_tokens)
                 answer = str(tokenizer.decode(new, skip_special_tokens=True))
                 result = {
                     **dict(zip(compare.KEY, key, strict=True)),
@@ -214,7 +226,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "exact": judge(datasets[name], answer, sample),
                     "answer": answer,
                     "expected": sample["answers"],
-                    "mean_keep": schedule.mean_keep(len(pruned), num_layers) if schedule else 1.0,
+                    "mean_keep": mean_keep(method, schedule, len(pruned), num_layers),
                     "prompt_tokens": len(pruned),
                     "seconds_with_answer": time.perf_counter() - begin,
                 }

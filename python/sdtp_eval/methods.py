@@ -8,20 +8,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sdtp_eval.compare import DENSE
-from sdtp_eval.schedules import make_schedules
+from sdtp_eval.schedules import dropping_once, make_schedules
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    import torch
 
     from sdtp_eval.baselines import Oracle
+    from sdtp_eval.rivals import Cutter
     from sdtp_kernels import PruningSchedule
 
 DROPPED_KV = ("none", "predicted")
+# Fields of a Method, one of which says how it works, and what using it asks for.
+KINDS = {
+    "pruners": "the stages have to run its scorers",
+    "id_score": "its scorer has to be shown the token ids",
+    "cut": "the prompt has to be cut before the model reads it",
+    "press": "the cache has to be compressed by kvpress",
+    "oracle": "an oracle has to know the answer's tokens",
+}
+WITHOUT_STAGES = ("press", "cut")  # nothing is dropped between two layers: of a schedule only B matters
+FROM_PROMPTS = ("pruners", "id_score", "cut")  # what can be done with a prompt whose answer nobody knows
 
 
 class Method(NamedTuple):
-    """A way to score tokens."""
+    """A way to do without tokens: one of `pruners`, `oracle`, `press`, `id_score` and `cut`."""
 
     name: str
     pruners: Any = None
@@ -31,13 +44,22 @@ class Method(NamedTuple):
     """Those that a pruner file has pruners for."""
     press: Any = None
     """A class of kvpress, which compresses the cache of a dense prefill."""
+    id_score: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Of token ids alone, for :class:`~sdtp_eval.rivals.IdScorer`."""
+    cut: Cutter | None = None
+    """Shortens the prompt, which a dense model then reads."""
     kv_predictor: Any = None
     """The file's, or another's; whether it is used is what `dropped_kv` says."""
     dropped_kv: Literal["none", "predicted"] = "none"
 
+    @property
+    def kind(self) -> str:
+        """One of :data:`KINDS`."""
+        return next(name for name in KINDS if getattr(self, name) is not None)
+
 
 def find_method(word: str) -> Method:
-    """A method by the name of a scorer, an oracle or a press of kvpress, or by the path of a pruner file.
+    """A method by the name of a scorer, a cutter, an oracle or a press of kvpress, or by the path of a pruner file.
 
     The name of a file's method ends in a hash of its content: results of a file that is trained again do not mix.
 
@@ -49,6 +71,7 @@ def find_method(word: str) -> Method:
     from sdtp_eval import peers
     from sdtp_eval.baselines import BASELINES, ORACLES
     from sdtp_eval.checkpoints import bundled_pruners
+    from sdtp_eval.rivals import CUTTERS, ID_SCORES
     from sdtp_kernels import load_pruners
 
     if word.startswith(peers.PREFIX):
@@ -57,29 +80,38 @@ def find_method(word: str) -> Method:
         return Method(word, BASELINES[word])
     if word in ORACLES:
         return Method(word, oracle=ORACLES[word])
+    if word in ID_SCORES:
+        return Method(word, id_score=ID_SCORES[word])
+    if word in CUTTERS:
+        return Method(word, cut=CUTTERS[word])
     path = bundled_pruners().get(word, Path(word))
     if not path.is_file():
-        known = ", ".join([*BASELINES, *ORACLES, *bundled_pruners(), f"{peers.PREFIX}SnapKV"])
+        known = ", ".join([*BASELINES, *ID_SCORES, *CUTTERS, *ORACLES, *bundled_pruners(), f"{peers.PREFIX}SnapKV"])
         raise ValueError(f"no method {word!r}: neither a pruner file nor one of {known}")
     stack = load_pruners(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:6]
     return Method(f"{path.stem}@{digest}", stack, layers=tuple(sorted(stack)), kv_predictor=stack.kv_predictor)
 
 
-def find_methods(words: Sequence[str], *, oracles: bool = True) -> list[Method]:
+def find_methods(words: Sequence[str], kinds: Sequence[str] = tuple(KINDS)) -> list[Method]:
     """The methods by these names without dense, which always runs.
+
+    Parameters
+    ----------
+    words : sequence of str
+        See :func:`find_method`.
+    kinds : sequence of str, default all of :data:`KINDS`
+        Those that the caller can use.
 
     Raises
     ------
     ValueError
-        As :func:`find_method`; also for an oracle where `oracles` is false.
+        As :func:`find_method`; also for a method of another kind.
     """
     methods = [find_method(word) for word in words if word != DENSE]
     for method in methods:
-        if method.oracle is not None and not oracles:
-            raise ValueError(f"{method.name}: an oracle has to know the answer's tokens; 'sdtp eval run' can use it")
-        if method.press is not None and not oracles:
-            raise ValueError(f"{method.name}: only 'sdtp eval run' can use the presses of kvpress")
+        if method.kind not in kinds:
+            raise ValueError(f"{method.name}: {KINDS[method.kind]}; this command cannot, 'sdtp eval run' can")
     return methods
 
 
@@ -104,10 +136,21 @@ Entry = tuple[Method | None, str, "PruningSchedule | None"]
 
 
 def plan(args: argparse.Namespace, methods: Sequence[Method], num_layers: int, tokens: int) -> list[Entry]:
-    """Method, label and schedule of everything that a sample of this length goes through, the dense model first."""
+    """Method, label and schedule of everything that a sample of this length goes through, the dense model first.
+
+    Raises
+    ------
+    ValueError
+        If an option is no schedule, a budget cannot be reached, or a method cannot prune as it is asked to.
+    """
     entries: list[Entry] = [(None, DENSE, None)]
     for method in methods:
         schedules = make_schedules(args, method.layers, num_layers, tokens)
+        if method.kind not in WITHOUT_STAGES:
+            for layer in args.once:
+                if method.layers is not None and layer not in method.layers:
+                    raise ValueError(f"--once {layer}: {method.name} has pruners for the layers {method.layers} alone")
+            schedules |= dropping_once(schedules, args.once, num_layers, tokens)
         for own in with_dropped_kv(args, method):
             note = "" if own.dropped_kv == "none" else f" {own.dropped_kv}"
             entries += [(own, label + note, schedule) for label, schedule in schedules.items()]
@@ -124,7 +167,7 @@ def with_dropped_kv(args: argparse.Namespace, method: Method) -> list[Method]:
     """
     from sdtp_kernels import load_pruners
 
-    if method.press is not None:  # it drops nothing from the computation
+    if method.kind in WITHOUT_STAGES:
         return [method]
     predictor = method.kv_predictor
     if args.kv_predictor is not None:
@@ -139,18 +182,61 @@ def with_dropped_kv(args: argparse.Namespace, method: Method) -> list[Method]:
     return [method._replace(kv_predictor=predictor, dropped_kv=form) for form in forms]
 
 
-def patch(model: Any, method: Method | None, schedule: PruningSchedule | None, backend: str) -> Any:
-    """The model pruning by this method, which is no oracle, as a context manager; or as it is, without a method."""
+@contextlib.contextmanager
+def patch(model: Any, method: Method | None, schedule: PruningSchedule | None, backend: str) -> Iterator[Any]:
+    """The model pruning by this method, which is no oracle, with its handle; as it is for a cutter and for none."""
+    from sdtp_eval.rivals import IdScorer
     from sdtp_kernels import apply_sdtp
 
+    if method is None or schedule is None or method.cut is not None:
+        yield None
+        return
+    pruners = method.pruners
+    with contextlib.ExitStack() as stack:
+        if method.id_score is not None:
+            pruners = IdScorer(method.id_score)
+            stack.callback(model.get_input_embeddings().register_forward_pre_hook(pruners.read).remove)
+        yield stack.enter_context(
+            apply_sdtp(
+                model,
+                pruners,
+                schedule,
+                backend,
+                later_turns=False,  # a question stays whole
+                dropped_kv=method.dropped_kv,
+                kv_predictor=method.kv_predictor,
+            )
+        )
+
+
+def mean_keep(method: Method | None, schedule: PruningSchedule | None, length: int, num_layers: int) -> float:
+    """B of a prompt of `length` tokens: mean kept tokens per layer, over `length`."""
     if method is None or schedule is None:
-        return contextlib.nullcontext()
-    return apply_sdtp(
-        model,
-        method.pruners,
-        schedule,
-        backend,
-        later_turns=False,  # a question stays whole
-        dropped_kv=method.dropped_kv,
-        kv_predictor=method.kv_predictor,
-    )
+        return 1.0
+    kept = schedule.mean_keep(length, num_layers)
+    return kept if method.cut is None else round(kept * length) / length
+
+
+def shorten(method: Method | None, schedule: PruningSchedule | None, ids: list[int], num_layers: int) -> list[int]:
+    """What the model is given of a prompt: all of it, or what a cutter leaves at the schedule's B.
+
+    Parameters
+    ----------
+    method : Method or None
+    schedule : PruningSchedule or None
+    ids : list of int
+        The prompt, N tokens.
+    num_layers : int
+        Of the model.
+
+    Returns
+    -------
+    list of int
+        Without a cutter `ids`; with one, `B N` tokens in their order.
+    """
+    import torch
+
+    if method is None or schedule is None or method.cut is None:
+        return ids
+    num_keep = round(mean_keep(method, schedule, len(ids), num_layers) * len(ids))
+    return [ids[i] for i in method.cut(torch.tensor(ids), num_keep, schedule).tolist()]

@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise ValueError(f"--new-tokens {args.new_tokens}: expected at least 1")
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: there is no such directory")
-    found = methods.find_methods(args.methods, oracles=False)
+    found = methods.find_methods(args.methods, methods.FROM_PROMPTS)
     model, tokenizer = command.load_model(args)
     prompts = list(read_prompts(tokenizer, args.prompts))
     with torch.no_grad():
@@ -86,8 +86,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 if method is None or schedule is None:
                     continue
                 read = reader.result(INSIDE, method, schedule)
-                with reader.patched(INSIDE, method, schedule):
-                    pruned = greedy(model, ids, [], args.new_tokens)
+                pruned = reader.greedy(INSIDE, method, schedule, extra=args.new_tokens - len(dense))
                 answers = [
                     str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in (dense, pruned)
                 ]

@@ -8,8 +8,6 @@ processes share the samples and write files of their own, which the first one pu
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +19,7 @@ from sdtp_eval.tasks import PROTOCOLS, Sample
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from sdtp_eval.parallel import Workers
     from sdtp_kernels import PruningSchedule
@@ -46,7 +44,7 @@ def add_parser(commands: Any) -> None:
         "--tasks", nargs="+", default=["nll"], metavar="TASK", help=f"{', '.join(tasks.TASKS)} (default: nll)"
     )
     methods.add_methods_option(
-        parser, DEFAULT_METHODS, "pruner files, scorers, oracles, kvpress:NAME; dense always runs too"
+        parser, DEFAULT_METHODS, "pruner files, scorers, cutters, oracles, kvpress:NAME; dense always runs too"
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024], help="prompt lengths (default: 1024)")
     parser.add_argument("--samples", type=int, default=48, help="samples a task and length (%(default)s)")
@@ -103,9 +101,12 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     model, tokenizer = command.load_model(args)
     model = model.to(workers.device)
     found = find_methods(args.methods)
-    presses = [method.name for method in found if method.press is not None]
-    if presses and (args.greedy or "ranks" in args.tasks):
-        raise ValueError(f"{', '.join(presses)}: kvpress compresses a cache: leave out --greedy and the task ranks")
+    presses = [method.name for method in found if method.kind == "press"]
+    if presses and args.greedy:
+        raise ValueError(f"{', '.join(presses)}: kvpress compresses a cache: leave out --greedy")
+    unscored = [method.name for method in found if method.kind not in ("pruners", "oracle")]
+    if unscored and "ranks" in args.tasks:
+        raise ValueError(f"{', '.join(unscored)}: no scores of stages to compare: leave out the task ranks")
     pool = tasks.TextPool(tokenizer, args.data, args.split)
     samples = [
         (tokens, sample)
@@ -201,10 +202,6 @@ def _work(
 
 
 def _answer(reader: Reader, tokenizer: Any, job: Job) -> dict[str, Any]:
-    patch: Callable[[], Any] = contextlib.nullcontext
-    if job.method is not None and job.schedule is not None:
-        patch = functools.partial(reader.patched, job.protocol, job.method, job.schedule)
-    with patch():
-        text = str(tokenizer.decode(reader.greedy(job.protocol), skip_special_tokens=True))
+    text = str(tokenizer.decode(reader.greedy(job.protocol, job.method, job.schedule), skip_special_tokens=True))
     expected = str(tokenizer.decode(reader.sample.answer)).strip()
     return {"greedy_text": text, "greedy": float(expected in text)}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdtp_eval.methods import Method, patch
+from sdtp_eval.methods import Method, mean_keep, patch, shorten
 from sdtp_eval.paired import cache_of, cached_tokens, timed
 from sdtp_eval.peers import compressed_forward
 from sdtp_eval.schedules import KEEP_ALL
 from sdtp_eval.tasks import INSIDE, Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
 
@@ -50,7 +50,7 @@ class Reader:
         self.input_ids = torch.tensor([sample.ids], device=model.device)
         self.answer = torch.tensor(sample.answer, device=model.device)
         self._oracles: dict[tuple[Any, ...], Any] = {}
-        self.dense = self._forward(len(sample.ids))
+        self.dense = self._score(len(sample.ids), functools.partial(self._read, len(sample.ids)))
 
     def result(
         self, protocol: str, method: Method | None = None, schedule: PruningSchedule | None = None
@@ -66,17 +66,17 @@ class Reader:
             If the cache does not hold what the schedule says.
         """
         prompt_length = self.sample.prompt_length(protocol)
+        expected = mean_keep(method, schedule, prompt_length, self.model.config.num_hidden_layers)
         scored = self.dense
-        if method is not None and schedule is not None and method.press is not None:
-            scored = self._forward(prompt_length, method.press, self._mean_keep(schedule, prompt_length))
+        if method is not None and method.press is not None:
+            scored = self._score(prompt_length, functools.partial(self._compress, prompt_length, method, expected))
         elif method is not None and schedule is not None:
             with self.patched(protocol, method, schedule) as handle:
-                scored = self._forward(prompt_length)
+                scored = self._score(prompt_length, functools.partial(self._read, prompt_length, method, schedule))
             if method.dropped_kv == "predicted":  # the cache is whole, the computation is not
                 computed = sum(layer.tokens_out for layer in handle.report().layers) / len(handle.report().layers)
                 after = len(self.sample.ids) - prompt_length
                 scored = scored._replace(mean_keep=(computed - after) / prompt_length)
-            expected = self._mean_keep(schedule, prompt_length)
             if abs(scored.mean_keep - expected) > 1e-9:
                 raise RuntimeError(
                     f"{method.name}: the prefill kept B={scored.mean_keep}, the schedule says {expected}; this is a "
@@ -95,9 +95,9 @@ class Reader:
             "prompt_tokens": prompt_length,
         }
 
-    def patched(self, protocol: str, method: Method, schedule: PruningSchedule) -> Any:
+    def patched(self, protocol: str, method: Method | None, schedule: PruningSchedule | None) -> Any:
         """The model pruning by this method; an oracle looks at the answer first."""
-        if method.oracle is not None:
+        if method is not None and schedule is not None and method.oracle is not None:
             method = method._replace(pruners=self.oracle_scores(method.oracle, protocol, schedule.layers))
         return patch(self.model, method, schedule, self.backend)
 
@@ -117,12 +117,16 @@ class Reader:
         found: Mapping[int, Any] = self._oracles[key]
         return found
 
-    def greedy(self, protocol: str, extra: int = 8) -> list[int]:
-        """What the model, patched or not, answers by itself: `extra` tokens more than the answer has."""
-        context, question = list(self.sample.context), list(self.sample.question)
+    def greedy(
+        self, protocol: str, method: Method | None = None, schedule: PruningSchedule | None = None, extra: int = 8
+    ) -> list[int]:
+        """What the model answers by itself, dense or by this method: `extra` tokens more than the answer has."""
+        prompt, question = list(self.sample.context), list(self.sample.question)
         if protocol == INSIDE:
-            context, question = [*context, *question], []
-        return greedy(self.model, context, question, len(self.answer) + extra)
+            prompt, question = [*prompt, *question], []
+        prompt = shorten(method, schedule, prompt, self.model.config.num_hidden_layers)
+        with self.patched(protocol, method, schedule):
+            return greedy(self.model, prompt, question, len(self.answer) + extra)
 
     def ranks(self, method: Method, target: Oracle, layers: tuple[int, ...]) -> dict[str, Any]:
         """Spearman correlation of the method's scores with the target's, stage by stage, with nothing dropped.
@@ -153,8 +157,8 @@ class Reader:
 
         watching = Method(method.name, {layer: functools.partial(record, layer) for layer in layers})
         with self.patched(INSIDE, watching, schedule):
-            scored = self._forward(len(self.sample.context))
-        length = len(self.sample.context)
+            length = len(self.sample.context)
+            scored = self._score(length, functools.partial(self._read, length))
         droppable = slice(schedule.sink, length - schedule.num_recent(length))
         stages = [
             float(spearmanr(recorded[i][0, droppable].cpu(), wanted[i].scores[droppable].cpu()).statistic)
@@ -168,24 +172,32 @@ class Reader:
             "prompt_tokens": length,
         }
 
-    def _forward(self, prompt_length: int, press: Any = None, mean_keep: float = 1.0) -> Scored:
-        after = self.input_ids.shape[1] - prompt_length
+    def _read(
+        self, prompt_length: int, method: Method | None = None, schedule: PruningSchedule | None = None
+    ) -> tuple[torch.Tensor, Any]:
+        """Logits of the last positions, the answer's among them, and the cache, by the model as it is now."""
+        import torch
+
+        input_ids = self.input_ids
+        if method is not None and method.cut is not None:
+            prompt = list(self.sample.ids[:prompt_length])
+            kept = shorten(method, schedule, prompt, self.model.config.num_hidden_layers)
+            input_ids = torch.cat([input_ids.new_tensor([kept]), input_ids[:, prompt_length:]], dim=1)
         # What stands after the prompt is never pruned; at least the answer's positions need their logits.
-        wanted = max(after + 1, len(self.answer))
+        wanted = max(self.input_ids.shape[1] - prompt_length + 1, len(self.answer))
+        output = self.model(input_ids, use_cache=True, logits_to_keep=wanted)
+        return output.logits[0], cache_of(output)
 
-        def read() -> tuple[torch.Tensor, Any]:
-            if press is None:
-                output = self.model(self.input_ids, use_cache=True, logits_to_keep=wanted)
-                return output.logits[0], cache_of(output)
-            return compressed_forward(self.model, press, mean_keep, self.input_ids, prompt_length, len(self.answer))
+    def _compress(self, prompt_length: int, method: Method, mean_keep: float) -> tuple[torch.Tensor, Any]:
+        """As :meth:`_read`, by a press of kvpress."""
+        return compressed_forward(self.model, method.press, mean_keep, self.input_ids, prompt_length, len(self.answer))
 
+    def _score(self, prompt_length: int, read: Callable[[], tuple[torch.Tensor, Any]]) -> Scored:
         (logits, cache), seconds = timed(read, self.input_ids.device)
+        after = self.input_ids.shape[1] - prompt_length
         kept = sum(length - after for length in cached_tokens(cache))
         log_probabilities = logits[-len(self.answer) :].float().log_softmax(-1)
         return Scored(log_probabilities, kept / (len(cache.layers) * prompt_length), seconds)
-
-    def _mean_keep(self, schedule: PruningSchedule, prompt_length: int) -> float:
-        return schedule.mean_keep(prompt_length, self.model.config.num_hidden_layers)
 
     def _nll(self, scored: Scored) -> float:
         return float(-scored.log_probabilities.gather(1, self.answer[:, None]).mean().item())

@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from sdtp_eval import command, compare, records, schedules
-from sdtp_eval.methods import add_dropped_kv_options, add_methods_option, find_methods, patch, plan
+from sdtp_eval.methods import (
+    FROM_PROMPTS,
+    add_dropped_kv_options,
+    add_methods_option,
+    find_methods,
+    mean_keep,
+    patch,
+    plan,
+    shorten,
+)
 from sdtp_eval.tasks import AFTER, PROTOCOLS
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
+    from sdtp_eval.methods import Method
     from sdtp_kernels import PruningSchedule
 
 TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_fwe")  # the others fetch essays or questions
@@ -30,7 +40,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}, which run offline"
     )
-    add_methods_option(parser, ["random", "recent", "attention"], "pruner files and scorers; dense always runs too")
+    add_methods_option(
+        parser, ["random", "recent", "attention"], "pruner files, scorers and cutters; dense always runs too"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024], help="prompt lengths (default: 1024)")
     parser.add_argument("--samples", type=int, default=20, help="samples a task and length (%(default)s)")
     parser.add_argument("--new-tokens", type=int, help="longest answer (default: the task's own, 50 to 128)")
@@ -65,7 +77,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     ValueError
         If a method is an oracle, which needs the answer's tokens, or a task does not exist.
     """
-    methods = find_methods(args.methods, oracles=False)
+    methods = find_methods(args.methods, FROM_PROMPTS)
     model, tokenizer = command.load_model(args)
     file = records.open_results(Path(args.out), args, model)
     # By sample ids that lm-eval knows only once it has run: whole evaluations are what is resumed.
@@ -86,7 +98,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         if (f"ruler {task}", protocol, tokens, name, label) in done:
             continue
         with patch(model, method, schedule, args.backend):
-            results = list(_evaluate(args, model, tokenizer, task, tokens, protocol, schedule))
+            results = list(_evaluate(args, model, tokenizer, task, tokens, protocol, method, schedule))
         if not is_recorded:
             records.record_run(args, model)
             is_recorded = True
@@ -104,6 +116,7 @@ def _evaluate(
     name: str,
     tokens: int,
     protocol: str,
+    method: Method | None,
     schedule: PruningSchedule | None,
 ) -> Iterator[dict[str, Any]]:
     import lm_eval
@@ -112,8 +125,13 @@ def _evaluate(
 
     from sdtp_eval.lm_eval_adapter import SdtpLM
 
+    num_layers = model.config.num_hidden_layers
     adapter = SdtpLM(
-        model, tokenizer, split=split_last_line if protocol == AFTER else None, max_new_tokens=args.new_tokens
+        model,
+        tokenizer,
+        split=split_last_line if protocol == AFTER else None,
+        shorten=lambda ids: shorten(method, schedule, ids, num_layers),
+        max_new_tokens=args.new_tokens,
     )
     begin = time.perf_counter()
     # RULER makes its samples to measure, with the tokenizer of this name.
@@ -149,7 +167,7 @@ def _evaluate(
             "exact": sum(word.lower() in answer.lower() for word in expected) / len(expected),
             "answer": answer,
             "expected": expected,
-            "mean_keep": schedule.mean_keep(length, model.config.num_hidden_layers) if schedule else 1.0,
+            "mean_keep": mean_keep(method, schedule, length, num_layers),
             "prompt_tokens": length,
             "seconds_with_answer": seconds / len(evaluation["samples"][name]),
         }

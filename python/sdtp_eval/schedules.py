@@ -10,6 +10,7 @@ from sdtp_eval.compare import SAME_BUDGET
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from sdtp_kernels import PruningSchedule
 
@@ -38,6 +39,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", nargs="+", metavar="LAYERS",
         help=f"FIRST:STEP or a list with commas (default: those of the pruner file, else {LAYERS})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--once", nargs="+", type=int, default=[], metavar="LAYER",
+        help="also, with the same B as each of these: all tokens up to this layer, and one stage there",
     )  # fmt: skip
     parser.add_argument("--budget", nargs="+", choices=BUDGETS, default=["global"], help="default: global")
     parser.add_argument("--block-size", nargs="+", type=int, default=[512], help="tokens of a block (default: 512)")
@@ -92,6 +97,37 @@ def make_schedules(
     return found
 
 
+def dropping_once(
+    schedules: dict[str, PruningSchedule], layers: Sequence[int], num_layers: int, tokens: int
+) -> dict[str, PruningSchedule]:
+    """For each schedule and layer the one that drops there alone, with the same B: the class of GemFilter and FastKV.
+
+    Parameters
+    ----------
+    schedules : dict
+        By label, as of :func:`make_schedules`.
+    layers : sequence of int
+    num_layers : int
+        Of the model.
+    tokens : int
+        Length of the prompt.
+
+    Raises
+    ------
+    ValueError
+        If a layer is too late for a budget.
+    """
+    found = {}
+    for (label, schedule), layer in itertools.product(schedules.items(), layers):
+        mean_keep = schedule.mean_keep(tokens, num_layers)
+        base = dataclasses.replace(schedule, layers=(layer,), keep_ratio=KEEP_ALL)
+        try:
+            found[f"{label} once {layer}"] = schedule_for(base, mean_keep, num_layers, tokens)
+        except ValueError as error:
+            raise ValueError(f"--once {layer}, for '{label}': {error}") from None
+    return found
+
+
 def shaped(keep_ratio: float | tuple[float, ...], num_stages: int, shape: str) -> float | tuple[float, ...]:
     """The keep ratio of a schedule of this shape, one of :data:`SHAPES`.
 
@@ -137,8 +173,8 @@ def schedule_for(
     if abs(found - mean_keep) > SAME_BUDGET:
         least = at(1).mean_keep(tokens, num_layers)
         raise ValueError(
-            f"--mean-keep {mean_keep:g}: stages at {base.layers} of {num_layers} layers keep between {least:.3f} and 1 "
-            f"of {tokens} tokens; ask for more, or begin to prune earlier"
+            f"B {mean_keep:g} cannot be had: stages at {base.layers} of {num_layers} layers keep between {least:.3f} "
+            f"and 1 of {tokens} tokens; ask for more, or begin to prune earlier"
         )
     return schedule
 
