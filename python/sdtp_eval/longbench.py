@@ -28,12 +28,15 @@ from sdtp_eval.methods import (
     plan,
     shorten,
 )
-from sdtp_eval.reader import greedy
-from sdtp_eval.tasks import AFTER, INSIDE, PROTOCOLS
+from sdtp_eval.paired import GateError
+from sdtp_eval.reader import greedy, prefilled_tokens
+from sdtp_eval.tasks import INSIDE, PROTOCOLS
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
+
+    from sdtp_eval.methods import Method
 
 FIELDS = ("input", "context", "answers", "all_classes")
 DATASETS = (
@@ -190,45 +193,119 @@ def run(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Answer what the directory ``args.out`` does not hold yet; ``exact`` is the benchmark's measure, 0 to 1."""
-    import torch
-
-    datasets = {name: find_dataset(name) for name in args.tasks}
-    questions = [(name, sample) for name in datasets for sample in read_dataset(Path(args.data), name)[: args.samples]]
+    samples = {name: (find_dataset(name), read_dataset(Path(args.data), name)[: args.samples]) for name in args.tasks}
     methods = find_methods(args.methods, FROM_PROMPTS)
     model, tokenizer = command.load_model(args)
+    questions = [
+        Question(
+            "longbench", name, str(number), dataset, *build_prompt(tokenizer, dataset, sample, args.tokens), sample
+        )
+        for name, (dataset, found) in samples.items()
+        for number, sample in enumerate(found)
+    ]
+    return ask(args, model, tokenizer, methods, questions)
+
+
+# ---------------------------------------------------------------------------------------------------------- asking
+
+
+class Question(NamedTuple):
+    """One sample of a benchmark, as it is asked."""
+
+    benchmark: str
+    name: str
+    """Of the dataset."""
+    number: str
+    """In its file."""
+    dataset: Dataset
+    context: list[int]
+    """Token ids; what the protocol ``after`` prunes."""
+    question: list[int]
+    """And those that follow."""
+    sample: dict[str, Any]
+    """With ``answers``, and ``all_classes`` where the dataset has classes."""
+
+    @property
+    def id(self) -> str:
+        """By everything that decides the score of an answer."""
+        about = [self.name, self.context, self.question, self.sample["answers"]]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def ask(
+    args: argparse.Namespace, model: Any, tokenizer: Any, methods: Sequence[Method], questions: Sequence[Question]
+) -> list[dict[str, Any]]:
+    """Let every method answer what the directory ``args.out`` does not hold yet.
+
+    Parameters
+    ----------
+    args : Namespace
+        ``out``, ``tokens``, ``protocols``, and the options of models and schedules. Where ``tokens`` is
+        :data:`sdtp_eval.compare.ANY_LENGTH`, a budget is sought for the length of each prompt.
+    model, tokenizer
+    methods : sequence of Method
+        Of the kinds :data:`sdtp_eval.methods.FROM_PROMPTS`; dense is added.
+    questions : sequence of Question
+
+    Returns
+    -------
+    list of dict
+        All per-sample results of the directory.
+
+    Raises
+    ------
+    GateError
+        If the layers have not computed as many tokens of a prompt as the schedule says, or the dense model not all of
+        them; the answer is not written then.
+    """
+    import torch
+
     num_layers = model.config.num_hidden_layers
-    entries = plan(args, methods, num_layers, args.tokens)
     path = records.open_results(Path(args.out), args, model)
-    done = {tuple(result[key] for key in compare.KEY) for result in compare.read_samples([path])}
+    done = {records.key_of(result) for result in compare.read_samples([path])}
+    is_recorded = False
     with (
         command.progress_bar(len(questions)) as bar,
         path.open("a", encoding="utf-8") as file,
         torch.no_grad(),
     ):
-        for name, sample in questions:
-            bar.show(f"longbench {name}")
-            context, question = build_prompt(tokenizer, datasets[name], sample, args.tokens)
-            sample_id = hashlib.sha256(json.dumps([name, context, question]).encode()).hexdigest()[:16]
+        for asked in questions:
+            bar.show(f"{asked.benchmark} {asked.name}")
+            entries = plan(args, methods, num_layers, args.tokens or len(asked.context) + len(asked.question))
             for (method, label, schedule), protocol in itertools.product(entries, args.protocols):
                 method_name = method.name if method else compare.DENSE
-                key = (f"longbench {name}", protocol, args.tokens, sample_id, method_name, label)
+                key = (f"{asked.benchmark} {asked.name}", protocol, args.tokens, asked.id, method_name, label)
                 if key in done:
                     continue
-                pruned, after = (context, question) if protocol == AFTER else ([*context, *question], [])
+                if not is_recorded:
+                    records.record_run(args, model)
+                    is_recorded = True
+                prompt, after = asked.context, asked.question
+                if protocol == INSIDE:
+                    prompt, after = [*prompt, *after], []
                 begin = time.perf_counter()
-                short = shorten(method, schedule, pruned, num_layers)
-                with patch(model, method, schedule, args.backend):
-                    new = greedy(model, short, after, datasets[name].new_tokens)
+                short = shorten(method, schedule, prompt, num_layers)
+                with patch(model, method, schedule, args.backend), prefilled_tokens(model) as computed:
+                    new = greedy(model, short, after, asked.dataset.new_tokens)
+                seconds = time.perf_counter() - begin
+                kept = sum(computed) / (num_layers * len(prompt))
+                expected = mean_keep(method, schedule, len(prompt), num_layers)
+                if abs(kept - expected) > 1e-9:
+                    raise GateError(
+                        f"no figures: on {asked.name} {asked.number}, a prompt of {len(prompt)} tokens, {method_name} "
+                        f"computed B={kept:.4f}; expected {expected:.4f} by its schedule"
+                    )
                 answer = str(tokenizer.decode(new, skip_special_tokens=True))
                 result = {
                     **dict(zip(compare.KEY, key, strict=True)),
-                    "kind": name,
-                    "exact": judge(datasets[name], answer, sample),
+                    "kind": asked.name,
+                    "number": asked.number,
+                    "exact": judge(asked.dataset, answer, asked.sample),
                     "answer": answer,
-                    "expected": sample["answers"],
-                    "mean_keep": mean_keep(method, schedule, len(pruned), num_layers),
-                    "prompt_tokens": len(pruned),
-                    "seconds_with_answer": time.perf_counter() - begin,
+                    "expected": asked.sample["answers"],
+                    "mean_keep": kept,
+                    "prompt_tokens": len(prompt),
+                    "seconds_with_answer": seconds,
                 }
                 file.write(json.dumps(result) + "\n")
                 file.flush()

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdtp_eval import command, compare, cost, longbench, methods, mine, records, ruler, schedules, tasks
+from sdtp_eval import command, compare, cost, longbench, methods, mine, minilongbench, records, ruler, schedules, tasks
 from sdtp_eval.methods import Entry, Method, find_method, find_methods, plan
 from sdtp_eval.reader import Reader
 from sdtp_eval.tasks import PROTOCOLS, Sample
@@ -32,7 +32,7 @@ def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser("eval", help="measure what pruning costs in quality")
     commands = parser.add_subparsers(dest="eval_command", required=True, metavar="COMMAND")
     add_parser(commands)
-    for module in (compare, cost, ruler, longbench, mine):
+    for module in (compare, cost, ruler, longbench, minilongbench, mine):
         module.add_parser(commands)
 
 

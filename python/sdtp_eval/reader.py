@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ from sdtp_eval.schedules import KEEP_ALL
 from sdtp_eval.tasks import INSIDE, Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
 
@@ -201,6 +202,26 @@ class Reader:
 
     def _nll(self, scored: Scored) -> float:
         return float(-scored.log_probabilities.gather(1, self.answer[:, None]).mean().item())
+
+
+@contextlib.contextmanager
+def prefilled_tokens(model: Any) -> Iterator[list[int]]:
+    """How many tokens each decoder layer computes of the first prompt that the model reads, patched or not.
+
+    Yields
+    ------
+    list of int
+        By layer; 0 until the layer has run.
+    """
+    computed = [0] * len(model.model.layers)
+
+    def enter(layer_idx: int, layer: Any, args: tuple[Any, ...]) -> None:
+        computed[layer_idx] = computed[layer_idx] or args[0].shape[1]
+
+    with contextlib.ExitStack() as hooks:
+        for layer_idx, layer in enumerate(model.model.layers):
+            hooks.callback(layer.register_forward_pre_hook(functools.partial(enter, layer_idx)).remove)
+        yield computed
 
 
 def greedy(model: Any, prompt: list[int], question: list[int], max_new_tokens: int) -> list[int]:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 RUNS = "runs.jsonl"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, against: Sequence[str] = compare.AGAINST) -> None:
     """Where results go, and whom to compare with."""
     parser.add_argument("--out", metavar="DIR", required=True, help="results; a run that is there is continued")
-    compare.add_against_option(parser)
+    compare.add_against_option(parser, against)
 
 
 def report(args: argparse.Namespace, evaluate: Callable[[argparse.Namespace], list[dict[str, Any]] | None]) -> int:
