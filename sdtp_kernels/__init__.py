@@ -7,12 +7,11 @@ try:
     from .kv_predictor import KVPredictor
     from .models import PrefillReport, SdtpHandle, apply_sdtp, remove_sdtp
     from .ops import (
-        PromptScores,
         PrunedTokens,
         gather_tokens,
         position_attention,
+        prompt_bias,
         prune_tokens,
-        score_prompt,
         score_tokens,
         select_tokens,
         window_attention,
@@ -35,7 +34,6 @@ __all__ = [
     "BackendUnavailableError",
     "KVPredictor",
     "PrefillReport",
-    "PromptScores",
     "PrunedTokens",
     "PrunerStack",
     "PruningSchedule",
@@ -48,10 +46,10 @@ __all__ = [
     "gather_tokens",
     "load_pruners",
     "position_attention",
+    "prompt_bias",
     "prune_tokens",
     "remove_sdtp",
     "save_pruners",
-    "score_prompt",
     "score_tokens",
     "select_tokens",
     "window_attention",

@@ -1,4 +1,4 @@
-"""The command ``sdtp``: ``doctor`` and whatever other packages add.
+"""The command ``sdtp``: ``doctor``, and what other packages add.
 
 A package adds a command ``NAME`` with an entry point ``NAME`` in the group ``sdtp.commands``. It points to a function
 ``add_command(subparsers)`` that adds the parser ``NAME`` and sets ``run``, a function of the parsed arguments that

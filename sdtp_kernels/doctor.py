@@ -207,8 +207,8 @@ def _check_backend(backend: str, device: str) -> None:
     from sdtp_kernels import (
         gather_tokens,
         position_attention,
+        prompt_bias,
         prune_tokens,
-        score_prompt,
         score_tokens,
         select_tokens,
         window_attention,
@@ -231,11 +231,14 @@ def _check_backend(backend: str, device: str) -> None:
         w1 = torch.randn(inner, width, generator=generator).to(device, dtype)
         b1, w2 = torch.randn(2, inner, generator=generator).to(device)
         b2 = torch.zeros((), device=device)
-        bias = torch.randn(batch, length, generator=generator).to(device)
+        mean, bias = torch.randn(2, batch, length, generator=generator).to(device)
         scores, expected = (
-            score_tokens(hidden_states, w1, b1, w2, b2, score_bias=bias, rms_eps=1e-6, backend=name)
+            score_tokens(
+                hidden_states, w1, b1, w2, b2, mean_score=mean, num_scores=2, score_bias=bias, rms_eps=1e-6,
+                backend=name,
+            )
             for name in (backend, "reference")
-        )
+        )  # fmt: skip
         tolerance = 1e-4 if dtype == torch.float32 else 5e-2  # 16-bit backends may round the pre-activation
         if not torch.allclose(scores, expected, rtol=tolerance, atol=tolerance):
             raise AssertionError(f"score_tokens is off by {(scores - expected).abs().max().item():.3g} in {dtype}")
@@ -251,11 +254,14 @@ def _check_backend(backend: str, device: str) -> None:
         for got, want in zip(rows, expected_rows, strict=True):
             expect_equal("gather_tokens", got, want)
         pruned = prune_tokens(
-            hidden_states, [heads], w1, b1, w2, b2, 30, **settings, score_bias=bias, rms_eps=1e-6, backend=backend
-        )
+            hidden_states, [heads], w1, b1, w2, b2, 30, **settings, mean_score=mean, num_scores=2, score_bias=bias,
+            rms_eps=1e-6, num_dropped=length - 30, backend=backend,
+        )  # fmt: skip
         expect_equal("prune_tokens", pruned.indices, indices)
         expect_equal("prune_tokens", pruned.hidden_states, rows[0])
         expect_equal("prune_tokens", pruned.tensors[0], rows[1])
+        both = torch.cat([pruned.indices, pruned.dropped], dim=-1).sort(dim=-1).values
+        expect_equal("prune_tokens", both, positions)
 
         query = torch.randn(batch, 6, 5, 8, generator=generator).to(device, dtype)
         scores, expected = (
@@ -267,14 +273,14 @@ def _check_backend(backend: str, device: str) -> None:
 
         table = torch.linspace(1, 0, 50, device=device)
         scores, expected = (
-            score_prompt(
-                hidden_states, w1, b1, w2, b2, positions, table, keep_last=3, mean_score=bias, num_scores=2,
-                attention_weight=0.5, query=query, key=heads, scaling=0.3, pooling=7, rms_eps=1e-6, backend=name,
-            ).scores
+            prompt_bias(
+                positions, table, keep_last=3, attention_weight=0.5, query=query, key=heads, scaling=0.3, pooling=7,
+                backend=name,
+            )
             for name in (backend, "reference")
         )  # fmt: skip
         if not torch.allclose(scores, expected, rtol=tolerance, atol=tolerance):
-            raise AssertionError(f"score_prompt is off by {(scores - expected).abs().max().item():.3g} in {dtype}")
+            raise AssertionError(f"prompt_bias is off by {(scores - expected).abs().max().item():.3g} in {dtype}")
 
         first_visible = torch.tensor([0, 9], device=device)
         attended, expected = (

@@ -26,7 +26,7 @@ class KVPredictor(nn.Module):
     hidden_size, num_key_value_heads, head_dim, num_hidden_layers : int
         Those of the model.
     stages : sequence of int
-        The layers that stages stand before, ascending.
+        The layers that have a stage before them, ascending.
     rank : int, optional
         All maps of one stage go through a bottleneck of this width that they share: ``W[s, l] = up[s, l] down[s]``. By
         default each is a full matrix, 2 x kv_heads x head_dim by hidden_size.
@@ -83,7 +83,7 @@ class KVPredictor(nn.Module):
         Parameters
         ----------
         stage : int
-            The layer that the stage stands before.
+            The layer after the stage.
         hidden_states : Tensor [B, n, D]
             Of the dropped tokens, as they arrived at the stage.
 

@@ -1,7 +1,8 @@
 """The operators: schema, shapes, gradients and the public functions.
 
 ``torch.ops.sdtp`` holds seven ops. They are opaque to ``torch.compile``; the backend is chosen inside them. All are
-functional, none makes the host wait for an accelerator, and output shapes follow from input shapes and ``num_keep``.
+functional, none makes the host wait for an accelerator, and output shapes follow from input shapes, ``num_keep`` and
+``num_dropped``.
 """
 
 from __future__ import annotations
@@ -10,43 +11,41 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from . import backends, reference
-from .reference import token_dim
+from . import arguments, backends, reference
+from .arguments import PromptTerms, Scoring, Selection, token_dim
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
-    "PromptScores",
     "PrunedTokens",
     "gather_tokens",
     "position_attention",
+    "prompt_bias",
     "prune_tokens",
-    "score_prompt",
     "score_tokens",
     "select_tokens",
     "window_attention",
 ]
 
-_PRUNER = "Tensor w1, Tensor b1, Tensor w2, Tensor b2"
-_SELECTION = (
-    "SymInt num_keep, SymInt sink=0, SymInt recent=0, SymInt? block_size=None, Tensor? rows=None, int pooling=1"
+# No defaults: the functions below have them, and pass everything.
+_SCORING = (
+    "Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? mean_score, int num_scores, Tensor? score_bias, float? rms_eps"
 )
-_SCORING = "Tensor? score_bias=None, float? rms_eps=None"
+_SELECTION = "SymInt num_keep, SymInt sink, SymInt recent, SymInt? block_size, Tensor? rows, int pooling"
 _SCHEMAS = (
-    f'score_tokens(Tensor hidden_states, {_PRUNER}, {_SCORING}, str backend="auto") -> Tensor',
-    f'select_tokens(Tensor scores, {_SELECTION}, str backend="auto") -> Tensor',
-    'gather_tokens(Tensor[] tensors, Tensor indices, str backend="auto") -> Tensor[]',
-    f"prune_tokens(Tensor hidden_states, Tensor[] tensors, {_PRUNER}, {_SELECTION}, {_SCORING}, "
-    'str backend="auto") -> (Tensor, Tensor[], Tensor)',
+    f"score_tokens(Tensor hidden_states, {_SCORING}, str backend) -> Tensor",
+    f"select_tokens(Tensor scores, {_SELECTION}, str backend) -> Tensor",
+    "gather_tokens(Tensor[] tensors, Tensor indices, str backend) -> Tensor[]",
+    f"prune_tokens(Tensor hidden_states, Tensor[] tensors, {_SCORING}, {_SELECTION}, SymInt num_dropped, str backend) "
+    "-> (Tensor, Tensor[], Tensor, Tensor, Tensor)",
     "window_attention(Tensor query, Tensor key, Tensor query_index, Tensor key_index, Tensor? cos, Tensor? sin, "
-    'float scaling, int pooling=1, str backend="auto") -> Tensor',
-    f"score_prompt(Tensor hidden_states, {_PRUNER}, float? rms_eps, Tensor token_index, SymInt keep_last, "
-    "Tensor distance_table, Tensor? mean_score=None, int num_scores=0, Tensor? attention=None, "
-    "float attention_weight=0., Tensor? query=None, Tensor? key=None, Tensor? cos=None, Tensor? sin=None, "
-    'float scaling=1., int pooling=1, str backend="auto") -> (Tensor, Tensor)',
-    "position_attention(Tensor query, Tensor key, Tensor value, Tensor num_visible, Tensor? first_visible=None, "
-    'float? scale=None, str backend="auto") -> Tensor',
+    "float scaling, int pooling, str backend) -> Tensor",
+    "prompt_bias(Tensor token_index, Tensor distance_table, SymInt keep_last, Tensor? attention, "
+    "float attention_weight, Tensor? query, Tensor? key, Tensor? cos, Tensor? sin, float scaling, int pooling, "
+    "str backend) -> Tensor",
+    "position_attention(Tensor query, Tensor key, Tensor value, Tensor num_visible, Tensor? first_visible, "
+    "float? scale, str backend) -> Tensor",
 )
 
 # Module-level: a Library takes its definitions with it when it is collected.
@@ -54,8 +53,6 @@ _library = torch.library.Library("sdtp", "DEF")
 for _schema in _SCHEMAS:
     # needs_exact_strides: Inductor hands over the strides that eager would, so layouts are decided in one place.
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class PrunedTokens(NamedTuple):
@@ -67,15 +64,12 @@ class PrunedTokens(NamedTuple):
     """The further tensors, with K tokens each."""
     indices: torch.Tensor
     """``[B, K]`` int64, ascending, -1 where a row has fewer than K tokens."""
-
-
-class PromptScores(NamedTuple):
-    """Result of :func:`score_prompt`, which has an example."""
-
-    scores: torch.Tensor
-    """``[B, n]`` float32, what tokens are ranked by."""
     mean_score: torch.Tensor
-    """``[B, n]`` float32, of the MLP alone, this stage included."""
+    """``[B, K]`` float32: mean of the MLP's scores at this stage and those before it. The last `recent` tokens, which
+    nothing ranks, have the one that they came with, or 0; so has padding."""
+    dropped: torch.Tensor
+    """``[B, num_dropped]`` int64: the indices of the tokens that do not go on, ascending, after as many -1 as are
+    missing."""
 
 
 def score_tokens(
@@ -85,14 +79,17 @@ def score_tokens(
     w2: torch.Tensor,
     b2: torch.Tensor,
     *,
+    mean_score: torch.Tensor | None = None,
+    num_scores: int = 0,
     score_bias: torch.Tensor | None = None,
     rms_eps: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Score every token with the pruner's MLP, SDTP equation (1) in its one-logit form.
 
-    ``score = w2 . GELU(w1 x + b1) + b2 (+ score_bias)`` with the exact (erf) GELU, accumulated in float32. `x` is the
-    hidden state, divided by its root mean square where `rms_eps` is given.
+    ``score = w2 . GELU(w1 x + b1) + b2`` with the exact (erf) GELU, accumulated in float32. `x` is the hidden state,
+    divided by its root mean square where `rms_eps` is given. With `mean_score` the result is the running mean
+    ``mean_score + (score - mean_score) / (num_scores + 1)``; `score_bias` is added last.
 
     Parameters
     ----------
@@ -104,8 +101,12 @@ def score_tokens(
         First bias and second layer, float32 (float64 with float64 hidden states).
     b2 : Tensor []
         Second bias, same dtype as `b1`.
+    mean_score : Tensor [B, N], optional
+        Mean of the scores of the same tokens at `num_scores` stages before this one, float32.
+    num_scores : int, default 0
+        0 without `mean_score`.
     score_bias : Tensor [B, N], optional
-        Added to the scores, float32: what the hidden state does not hold, such as a last-window attention term.
+        Added to the result, float32: what the hidden state does not hold, such as :func:`prompt_bias`.
     rms_eps : float, optional
         Epsilon of the RMS normalisation of `x`; without it `x` is the raw hidden state.
     backend : str, default "auto"
@@ -131,7 +132,7 @@ def score_tokens(
     torch.Size([2, 100])
     """
     return torch.ops.sdtp.score_tokens.default(  # type: ignore[no-any-return]
-        hidden_states, w1, b1, w2, b2, score_bias, rms_eps, backend
+        hidden_states, w1, b1, w2, b2, mean_score, num_scores, score_bias, rms_eps, backend
     )
 
 
@@ -245,15 +246,24 @@ def prune_tokens(
     block_size: int | None = None,
     rows: torch.Tensor | None = None,
     pooling: int = 1,
+    mean_score: torch.Tensor | None = None,
+    num_scores: int = 0,
     score_bias: torch.Tensor | None = None,
     rms_eps: float | None = None,
+    num_dropped: int = 0,
     backend: str = "auto",
 ) -> PrunedTokens:
-    """Score, select and gather in one call; equal to :func:`score_tokens`, :func:`select_tokens`,
-    :func:`gather_tokens` in turn on the same backend.
+    """A stage in one call: score, select and gather.
 
+    Equal to :func:`score_tokens`, :func:`select_tokens` and :func:`gather_tokens` in turn on the same backend.
     Parameters are those of the three. `tensors` are gathered like `hidden_states` (position embeddings, keys and
     values).
+
+    Parameters
+    ----------
+    num_dropped : int, default 0
+        Width of the result's `dropped`: at least the tokens that any row drops, or 0 where nobody asks for them.
+        Where `rows` stand on an accelerator and one drops more, its first ones are missing.
 
     Returns
     -------
@@ -262,22 +272,24 @@ def prune_tokens(
     Raises
     ------
     ValueError, BackendUnavailableError
-        As the three functions.
+        As the three functions, and where `num_dropped` is too small.
     RuntimeError
-        If gradients of the pruner or of `score_bias` are asked for: a hard selection has none. Pass detached weights,
-        or train through :meth:`TokenPruner.forward`.
+        If gradients of the pruner, of `mean_score` or of `score_bias` are asked for: a hard selection has none. Pass
+        detached weights, or train through :meth:`TokenPruner.forward`.
 
     Examples
     --------
     >>> hidden_states, position_ids = torch.randn(2, 100, 64), torch.arange(100).expand(2, -1)
-    >>> pruned = prune_tokens(hidden_states, [position_ids], *TokenPruner(64).weights(), 90, sink=4, recent=10)
-    >>> pruned.hidden_states.shape, pruned.tensors[0].shape
-    (torch.Size([2, 90, 64]), torch.Size([2, 90]))
+    >>> pruned = prune_tokens(
+    ...     hidden_states, [position_ids], *TokenPruner(64).weights(), 90, sink=4, recent=10, num_dropped=10
+    ... )
+    >>> pruned.hidden_states.shape, pruned.tensors[0].shape, pruned.dropped.shape
+    (torch.Size([2, 90, 64]), torch.Size([2, 90]), torch.Size([2, 10]))
     """
     return PrunedTokens(
         *torch.ops.sdtp.prune_tokens.default(
-            hidden_states, list(tensors), w1, b1, w2, b2,
-            num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps, backend,
+            hidden_states, list(tensors), w1, b1, w2, b2, mean_score, num_scores, score_bias, rms_eps,
+            num_keep, sink, recent, block_size, rows, pooling, num_dropped, backend,
         )
     )  # fmt: skip
 
@@ -344,18 +356,11 @@ def window_attention(
     )
 
 
-def score_prompt(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
+def prompt_bias(
     token_index: torch.Tensor,
     distance_table: torch.Tensor,
     *,
     keep_last: int = 0,
-    mean_score: torch.Tensor | None = None,
-    num_scores: int = 0,
     attention: torch.Tensor | None = None,
     attention_weight: float = 0.0,
     query: torch.Tensor | None = None,
@@ -364,36 +369,30 @@ def score_prompt(
     sin: torch.Tensor | None = None,
     scaling: float = 1.0,
     pooling: int = 1,
-    rms_eps: float | None = None,
     backend: str = "auto",
-) -> PromptScores:
-    """All that a pruner makes of a prompt in one call: :func:`score_tokens`, and what the hidden states do not hold.
+) -> torch.Tensor:
+    """What a token's score owes to its place in the prompt: the `score_bias` of the other ops.
 
-    ``mean of the MLP's scores + distance_table[distance] + attention_weight * z(log(attention + 1e-9))``, where the
-    distance is that to the prompt's last token, and z gives each row mean 0 and standard deviation 1 over its valid
-    tokens: those that are neither padding nor after the prompt. Others have their mean score alone.
+    ``distance_table[distance] + attention_weight * z(log(attention + 1e-9))``, where the distance is that to the
+    prompt's last token, and z gives each row mean 0 and standard deviation 1 over its valid tokens: those that are
+    neither padding nor after the prompt. The others have 0.
 
     Parameters
     ----------
-    hidden_states, w1, b1, w2, b2, rms_eps
-        As in :func:`score_tokens`.
-    token_index : Tensor [B, n], int64
+    token_index : Tensor [B, N], int64
         Positions in the row's own prompt; negative for padding.
     distance_table : Tensor [M], float32
         The distance term of every distance below M, not empty; what is farther counts as M - 1.
     keep_last : int, default 0
         Tokens that stand after the prompt.
-    mean_score : Tensor [B, n], float32, optional
-        Mean of the MLP's scores at `num_scores` stages before this one, to be averaged with its own.
-    num_scores : int, default 0
-    attention : Tensor [B, n], float32, optional
+    attention : Tensor [B, N], float32, optional
         Last-window attention, not negative, where :func:`window_attention` is not to be computed here.
     attention_weight : float, default 0
     query : Tensor [B, H, w, d], optional
         Of the last `w` tokens of the prompt: the attention is :func:`window_attention` of these.
-    key : Tensor [B, KV, n, d]
+    key : Tensor [B, KV, N, d]
         With `query`.
-    cos, sin : Tensor [B or 1, n, d], optional
+    cos, sin : Tensor [B or 1, N, d], optional
         Rotary embeddings of all tokens, where the queries are not rotated yet.
     scaling, pooling
         As in :func:`window_attention`.
@@ -402,9 +401,9 @@ def score_prompt(
 
     Returns
     -------
-    PromptScores
-        Equal across backends up to rounding; on a CPU a row's scores do not depend on other rows or on padding, to the
-        last bit. They have no gradient.
+    Tensor [B, N], float32
+        Equal across backends up to rounding; on a CPU a row's result does not depend on other rows or on padding, to
+        the last bit. It has no gradient.
 
     Raises
     ------
@@ -415,16 +414,12 @@ def score_prompt(
 
     Examples
     --------
-    >>> hidden_states, token_index = torch.randn(2, 100, 64), torch.arange(100).expand(2, -1)
-    >>> found = score_prompt(hidden_states, *TokenPruner(64).weights(), token_index, torch.zeros(1))
-    >>> torch.equal(found.scores, found.mean_score)
-    True
+    >>> prompt_bias(torch.arange(4)[None], torch.tensor([0.0, -1.0, -2.0]))
+    tensor([[-2., -2., -1.,  0.]])
     """
-    return PromptScores(
-        *torch.ops.sdtp.score_prompt.default(
-            hidden_states, w1, b1, w2, b2, rms_eps, token_index, keep_last, distance_table, mean_score, num_scores,
-            attention, attention_weight, query, key, cos, sin, scaling, pooling, backend,
-        )
+    return torch.ops.sdtp.prompt_bias.default(  # type: ignore[no-any-return]
+        token_index, distance_table, keep_last, attention, attention_weight, query, key, cos, sin, scaling, pooling,
+        backend,
     )  # fmt: skip
 
 
@@ -488,315 +483,40 @@ def position_attention(
     )
 
 
-# ---------------------------------------------------------------------------------------------- argument checks
-# Messages are put together where a check fails, and nowhere else: they take longer than many a call.
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
-
-
-def _check_pruner(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    score_bias: torch.Tensor | None,
-) -> None:
-    if not (hidden_states.dim() == 3 and hidden_states.dtype in _FLOATS):
-        raise ValueError(f"hidden_states: expected [B, N, D] of a floating dtype, got {_describe(hidden_states)}")
-    hidden_size = hidden_states.shape[2]
-    if not (w1.dim() == 2 and w1.shape[1] == hidden_size and w1.dtype == hidden_states.dtype):
-        raise ValueError(
-            f"w1: expected [H, {hidden_size}] in the dtype of hidden_states, {hidden_states.dtype}, got "
-            f"{_describe(w1)}; TokenPruner.weights(dtype) casts it"
-        )
-    wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-    for name, tensor, shape in (("b1", b1, [w1.shape[0]]), ("w2", w2, [w1.shape[0]]), ("b2", b2, [])):
-        if not (list(tensor.shape) == shape and tensor.dtype == wide):
-            raise ValueError(f"{name}: expected {shape} {wide}, got {_describe(tensor)}")
-    tensors = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    if score_bias is not None:
-        shape = list(hidden_states.shape[:2])
-        if not (list(score_bias.shape) == shape and score_bias.dtype == torch.float32):
-            raise ValueError(f"score_bias: expected {shape} torch.float32, got {_describe(score_bias)}")
-        tensors["score_bias"] = score_bias
-    for name, tensor in tensors.items():
-        if tensor.device != hidden_states.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden_states on {hidden_states.device}: move one of them")
-
-
-def _check_pooling(pooling: int) -> None:
-    if pooling < 1 or pooling % 2 == 0:
-        raise ValueError(
-            f"pooling={pooling}: expected an odd number of tokens, or 1 for none: a token and as many on either side"
-        )
-
-
-def _check_selection(
-    shape: torch.Size,
-    device: torch.device,
-    num_keep: int,
-    sink: int,
-    recent: int,
-    block_size: int | None,
-    rows: torch.Tensor | None,
-    pooling: int,
-) -> None:
-    batch, length = shape[0], shape[1]
-    _check_pooling(pooling)
-    if not (min(sink, recent) >= 0 and (block_size is None or block_size >= 1)):
-        raise ValueError(
-            f"sink={sink}, recent={recent}, block_size={block_size}: expected counts >= 0, blocks of at least one token"
-        )
-    if not 0 <= num_keep <= length:
-        raise ValueError(f"num_keep={num_keep}: expected 0 to {length}, the number of tokens")
-    if rows is not None:
-        if not (list(rows.shape) == [batch, 3] and rows.dtype == torch.int64 and rows.device == device):
-            raise ValueError(f"rows: expected [{batch}, 3] torch.int64 on {device}, got {_describe(rows)}")
-        return
-    before_tail = length - recent
-    if before_tail < 0:
-        raise ValueError(f"recent={recent}: more than the {length} tokens there are")
-    if block_size is None:
-        forced = min(sink, before_tail) + recent
-        if num_keep < forced:
-            raise ValueError(f"num_keep={num_keep}: less than the {forced} forced tokens (sink and recent)")
-        return
-    num_blocks = before_tail // block_size
-    if num_blocks * block_size != before_tail:
-        raise ValueError(
-            f"{before_tail} tokens before the last {recent} do not fill whole blocks of {block_size}: pass recent="
-            f"{length % block_size}, or another multiple"
-        )
-    per_block = (num_keep - recent) // max(num_blocks, 1)
-    if per_block * num_blocks != num_keep - recent:
-        raise ValueError(f"num_keep={num_keep}: expected recent={recent} plus a multiple of the {num_blocks} blocks")
-    forced = min(sink + 1, block_size)
-    if not (num_blocks == 0 or forced <= per_block <= block_size):
-        raise ValueError(f"num_keep={num_keep}: {per_block} tokens a block, expected {forced} (forced) to {block_size}")
-
-
-def _check_gather(tensors: Sequence[torch.Tensor], indices: torch.Tensor) -> None:
-    if not (indices.dim() == 2 and indices.dtype == torch.int64):
-        raise ValueError(f"indices: expected [B, K] torch.int64, got {_describe(indices)}")
-    for i, tensor in enumerate(tensors):
-        if not (2 <= tensor.dim() <= 4 and tensor.shape[0] == indices.shape[0] and tensor.device == indices.device):
-            raise ValueError(
-                f"tensors[{i}]: expected [B, N], [B, N, D] or [B, heads, N, D] with B={indices.shape[0]} on "
-                f"{indices.device}, got {_describe(tensor)}; expand a shared batch dimension first"
-            )
-
-
-def _check_heads(query: torch.Tensor, key: torch.Tensor, num_queries: str, num_keys: str) -> None:
-    """`num_queries` and `num_keys` are the letters that the op's docstring has for them."""
-    if query.dim() != 4 or query.dtype not in _FLOATS:
-        raise ValueError(f"query: expected [B, H, {num_queries}, d] of a floating dtype, got {_describe(query)}")
-    batch, heads, _, head_dim = query.shape
-    if key.dim() != 4 or (key.shape[0], key.shape[3], key.dtype) != (batch, head_dim, query.dtype):
-        raise ValueError(
-            f"key: expected [{batch}, KV, {num_keys}, {head_dim}] in the dtype of query, {query.dtype}, got "
-            f"{_describe(key)}"
-        )
-    if key.shape[1] == 0 or heads % key.shape[1] != 0:
-        raise ValueError(f"key: got {key.shape[1]} heads, expected a divisor of the {heads} heads of query")
-
-
-def _check_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    num_rotary: int,
-    pooling: int,
-) -> None:
-    """What :func:`window_attention` and :func:`score_prompt` have in common; `num_rotary` tokens in cos and sin."""
-    _check_heads(query, key, "w", "n")
-    batch, _, _, head_dim = query.shape
-    if (cos is None) != (sin is None) or (cos is not None and head_dim % 2 != 0):
-        raise ValueError(f"cos and sin: expected both, and queries of even size, got {_describe(query)}")
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        if tensor is not None and (
-            tensor.shape not in ((batch, num_rotary, head_dim), (1, num_rotary, head_dim))
-            or tensor.dtype != query.dtype
-        ):
-            raise ValueError(
-                f"{name}: expected {[batch, num_rotary, head_dim]}, or a first dimension of 1, in the dtype of query, "
-                f"{query.dtype}, got {_describe(tensor)}"
-            )
-    for name, tensor in (("key", key), ("cos", cos), ("sin", sin)):
-        if tensor is not None and tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move one of them")
-    _check_pooling(pooling)
-
-
-def _check_window(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    query_index: torch.Tensor,
-    key_index: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    pooling: int,
-) -> None:
-    _check_attention(query, key, cos, sin, query.shape[2] if query.dim() == 4 else 0, pooling)
-    batch, _, window, _ = query.shape
-    for name, tensor, length in (("query_index", query_index, window), ("key_index", key_index, key.shape[2])):
-        if tensor.shape != (batch, length) or tensor.dtype != torch.int64:
-            raise ValueError(f"{name}: expected {[batch, length]} torch.int64, got {_describe(tensor)}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move one of them")
-
-
-def _check_terms(
-    hidden_states: torch.Tensor,
-    token_index: torch.Tensor,
-    keep_last: int,
-    distance_table: torch.Tensor,
-    mean_score: torch.Tensor | None,
-    num_scores: int,
-    attention: torch.Tensor | None,
-    query: torch.Tensor | None,
-    key: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    pooling: int,
-) -> None:
-    batch, length = hidden_states.shape[:2]
-    if token_index.shape != (batch, length) or token_index.dtype != torch.int64:
-        raise ValueError(f"token_index: expected {[batch, length]} torch.int64, got {_describe(token_index)}")
-    if not 0 <= keep_last <= length:
-        raise ValueError(f"keep_last={keep_last}: expected 0 to {length}, the number of tokens")
-    if distance_table.dim() != 1 or distance_table.shape[0] == 0 or distance_table.dtype != torch.float32:
-        raise ValueError(
-            f"distance_table: expected [M] torch.float32 with at least one entry, got {_describe(distance_table)}"
-        )
-    for name, tensor in (("mean_score", mean_score), ("attention", attention)):
-        if tensor is not None and (tensor.shape != (batch, length) or tensor.dtype != torch.float32):
-            raise ValueError(f"{name}: expected {[batch, length]} torch.float32, got {_describe(tensor)}")
-    if num_scores < 0 or (mean_score is None) != (num_scores == 0):
-        raise ValueError(f"num_scores={num_scores}: expected how many scores mean_score is the mean of, 0 without one")
-    if query is not None:
-        if key is None or attention is not None:
-            raise ValueError("query: expected a key with it, and no attention, which it is there to compute")
-        _check_attention(query, key, cos, sin, length, pooling)
-        if query.shape[0] != batch or query.shape[2] > length - keep_last or key.shape[2] != length:
-            raise ValueError(
-                f"query, key: expected at most the prompt's {length - keep_last} tokens and all {length}, in {batch} "
-                f"rows, got {_describe(query)} and {_describe(key)}"
-            )
-    for name, tensor in (
-        ("token_index", token_index),
-        ("distance_table", distance_table),
-        ("mean_score", mean_score),
-        ("attention", attention),
-        ("query", query),
-    ):
-        if tensor is not None and tensor.device != hidden_states.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden_states on {hidden_states.device}: move one of them")
-
-
-def _check_position(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    num_visible: torch.Tensor,
-    first_visible: torch.Tensor | None,
-) -> None:
-    _check_heads(query, key, "n", "N")
-    if value.shape != key.shape or value.dtype != key.dtype:
-        raise ValueError(f"value: expected the shape and dtype of key, {_describe(key)}, got {_describe(value)}")
-    batch, _, num_queries, _ = query.shape
-    for name, tensor, shape in (
-        ("num_visible", num_visible, [batch, num_queries]),
-        ("first_visible", first_visible, [batch]),
-    ):
-        if tensor is not None and (list(tensor.shape) != shape or tensor.dtype != torch.int64):
-            raise ValueError(f"{name}: expected {shape} torch.int64, got {_describe(tensor)}")
-    for name, tensor in (
-        ("key", key),
-        ("value", value),
-        ("num_visible", num_visible),
-        ("first_visible", first_visible),
-    ):
-        if tensor is not None and tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move one of them")
-
-
 # ----------------------------------------------------------------------------------------------- implementations
 
 
-def _score(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    score_bias: torch.Tensor | None = None,
-    rms_eps: float | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    _check_pruner(hidden_states, w1, b1, w2, b2, score_bias)
-    chosen = backends.choose(backend, hidden_states.device, hidden_states.dtype)
-    return chosen.score_tokens(hidden_states, w1, b1, w2, b2, score_bias, rms_eps)
+def _score(hidden_states: torch.Tensor, *flat: Any) -> torch.Tensor:
+    *fields, backend = flat
+    scoring = Scoring(*fields)
+    arguments.check_scoring(hidden_states, scoring)
+    return backends.choose(backend, hidden_states.device, hidden_states.dtype).score_tokens(hidden_states, scoring)
 
 
-def _select(
-    scores: torch.Tensor,
-    num_keep: int,
-    sink: int = 0,
-    recent: int = 0,
-    block_size: int | None = None,
-    rows: torch.Tensor | None = None,
-    pooling: int = 1,
-    backend: str = "auto",
-) -> torch.Tensor:
-    if not (scores.dim() == 2 and scores.dtype == torch.float32):
-        raise ValueError(f"scores: expected [B, N] torch.float32, got {_describe(scores)}")
-    _check_selection(scores.shape, scores.device, num_keep, sink, recent, block_size, rows, pooling)
-    chosen = backends.choose(backend, scores.device)
-    return chosen.select_tokens(scores, num_keep, sink, recent, block_size, rows, pooling)
+def _select(scores: torch.Tensor, *flat: Any) -> torch.Tensor:
+    *fields, backend = flat
+    selection = Selection(*fields)
+    arguments.check_scores(scores)
+    arguments.check_selection(scores.shape, scores.device, selection)
+    return backends.choose(backend, scores.device).select_tokens(scores, selection)
 
 
-def _gather(tensors: list[torch.Tensor], indices: torch.Tensor, backend: str = "auto") -> list[torch.Tensor]:
-    _check_gather(tensors, indices)
+def _gather(tensors: list[torch.Tensor], indices: torch.Tensor, backend: str) -> list[torch.Tensor]:
+    arguments.check_gather(tensors, indices)
     return backends.choose(backend, indices.device).gather_tokens(tensors, indices)
 
 
 def _prune(
-    hidden_states: torch.Tensor,
-    tensors: list[torch.Tensor],
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    num_keep: int,
-    sink: int = 0,
-    recent: int = 0,
-    block_size: int | None = None,
-    rows: torch.Tensor | None = None,
-    pooling: int = 1,
-    score_bias: torch.Tensor | None = None,
-    rms_eps: float | None = None,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    _check_pruner(hidden_states, w1, b1, w2, b2, score_bias)
-    _check_selection(hidden_states.shape, hidden_states.device, num_keep, sink, recent, block_size, rows, pooling)
-    for i, tensor in enumerate(tensors):
-        if not (
-            2 <= tensor.dim() <= 4
-            and tensor.device == hidden_states.device
-            and (tensor.shape[0], tensor.shape[token_dim(tensor)]) == tuple(hidden_states.shape[:2])
-        ):
-            raise ValueError(
-                f"tensors[{i}]: expected the batch and tokens of hidden_states {_describe(hidden_states)}, got "
-                f"{_describe(tensor)}; expand a shared batch dimension first"
-            )
+    hidden_states: torch.Tensor, tensors: list[torch.Tensor], *flat: Any
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    *fields, num_dropped, backend = flat
+    scoring, selection = Scoring(*fields[: len(Scoring._fields)]), Selection(*fields[len(Scoring._fields) :])
+    arguments.check_scoring(hidden_states, scoring)
+    arguments.check_selection(hidden_states.shape[:2], hidden_states.device, selection)
+    arguments.check_dropped(hidden_states.shape[1], selection, num_dropped)
+    arguments.check_carried(tensors, hidden_states)
     chosen = backends.choose(backend, hidden_states.device, hidden_states.dtype)
-    return chosen.prune_tokens(
-        hidden_states, tensors, w1, b1, w2, b2, num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps
-    )
+    return chosen.prune_tokens(hidden_states, tensors, scoring, selection, num_dropped)
 
 
 def _window(
@@ -807,48 +527,22 @@ def _window(
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     scaling: float,
-    pooling: int = 1,
-    backend: str = "auto",
+    pooling: int,
+    backend: str,
 ) -> torch.Tensor:
-    _check_window(query, key, query_index, key_index, cos, sin, pooling)
+    arguments.check_window(query, key, query_index, key_index, cos, sin, pooling)
     chosen = backends.choose(backend, query.device, query.dtype)
     with torch.no_grad():
         return chosen.window_attention(query, key, query_index, key_index, cos, sin, scaling, pooling)
 
 
-def _prompt(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    rms_eps: float | None,
-    token_index: torch.Tensor,
-    keep_last: int,
-    distance_table: torch.Tensor,
-    mean_score: torch.Tensor | None = None,
-    num_scores: int = 0,
-    attention: torch.Tensor | None = None,
-    attention_weight: float = 0.0,
-    query: torch.Tensor | None = None,
-    key: torch.Tensor | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    scaling: float = 1.0,
-    pooling: int = 1,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_pruner(hidden_states, w1, b1, w2, b2, None)
-    _check_terms(
-        hidden_states, token_index, keep_last, distance_table, mean_score, num_scores, attention, query, key, cos, sin,
-        pooling,
-    )  # fmt: skip
-    chosen = backends.choose(backend, hidden_states.device, hidden_states.dtype)
+def _bias(*flat: Any) -> torch.Tensor:
+    *fields, backend = flat
+    terms = PromptTerms(*fields)
+    arguments.check_terms(terms)
+    dtype = None if terms.query is None else terms.query.dtype
     with torch.no_grad():
-        return chosen.score_prompt(
-            hidden_states, w1, b1, w2, b2, rms_eps, token_index, keep_last, distance_table, mean_score, num_scores,
-            attention, attention_weight, query, key, cos, sin, scaling, pooling,
-        )  # fmt: skip
+        return backends.choose(backend, terms.token_index.device, dtype).prompt_bias(terms)
 
 
 def _position(
@@ -856,11 +550,11 @@ def _position(
     key: torch.Tensor,
     value: torch.Tensor,
     num_visible: torch.Tensor,
-    first_visible: torch.Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
+    first_visible: torch.Tensor | None,
+    scale: float | None,
+    backend: str,
 ) -> torch.Tensor:
-    _check_position(query, key, value, num_visible, first_visible)
+    arguments.check_position(query, key, value, num_visible, first_visible)
     chosen = backends.choose(backend, query.device, query.dtype)
     return chosen.position_attention(query, key, value, num_visible, first_visible, scale)
 
@@ -871,7 +565,7 @@ for _name, _implementation in (
     ("gather_tokens", _gather),
     ("prune_tokens", _prune),
     ("window_attention", _window),
-    ("score_prompt", _prompt),
+    ("prompt_bias", _bias),
     ("position_attention", _position),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -897,17 +591,16 @@ def _gather_fake(tensors: list[torch.Tensor], indices: torch.Tensor, *_: Any) ->
 
 @torch.library.register_fake("sdtp::prune_tokens", lib=_library)
 def _prune_fake(
-    hidden_states: torch.Tensor,
-    tensors: list[torch.Tensor],
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    num_keep: int,
-    *_: Any,
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    indices = hidden_states.new_empty((hidden_states.shape[0], num_keep), dtype=torch.int64)
-    return _empty_rows(hidden_states, num_keep), [_empty_rows(tensor, num_keep) for tensor in tensors], indices
+    hidden_states: torch.Tensor, tensors: list[torch.Tensor], *flat: Any
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, num_keep, num_dropped = hidden_states.shape[0], flat[len(Scoring._fields)], flat[-2]
+    return (
+        _empty_rows(hidden_states, num_keep),
+        [_empty_rows(tensor, num_keep) for tensor in tensors],
+        hidden_states.new_empty((batch, num_keep), dtype=torch.int64),
+        hidden_states.new_empty((batch, num_keep), dtype=torch.float32),
+        hidden_states.new_empty((batch, num_dropped), dtype=torch.int64),
+    )
 
 
 @torch.library.register_fake("sdtp::window_attention", lib=_library)
@@ -915,9 +608,9 @@ def _window_fake(query: torch.Tensor, key: torch.Tensor, *_: Any) -> torch.Tenso
     return query.new_empty((query.shape[0], key.shape[2]), dtype=torch.float32)
 
 
-@torch.library.register_fake("sdtp::score_prompt", lib=_library)
-def _prompt_fake(hidden_states: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _score_fake(hidden_states), _score_fake(hidden_states)
+@torch.library.register_fake("sdtp::prompt_bias", lib=_library)
+def _bias_fake(token_index: torch.Tensor, *_: Any) -> torch.Tensor:
+    return token_index.new_empty(token_index.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("sdtp::position_attention", lib=_library)
@@ -935,23 +628,26 @@ def _empty_rows(tensor: torch.Tensor, num_tokens: int) -> torch.Tensor:
 
 
 def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    *tensors, ctx.rms_eps, _ = inputs
-    ctx.save_for_backward(*tensors)
+    hidden_states, *fields, _ = inputs
+    scoring = Scoring(*fields)
+    ctx.num_scores, ctx.rms_eps = scoring.num_scores, scoring.rms_eps
+    ctx.save_for_backward(hidden_states, *scoring[:5], scoring.score_bias)
 
 
 def _score_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     # Recomputed through the oracle: nothing of the size [N, H] is kept between forward and backward.
+    needed = [*ctx.needs_input_grad[:6], ctx.needs_input_grad[7]]
     with torch.enable_grad():
         inputs: list[Any] = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        hidden_states, w1, b1, w2, b2, score_bias = inputs
-        scores = reference.score_tokens(hidden_states, w1, b1, w2, b2, score_bias, ctx.rms_eps)
-        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if t is not None and needed]
+        hidden_states, w1, b1, w2, b2, mean_score, score_bias = inputs
+        scoring = Scoring(w1, b1, w2, b2, mean_score, ctx.num_scores, score_bias, ctx.rms_eps)
+        scores = reference.score_tokens(hidden_states, scoring)
+        wanted = [t for t, is_needed in zip(inputs, needed, strict=True) if t is not None and is_needed]
         found = iter(torch.autograd.grad(scores, wanted, grad))
     grads = [
-        next(found) if t is not None and needed else None
-        for t, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        next(found) if t is not None and is_needed else None for t, is_needed in zip(inputs, needed, strict=True)
     ]
-    return (*grads, None, None)
+    return *grads[:6], None, grads[6], None, None
 
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
@@ -963,7 +659,7 @@ def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor])
 def _gather_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
     (indices,) = ctx.saved_tensors
     scattered = [_scatter_rows(g, indices, shape) for g, shape in zip(grads, ctx.shapes, strict=True)]
-    return _as_passed(ctx, scattered, None, None)
+    return scattered, None, None
 
 
 def _scatter_rows(grad: torch.Tensor | None, indices: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
@@ -976,23 +672,31 @@ def _scatter_rows(grad: torch.Tensor | None, indices: torch.Tensor, shape: torch
 
 
 def _prune_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    hidden_states, tensors, w1, b1, w2, b2, *_, score_bias, _eps, _backend = inputs
-    for name, tensor in {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "score_bias": score_bias}.items():
-        if tensor is not None and tensor.requires_grad:
+    hidden_states, tensors, *flat = inputs
+    scoring = Scoring(*flat[: len(Scoring._fields)])
+    for name, value in scoring._asdict().items():
+        if isinstance(value, torch.Tensor) and value.requires_grad:
             raise RuntimeError(
                 f"prune_tokens has no gradient for {name}: a hard selection is not differentiable. Pass detached "
                 "weights (TokenPruner.weights() are), or train through TokenPruner.forward"
             )
     ctx.shapes = [hidden_states.shape, *(tensor.shape for tensor in tensors)]
+    ctx.num_inputs = len(inputs)
+    ctx.mark_non_differentiable(output[3])
     ctx.save_for_backward(output[2])
 
 
 def _prune_backward(
-    ctx: Any, grad: torch.Tensor, grads: list[torch.Tensor | None], _indices_grad: torch.Tensor | None
+    ctx: Any,
+    grad: torch.Tensor | None,
+    grads: list[torch.Tensor | None],
+    _indices_grad: None,
+    _mean_score_grad: None,
+    _dropped_grad: None,
 ) -> tuple[Any, ...]:
     (indices,) = ctx.saved_tensors
     first, *others = (_scatter_rows(g, indices, shape) for g, shape in zip([grad, *grads], ctx.shapes, strict=True))
-    return _as_passed(ctx, first, others, *[None] * 13)
+    return first, others, *[None] * (ctx.num_inputs - 2)
 
 
 def _position_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -1007,12 +711,7 @@ def _position_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         query, key, value = inputs = [tensor.detach().requires_grad_() for tensor in attended]
         output = reference.position_attention(query, key, value, num_visible, first_visible, ctx.scale)
         grads = torch.autograd.grad(output, inputs, grad)
-    return _as_passed(ctx, *grads, None, None, None, None)
-
-
-def _as_passed(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    """One gradient for each argument that the op was called with: trailing ones that equal their default are not."""
-    return grads[: len(ctx.needs_input_grad)]
+    return *grads, None, None, None, None
 
 
 torch.library.register_autograd("sdtp::score_tokens", _score_backward, setup_context=_score_setup, lib=_library)
@@ -1025,4 +724,4 @@ torch.library.register_autograd(
 # the others see to it.
 _library.impl("select_tokens", torch.library.fallthrough_kernel, "Autograd")
 _library.impl("window_attention", torch.library.fallthrough_kernel, "Autograd")
-_library.impl("score_prompt", torch.library.fallthrough_kernel, "Autograd")
+_library.impl("prompt_bias", torch.library.fallthrough_kernel, "Autograd")

@@ -17,6 +17,18 @@ DISTANCE_KNOTS = 18
 FARTHEST = 2 ** (DISTANCE_KNOTS - 1) - 1  # what is farther counts as this
 
 
+def trained_width(hidden_size: int) -> int:
+    """Width of the MLP that ``sdtp train`` makes: a third of the paper's D/4, which fits as well (docs/notes/pruners.md).
+
+    Whole tiles of a GPU's matrix product, which are paid for whole: a multiple of 128. Where D/12 is less, one of 16,
+    the size of a processor's vectors.
+    """
+    width = hidden_size // 12
+    if width < 128:
+        return max(16, width // 16 * 16)
+    return round(width / 128) * 128
+
+
 class PrunerWeights(NamedTuple):
     """The weights in the form that the ops take; see :func:`sdtp_kernels.score_tokens`."""
 
@@ -44,16 +56,16 @@ class TokenPruner(nn.Module):
         Add the attention of the prompt's last queries (:func:`~sdtp_kernels.scorers.question_attention`) with a learned
         weight. The hidden state of a token cannot know the question after it; this term does.
     pooling : int, default 1
-        A stage ranks a token by the highest score among so many around it (odd), see
-        :func:`~sdtp_kernels.select_tokens`: what stands together is kept together. 1 is the form of the paper.
+        An odd number of tokens. A stage ranks a token by the highest score among that many around it, so neighbours are
+        kept together (:func:`~sdtp_kernels.select_tokens`). 1 is the form of the paper.
     averaging : bool, default False
-        A stage ranks by the mean of the MLP's scores of all stages so far: noisy estimates of the same thing.
-        The distance and attention terms stay those of the stage.
+        A stage ranks by the mean of the MLP's scores of all stages so far, which are noisy estimates of the same
+        quantity. The distance and attention terms stay those of the stage.
 
     Notes
     -----
-    The distance and attention terms look at the prompt's end. Under the block budget, where what a block keeps must not
-    depend on what follows it (:attr:`PruningSchedule.sees_prompt_end`), a stage leaves them out.
+    The distance and attention terms look at the prompt's end. Under the block budget a stage leaves them out, because
+    what a block keeps must not depend on what follows it (:attr:`PruningSchedule.sees_prompt_end`).
 
     Raises
     ------

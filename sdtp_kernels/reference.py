@@ -1,16 +1,17 @@
 """The oracle: every op in plain PyTorch, written to be read beside the paper and never optimised.
 
-Argument conventions, shapes and promises are those of :mod:`sdtp_kernels.ops`, which checks the arguments before any
-backend sees them. Everything here is tensor arithmetic, so it runs on any device without a host sync.
+Arguments, shapes and promises are those of :mod:`sdtp_kernels.ops`, which checks the arguments before any backend sees
+them. Everything here is tensor arithmetic, so it runs on any device without a host sync.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+from .arguments import PromptTerms, Scoring, Selection, token_dim
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,36 +19,35 @@ if TYPE_CHECKING:
 ATTENTION_FLOOR = 1e-9  # below every probability that matters, so that a logarithm of 0 stays finite
 
 
-def score_tokens(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    score_bias: torch.Tensor | None = None,
-    rms_eps: float | None = None,
-) -> torch.Tensor:
-    """``w2 . GELU(w1 x + b1) + b2 (+ score_bias)``, SDTP equation (1), in float64."""
+def score_tokens(hidden_states: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """``w2 . GELU(w1 x + b1) + b2``, SDTP equation (1), in float64; averaged over the stages, and the bias added."""
+    mean = _mean_score(hidden_states, scoring)
+    if scoring.score_bias is not None:
+        mean = mean + scoring.score_bias
+    return mean.float()
+
+
+def _mean_score(hidden_states: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """Running mean of the MLP's scores, this stage included, in float64."""
     x = hidden_states.double()
-    if rms_eps is not None:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + rms_eps)
-    activation = F.gelu(F.linear(x, w1.double(), b1.double()))
-    scores = activation @ w2.double() + b2.double()
-    if score_bias is not None:
-        scores = scores + score_bias
-    return scores.float()
+    if scoring.rms_eps is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + scoring.rms_eps)
+    activation = F.gelu(F.linear(x, scoring.w1.double(), scoring.b1.double()))
+    scores = activation @ scoring.w2.double() + scoring.b2.double()
+    if scoring.mean_score is None:
+        return scores
+    return scoring.mean_score + (scores - scoring.mean_score) / (scoring.num_scores + 1)
 
 
-def select_tokens(
-    scores: torch.Tensor,
-    num_keep: int,
-    sink: int = 0,
-    recent: int = 0,
-    block_size: int | None = None,
-    rows: torch.Tensor | None = None,
-    pooling: int = 1,
-) -> torch.Tensor:
+def select_tokens(scores: torch.Tensor, selection: Selection) -> torch.Tensor:
     """Keep the forced tokens, then the best scores of each block; see :func:`sdtp_kernels.select_tokens`."""
+    is_kept, _, _ = _kept(scores, selection)
+    return _columns(is_kept, selection.num_keep)
+
+
+def _kept(scores: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which tokens ``[B, N]`` are kept, which of them without being ranked, and which are no padding."""
+    num_keep, sink, recent, block_size, rows, pooling = selection
     batch, width = scores.shape
     if rows is None:
         length, keep, tail = (torch.full((batch, 1), n, device=scores.device) for n in (width, num_keep, recent))
@@ -85,9 +85,13 @@ def select_tokens(
     order = by_value.gather(-1, group.gather(-1, by_value).argsort(dim=-1, stable=True))
     rank = torch.empty_like(order).scatter_(-1, order, column.expand_as(order)) - block * per_block
 
-    is_kept = is_valid & (is_tail | (rank < quota))
-    kept_columns = torch.where(is_kept, column, -1).sort(dim=-1).values
-    return kept_columns[:, width - num_keep :].contiguous()
+    return is_valid & (is_tail | (rank < quota)), is_valid & is_tail, is_valid
+
+
+def _columns(mask: torch.Tensor, width: int) -> torch.Tensor:
+    """The last `width` columns where `mask` ``[B, N]`` holds, ascending; -1 where there are fewer."""
+    columns = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).sort(dim=-1).values
+    return columns[:, mask.shape[1] - width :].contiguous()
 
 
 def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[torch.Tensor]:
@@ -105,26 +109,15 @@ def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[to
 
 
 def prune_tokens(
-    hidden_states: torch.Tensor,
-    tensors: list[torch.Tensor],
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    num_keep: int,
-    sink: int = 0,
-    recent: int = 0,
-    block_size: int | None = None,
-    rows: torch.Tensor | None = None,
-    pooling: int = 1,
-    score_bias: torch.Tensor | None = None,
-    rms_eps: float | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    hidden_states: torch.Tensor, tensors: list[torch.Tensor], scoring: Scoring, selection: Selection, num_dropped: int
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score, select and gather, one after the other."""
-    scores = score_tokens(hidden_states, w1, b1, w2, b2, score_bias, rms_eps)
-    indices = select_tokens(scores, num_keep, sink, recent, block_size, rows, pooling)
-    kept_hidden_states, *kept = gather_tokens([hidden_states, *tensors], indices)
-    return kept_hidden_states, kept, indices
+    is_kept, is_tail, is_valid = _kept(score_tokens(hidden_states, scoring), selection)
+    indices = _columns(is_kept, selection.num_keep)
+    mean = _mean_score(hidden_states, scoring).float()
+    mean = torch.where(is_tail, 0 if scoring.mean_score is None else scoring.mean_score, mean)
+    kept_hidden_states, *kept, kept_mean = gather_tokens([hidden_states, *tensors, mean], indices)
+    return kept_hidden_states, kept, indices, kept_mean, _columns(is_valid & ~is_kept, num_dropped)
 
 
 def window_attention(
@@ -137,24 +130,41 @@ def window_attention(
     scaling: float,
     pooling: int = 1,
 ) -> torch.Tensor:
-    """Softmax per query, sum over queries, max-pooling per head, mean over heads, as in SnapKV.
-
-    Rotation and product are in the dtype of `query` and the rest in float32: GPU backends run this as it stands.
-    """
+    """Softmax per query, sum over queries, max-pooling per head, mean over heads, as in SnapKV, in float64."""
+    query = query.double()
     if cos is not None and sin is not None:
-        query = rotate(query, cos, sin)
-    # Query heads that share a key head side by side, [B, kv_heads, groups * window, n]: one product for all of them.
-    group, window = query.shape[1] // key.shape[1], query.shape[2]
-    grouped = (query * scaling).unflatten(1, (-1, group)).flatten(2, 3)
-    logits = (grouped @ key.transpose(-1, -2)).float().unflatten(2, (group, window)).flatten(1, 2)
+        query = rotate(query, cos.double(), sin.double())
+    group = query.shape[1] // key.shape[1]  # query heads that share a key head stand side by side
+    logits = scaling * query @ key.double().repeat_interleave(group, dim=1).mT
 
-    index = key_index[:, None]
-    is_seen = (index >= 0) & (index <= query_index[..., None])
+    index = key_index[:, None, None]
+    is_seen = (index >= 0) & (index <= query_index[:, None, :, None])
     # Not -inf: a query that sees nothing must not become NaN; it has no say in the sum.
-    logits = logits.masked_fill(~is_seen[:, None], torch.finfo(torch.float32).min)
-    has_a_say = is_seen.any(-1)[:, None, :, None]
-    per_head = logits.softmax(-1).where(has_a_say, 0).sum(2)
-    return _max_pool(per_head, pooling).mean(1)
+    weights = logits.masked_fill(~is_seen, torch.finfo(torch.float32).min).softmax(-1)
+    per_head = weights.where(is_seen.any(-1, keepdim=True), 0).sum(2)
+    padded = F.pad(per_head, (pooling // 2, pooling // 2))
+    pooled = torch.stack([padded[..., i : i + key.shape[2]] for i in range(pooling)]).amax(0)
+    return pooled.mean(1).float()
+
+
+def prompt_bias(
+    terms: PromptTerms, window_attention: Callable[..., torch.Tensor] = window_attention
+) -> torch.Tensor:
+    """The distance term, and the standardised logarithm of the last queries' attention."""
+    index, attention = terms.token_index, terms.attention
+    end = index.shape[1] - terms.keep_last
+    if terms.query is not None:
+        last = slice(end - terms.query.shape[2], end)
+        cos, sin = (None if t is None else t[:, last] for t in (terms.cos, terms.sin))
+        attention = window_attention(
+            terms.query, terms.key, index[:, last], index, cos, sin, terms.scaling, terms.pooling
+        )
+    distance = index[:, end - 1 : end] - index if end > 0 else torch.full_like(index, -1)
+    is_valid = (index >= 0) & (distance >= 0)
+    bias = terms.distance_table.take(distance.clamp(0, terms.distance_table.shape[0] - 1))
+    if attention is not None:
+        bias = bias + terms.attention_weight * standardized_log(attention, is_valid)
+    return bias.masked_fill(~is_valid, 0)
 
 
 def position_attention(
@@ -189,55 +199,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
 
 
-def score_prompt_by(
-    score_tokens: Callable[..., torch.Tensor],
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    rms_eps: float | None,
-    *terms: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``score_tokens`` of any backend, then :func:`add_terms`: for backends without a kernel for all of it."""
-    return add_terms(score_tokens(hidden_states, w1, b1, w2, b2, None, rms_eps), *terms)
-
-
-score_prompt = functools.partial(score_prompt_by, score_tokens)
-
-
-def add_terms(
-    scores: torch.Tensor,
-    token_index: torch.Tensor,
-    keep_last: int,
-    distance_table: torch.Tensor,
-    mean_score: torch.Tensor | None = None,
-    num_scores: int = 0,
-    attention: torch.Tensor | None = None,
-    attention_weight: float = 0.0,
-    query: torch.Tensor | None = None,
-    key: torch.Tensor | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    scaling: float = 1.0,
-    pooling: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a pruner's score is made of beside its MLP."""
-    if mean_score is not None:
-        scores = torch.lerp(mean_score, scores, 1 / (num_scores + 1))
-    end = token_index.shape[1] - keep_last
-    if query is not None and key is not None:
-        last = slice(end - query.shape[2], end)
-        cos, sin = (None if t is None else t[:, last] for t in (cos, sin))
-        attention = window_attention(query, key, token_index[:, last], token_index, cos, sin, scaling, pooling)
-    distance = token_index[:, end - 1 : end] - token_index if end > 0 else torch.full_like(token_index, -1)
-    is_valid = (token_index >= 0) & (distance >= 0)
-    bias = distance_table.take(distance.clamp(0, distance_table.shape[0] - 1))
-    if attention is not None:
-        bias = bias + attention_weight * standardized_log(attention, is_valid)
-    return scores + bias.masked_fill(~is_valid, 0), scores
-
-
 def standardized_log(attention: torch.Tensor, is_valid: torch.Tensor | None = None) -> torch.Tensor:
     """Logarithms with mean 0 and standard deviation 1 in each row, so that one weight fits every prompt length.
 
@@ -261,24 +222,6 @@ def standardized_log(attention: torch.Tensor, is_valid: torch.Tensor | None = No
     return centred / (spread + 1e-6)
 
 
-def _max_pool(values: torch.Tensor, width: int) -> torch.Tensor:
-    """Maximum of each value, none negative, and its `width` - 1 neighbours along the last dimension."""
-    # Not F.max_pool1d, which would tie a compiled graph to one length; nor by unfolding, which takes 4 to 7 times as
-    # long: the maximum of two maxima reaches twice as far.
-    pooled = F.pad(values, (width // 2,) * 2)
-    reach = 1
-    while reach < width:
-        step = min(reach, width - reach)
-        pooled = torch.maximum(pooled[..., :-step], pooled[..., step:])
-        reach += step
-    return pooled
-
-
 def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why this backend cannot run there; it always can."""
     return None
-
-
-def token_dim(tensor: torch.Tensor) -> int:
-    """Dimension of the tokens: 1 in ``[B, N]`` and ``[B, N, D]``, 2 in ``[B, heads, N, D]``."""
-    return max(1, tensor.dim() - 2)

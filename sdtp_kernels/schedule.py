@@ -31,8 +31,8 @@ def front_loaded(keep_ratio: float, num_stages: int, power: float = EARLY_POWER)
     """Keep ratios that drop more in the first stages and less in the last, at the budget of `keep_ratio` in each.
 
     With the same ratio in every stage (the paper's form) a deep layer is left with little more than the prompt's end.
-    Here ``exp(-c s^power)`` of a prompt is left after stage ``s``, with `c` such that the mean of these shares over the
-    stages is that of ``keep_ratio^s``.
+    Here ``exp(-c s^power)`` of a prompt is left after stage ``s``. The mean of these shares over the stages is the mean
+    of ``keep_ratio^s``; that sets `c`.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def front_loaded(keep_ratio: float, num_stages: int, power: float = EARLY_POWER)
         In ``(0, 1]``.
     num_stages : int
     power : float, default 0.7
-        1 is `keep_ratio` in every stage; less drops earlier. In ``(0, 1]``.
+        In ``(0, 1]``. 1 is `keep_ratio` in every stage; a smaller number drops earlier.
 
     Returns
     -------
@@ -110,13 +110,12 @@ class PruningSchedule:
         Leading prompt tokens that are always kept.
     recent : float, default 0.1
         Share of the *original* prompt length that is always kept at its end, in ``[0, 1]``; the last token always is.
-        Used by the global budget only: it would make a token's fate depend on where the prompt ends.
+        Used by the global budget only: what a block keeps must not depend on where the prompt ends.
     budget : {"global", "block"}, default "global"
         ``"global"`` ranks the whole prompt at each stage. ``"block"`` ranks each finished block of `block_size`
-        prompt tokens by itself and keeps the same count in every block, its last token included; what stands after
-        the last finished block is kept whole. A block is finished once half a block stands after it: a prompt ends
-        with what is asked, which must not be pruned because a block happens to end there. With a causal score a
-        block's result then depends on nothing after it.
+        prompt tokens by itself and keeps the same count in every block, its last token included. What follows the last
+        finished block is kept whole. A block is finished once half a block follows it: a prompt ends with what is
+        asked, which must not be pruned. With a causal score a block's result depends on nothing after it.
     block_size : int, default 512
         Prompt tokens in a block, by original position.
     min_prompt : int, default 64
@@ -207,7 +206,7 @@ class PruningSchedule:
     def sees_prompt_end(self) -> bool:
         """Whether a score may depend on where the prompt ends.
 
-        Under the block budget it may not: what a block keeps has to be the same whatever follows it.
+        Under the block budget it may not: what a block keeps must not depend on what follows it.
         """
         return self.budget == "global"
 
@@ -262,8 +261,8 @@ class PruningSchedule:
     def max_keep(self, length: int, stage: int) -> int:
         """Most tokens that any prompt of at most `length` tokens has left after `stage` stages.
 
-        This is the width of a left-padded batch, known from shapes alone. It can exceed ``num_keep(length, stage)``:
-        an unfinished block keeps more than a finished one, and short prompts are not pruned.
+        This is the width of a left-padded batch, known from shapes alone. It can exceed ``num_keep(length, stage)``: an
+        unfinished block keeps more than a finished one, and short prompts are not pruned.
         """
         widest = _max(self.num_keep(length, stage), _min(length, self.min_prompt - 1))
         if self.budget == "block" and stage > 0:
@@ -293,7 +292,7 @@ class PruningSchedule:
         stage : int
             1 to ``num_stages``.
         keep_last : int, default 0
-            Further tokens after the prompt that are kept whatever happens and count as no part of it.
+            Tokens after the prompt. They are always kept, and no share counts them.
         padded : bool, default False
             Whether rows may be shorter than `length`; their own counts then come from :meth:`plan_rows`.
         finished : int, default 0

@@ -23,7 +23,7 @@ ATTENTION_POOLING = 7  # and its max-pooling width, so that a hit keeps its neig
 
 
 class StageInput(NamedTuple):
-    """What a scorer may look at: the input of the decoder layer that the stage stands before, and the layer below."""
+    """What a scorer may look at: the input of the decoder layer after the stage, and the layer below."""
 
     hidden_states: torch.Tensor
     """``[B, n, D]``"""
@@ -32,17 +32,16 @@ class StageInput(NamedTuple):
     token_index: torch.Tensor
     """``[B, n]`` index in the row's own prompt, negative for padding."""
     keep_last: int
-    """Tokens after the prompt that are kept whatever their score."""
+    """Tokens after the prompt, which are kept at any score."""
     layer_below: Any
     """The decoder layer that has just run, on the same tokens."""
     hidden_states_below: torch.Tensor | None
     """Its input, ``[B, n, D]``; ``None`` where deferred tokens joined (see :func:`block_local`)."""
     queries_below: torch.Tensor | None = None
-    """The queries it projected for the prompt's last tokens, as many as the scorer looks at or as there are, not
-    rotated yet, ``[B, w, heads * head_dim]`` or ``[B, w, heads, head_dim]``; ``None`` in compiled code, and where
-    deferred tokens joined."""
+    """The queries of the prompt's last `w` tokens in the layer below, before rotation, ``[B, w, heads * head_dim]`` or
+    ``[B, w, heads, head_dim]``. ``None`` in compiled code, and where deferred tokens joined."""
     keys_below: torch.Tensor | None = None
-    """The keys it cached, ``[B, kv_heads, n, head_dim]``; ``None`` without a cache, and where
+    """The keys that the layer below cached, ``[B, kv_heads, n, head_dim]``. ``None`` without a cache, and where
     deferred tokens joined."""
     group: ProcessGroup | None = None
     """The processes that share the model's heads; each sees all tokens. ``None`` for one process alone."""
@@ -51,10 +50,20 @@ class StageInput(NamedTuple):
 
 
 def block_local(scorer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Declare that a scorer's order of the tokens of a block depends on nothing after the block.
+    """Declare that a scorer ranks the tokens of a block by nothing after the block.
 
-    Under the block budget a prompt may then come in chunks, whose tokens are scored together with those that were
-    deferred: ``hidden_states_below`` and ``keys_below`` can be missing.
+    Under the block budget a prompt may then come in chunks. A chunk is scored together with deferred tokens, so
+    ``hidden_states_below`` and ``keys_below`` can be None.
+
+    Parameters
+    ----------
+    scorer : callable
+        A function of a :class:`StageInput`.
+
+    Returns
+    -------
+    callable
+        The same function.
     """
     scorer.is_block_local = True  # type: ignore[attr-defined]
     return scorer
@@ -71,7 +80,7 @@ def random_score(stage: StageInput, seed: int = 0) -> torch.Tensor:
 
 @block_local
 def recent_score(stage: StageInput) -> torch.Tensor:
-    """The later the better: what remains is the sink and the end of the prompt (StreamingLLM, progressively)."""
+    """The later the token, the higher: the sink and the end of the prompt remain (StreamingLLM, stage by stage)."""
     return stage.token_index.float()
 
 
@@ -113,7 +122,7 @@ def window_of(stage: StageInput, window: int) -> tuple[torch.Tensor, torch.Tenso
 def attention_score(stage: StageInput, window: int = ATTENTION_WINDOW) -> torch.Tensor:
     """Attention of the prompt's last queries in the layer below, as in SnapKV (arXiv 2404.14469).
 
-    Softmax per query, sum over the last `window` queries, max-pooling over 7 neighbours, mean over heads.
+    Softmax for each query, sum over the last `window` queries, maximum over 7 neighbours, mean over heads.
     """
     from .models.devices import mean_over
 

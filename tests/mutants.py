@@ -25,7 +25,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
     "sdtp_kernels", "python", "csrc", "tests", "benchmarks", "CMakeLists.txt", "pyproject.toml", "setup.py",
-    "requirements-nvcc.txt",
+    "requirements-nvcc.txt", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs", "examples",
 )  # fmt: skip
 WORKERS = os.cpu_count() or 1
 # A machine whose processor has no such registers does not run what needs them.
@@ -1193,10 +1193,10 @@ MUTANTS = [
     ),
     Mutant(
         "a width that is no whole number of vectors",
-        "python/sdtp_train/train.py",
-        "hidden_size // 12 // 16 * 16",
-        "hidden_size // 12",
-        "test_train_pruners.py::test_an_mlp_is_a_third_of_the_papers_in_whole_vectors",
+        "sdtp_kernels/pruner.py",
+        "max(16, width // 16 * 16)",
+        "max(16, width)",
+        "test_train_pruners.py::test_an_mlp_is_a_third_of_the_papers_in_whole_tiles",
     ),
     Mutant(
         "supervision that never enters the loss",
@@ -2783,6 +2783,49 @@ MUTANTS = [
         "        device.flush()\n",
         "",
         "test_bench_gpu_check.py::test_runs_are_interleaved_and_cold",
+    ),
+    Mutant(
+        "a version in a second place",
+        "pyproject.toml",
+        'dynamic = ["version"]',
+        'version = "0.0.9"',
+        "test_build.py::test_one_place_names_the_version",
+    ),
+    # What people read.
+    Mutant(
+        "a page that the navigation forgets",
+        "docs/conf.py",
+        '"docs/quick-start", ',
+        "",
+        "test_docs.py::test_the_navigation_contains_every_page",
+    ),
+    Mutant(
+        "a public function without its documentation",
+        "docs/api.md",
+        ".. autofunction:: front_loaded\n",
+        "",
+        "test_docs.py::test_every_public_name_is_on_the_api_page",
+    ),
+    Mutant(
+        "a link to a heading that is gone",
+        "docs/api.md",
+        "# API\n",
+        "# API\n\n[gone](serving.md#no-such-heading)\n",
+        "test_docs.py::test_links_lead_somewhere",
+    ),
+    Mutant(
+        "an error text that the package no longer has",
+        "docs/troubleshooting.md",
+        "`SDTP needs left padding`",
+        "`SDTP wants left padding`",
+        "test_docs.py::test_troubleshooting_has_the_texts_that_the_package_prints",
+    ),
+    Mutant(
+        "a quick start with a line that fails",
+        "docs/quick-start.md",
+        'with apply_sdtp(model, "attention", 0.9) as handle:',
+        'with apply_sdtp(model, "saliency", 0.9) as handle:',
+        "test_docs.py::test_the_lines_of_the_first_pages_run",
     ),
 ]
 

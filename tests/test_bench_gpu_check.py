@@ -106,7 +106,7 @@ def test_the_kernels_pass_in_the_interpreter(tmp_path: Path) -> None:
         assert {"torch", "triton"} <= set(row["versions"])
         assert {"revision", "date"} <= set(row)
     checked = {(row["backend"], row["op"]) for row in rows if row["kind"] == "check"}
-    ops = {"score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "position_attention"}
+    ops = {"score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "prompt_bias", "position_attention"}
     assert checked == {(backend, op) for backend in ("cpu", "triton") for op in ops}
     timed = {(row["provider"], row["graph"]): row for row in rows if row["kind"] == "time"}
     assert set(timed) == {(name, graph) for name in EVERYONE | {"triton"} for graph in (False, True)}
@@ -122,14 +122,13 @@ def test_the_kernels_pass_in_the_interpreter(tmp_path: Path) -> None:
 
 
 def copy_of_another_row(output):
-    hidden_states, tensors, indices = output
-    return hidden_states.roll(1, dims=1), tensors, indices
+    hidden_states, *others = output
+    return hidden_states.roll(1, dims=1), *others
 
 
 def lost_last_bit(output):
-    hidden_states, tensors, indices = output
-    tensors[0].view(torch.int32)[0, 5, 3] ^= 1
-    return hidden_states, tensors, indices
+    output[1][0].view(torch.int32)[0, 5, 3] ^= 1
+    return output
 
 
 def wrong_dtype(output):
@@ -141,7 +140,7 @@ def descending(output):
 
 
 def one_too_few(output):
-    return output[0][:, 1:], [t[:, 1:] for t in output[1]], output[2][:, 1:]
+    return output[0][:, 1:], [t[:, 1:] for t in output[1]], output[2][:, 1:], *output[3:]
 
 
 def raises(output):
@@ -184,13 +183,11 @@ def test_a_wrong_kernel_gets_no_figure(monkeypatch: pytest.MonkeyPatch, spoil, m
 )
 def test_a_wrong_selection_gets_no_figure(monkeypatch: pytest.MonkeyPatch, change: dict, message: str) -> None:
     right = cpu.prune_tokens
-    names = ("num_keep", "sink", "recent", "block_size", "rows", "pooling", "score_bias", "rms_eps")
 
-    def wrong(hidden_states, tensors, *rest):
-        settings = dict(zip(names, rest[4:], strict=True)) | change
-        # Negated scores: the kernel keeps just those that it should drop, but for what is forced.
-        w2, b2 = (-rest[2], -rest[3]) if "sink" in change else rest[2:4]
-        return right(hidden_states, tensors, *rest[:2], w2, b2, *settings.values())
+    def wrong(hidden_states, tensors, scoring, selection, num_dropped):
+        if "sink" in change:  # negated scores: the kernel keeps just those that it should drop, but for what is forced
+            scoring = scoring._replace(w2=-scoring.w2, b2=-scoring.b2, mean_score=-scoring.mean_score)
+        return right(hidden_states, tensors, scoring, selection._replace(**change), num_dropped)
 
     monkeypatch.setattr(cpu, "prune_tokens", wrong)
     row = measure()["cpu", False]
@@ -253,7 +250,10 @@ def by_the_batch(scores):
         ("select_tokens", lambda indices: indices.roll(1, dims=1), "indices differ"),
         ("gather_tokens", lambda tensors: [*tensors[:-1], ~tensors[-1]], "tensor 69: not the rows"),
         ("prune_tokens", copy_of_another_row, "tensor 0: not the rows"),
-        ("prune_tokens", lambda output: (*output[:2], output[2] - 1), "indices differ"),
+        ("prune_tokens", lambda output: (*output[:2], output[2] - 1, *output[3:]), "indices differ"),
+        ("prune_tokens", lambda output: (*output[:3], output[3] + 1e-7, output[4]), "tensor 4: not the rows"),
+        ("prune_tokens", lambda output: (*output[:4], output[4].roll(1, dims=1)), "tensor 5: not the rows"),
+        ("prompt_bias", noisy, "results differ"),
         ("prune_tokens", raises, "RuntimeError"),
         ("position_attention", lambda output: output.roll(1, dims=1), "results differ"),
         ("position_attention", lambda output: output.fill_(torch.nan), "results differ"),
@@ -277,7 +277,9 @@ def test_the_cuda_backend_is_among_them(monkeypatch: pytest.MonkeyPatch) -> None
     rows = list(gpu_check.check_kernels(FakeDevice(), [SHAPE]))
     assert not [row for row in rows if row["error"]]
     checked = {row["op"] for row in rows if row["backend"] == "cuda"}
-    assert checked == {"score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "position_attention"}
+    assert checked == {
+        "score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "prompt_bias", "position_attention",
+    }  # fmt: skip
     assert ("cuda", False) in measure()
 
 

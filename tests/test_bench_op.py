@@ -37,7 +37,8 @@ def measure(case=CASE, names=NAMES, threads=(1,)):
 
 def wrong_score(output, arguments):
     """Tokens by a score with the sign of the first weights turned."""
-    return WRONG_FROM(arguments[0], arguments[1], -arguments[2], *arguments[3:])
+    hidden_states, tensors, scoring, *rest = arguments
+    return WRONG_FROM(hidden_states, tensors, scoring._replace(w1=-scoring.w1), *rest)
 
 
 def wrong_row(output, arguments):
@@ -49,7 +50,7 @@ def wrong_row(output, arguments):
 def unsorted(output, arguments):
     order = torch.arange(output[2].shape[1])
     order[:2] = order[:2].flip(0)
-    return output[0][:, order], [tensor[:, order] for tensor in output[1]], output[2][:, order]
+    return output[0][:, order], [tensor[:, order] for tensor in output[1]], output[2][:, order], *output[3:]
 
 
 def not_a_number(output, arguments):
@@ -92,7 +93,7 @@ def test_near_ties_that_rounding_explains_are_right():
     providers = find_providers(timing.CpuDevice(), CASE, stage, plan, ["eager", "cpu"])
     picked = [call()[2] for call in providers.values()]
     assert [check(call) for call in providers.values()] == ["", ""]
-    lost = stage._replace(w1=stage.w1 * 0.5)
+    lost = stage._replace(scoring=stage.scoring._replace(w1=stage.scoring.w1 * 0.5))
     assert "ranks above" in check(lambda: eager.prune_tokens(eager.in_one_dtype(lost), plan)), len(picked)
 
 
@@ -113,8 +114,8 @@ def test_the_pytest_benchmark_refuses_a_wrong_kernel(tmp_path):
         "from sdtp_kernels.backends import cpu\n"
         "right = cpu.prune_tokens\n"
         "def wrong(*arguments):\n"
-        "    hidden_states, tensors, indices = right(*arguments)\n"
-        "    return hidden_states.roll(1, dims=1), tensors, indices\n"
+        "    hidden_states, *others = right(*arguments)\n"
+        "    return hidden_states.roll(1, dims=1), *others\n"
         "cpu.prune_tokens = wrong\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks/", "--benchmark-only", "-p", "spoiled", "-k", "cpu"]
@@ -141,9 +142,10 @@ def test_rows_of_all_threads_and_who_took_part(monkeypatch):
     for row in found.values():
         assert row["hidden_size"] == 32
         assert row["num_keep"] == CASE.plan().num_keep
-        assert row["flops"] == 2 * 2 * 150 * (32 * 8 + 8)
-        token = 32 * 2 + 2 * 16 * 2 + 8
-        assert row["bytes"] == 2 * 150 * token + 8 * 32 * 2 + (8 + 8 + 1) * 4 + 2 * row["num_keep"] * (token + 8)
+        assert row["flops"] == 2 * 2 * 150 * (32 * 16 + 16)
+        token, terms = 32 * 2 + 2 * 16 * 2 + 8, 4 + 4  # a mean and a bias
+        weights, kept = 16 * 32 * 2 + (16 + 16 + 1) * 4, token + 8 + 4
+        assert row["bytes"] == 2 * 150 * (token + terms) + weights + 2 * row["num_keep"] * kept
         assert row["seconds"] == row["quantiles"]["p50"] > 0
         assert row["first_matmul_s"] > 0
 

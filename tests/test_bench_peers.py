@@ -149,7 +149,7 @@ def test_who_is_not_installed_is_listed_with_the_reason(contest, gguf_file, monk
     status, rows = contest("--gguf", gguf_file, "--presses", "SnapKV", "--samples", 1, "--repeats", 1)
     assert status == 0
     assert "kvpress cannot be imported" in rows["kvpress:SnapKV"]["error"]
-    assert "'make peers' puts it beside the environment" in rows["llama.cpp"]["error"]
+    assert "'make peers' installs it" in rows["llama.cpp"]["error"]
     assert rows["attention"]["ttft_s"] > 0
 
 

@@ -44,7 +44,10 @@ for block_size, blocks, batch, pooling in cases:
         moved[key] = moved.get(key, 0) + addresses.size * itemsize
 
     with recorded_launches() as launches, before_each_access(count):
-        prune_tokens(*stage, **plan._asdict(), pooling=pooling, backend="triton")
+        prune_tokens(
+            stage.hidden_states, stage.tensors, **stage.scoring._asdict(), **plan._asdict(), pooling=pooling,
+            backend="triton",
+        )
     counted = [{"name": n, "read": moved[i, "load"], "written": moved[i, "store"]} for i, n in enumerate(launches)]
     costs = roofline.triton_costs(stage, plan, gpu, pooling)
     print(json.dumps({"counted": counted, "computed": [cost._asdict() for cost in costs]}))
@@ -74,16 +77,16 @@ def test_bytes_are_those_that_the_interpreter_counts() -> None:
 
 
 def test_counts_by_hand() -> None:
-    """Qwen2-0.5B on an H100, 4096 tokens: 410 of them are recent, so 3686 are scored, in 29 tiles of 128."""
-    case = Case("qwen2-0.5b", 4096)
+    """Qwen2-7B on an H100, 4096 tokens: 410 of them are recent, so 3686 are scored, in 29 tiles of 128."""
+    case = Case("qwen2-7b", 4096)
     stage, plan = make_stage(case, "meta"), case.plan()
     score, select, gather = roofline.triton_costs(stage, plan, GPUS["h100"])
-    hidden, weights = 3686 * 896 * 2, 224 * 896 * 2 + 2 * 224 * 4
-    assert score == ("score_kernel", 2 * 3686 * 224 * 897, hidden + weights, hidden + 28 * weights, 2 * 3686 * 4)
+    hidden, weights = 3686 * 3584 * 2, 256 * 3584 * 2 + 2 * 256 * 4
+    assert score == ("score_kernel", 2 * 3686 * 256 * 3585, hidden + weights, hidden + 28 * weights, 2 * 3686 * 4)
     kept = 3687  # ceil(0.9 * 4096)
-    assert select.bytes_read == 2 * 3686 * 4
-    assert select.bytes_written == kept * 8 + 3686 * 4
-    row = 896 * 2 + 2 * 64 * 2 + 8
+    assert select.bytes_read == 4 * 3686 * 4 + 410 * 4  # two parts, a mean and a bias; the means of the tail
+    assert select.bytes_written == kept * (8 + 4) + 3686 * 4
+    row = 3584 * 2 + 2 * 128 * 2 + 8
     assert gather == ("gather_kernel", 0, kept * (row + 8), kept * 8 * 3, kept * row)
 
 
@@ -91,7 +94,7 @@ def test_launches_are_the_backends_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """No rule of the backend is copied: where it decides otherwise, so does the model."""
     from sdtp_kernels.backends.triton import configs, fused
 
-    case = Case("qwen2-0.5b", 132 * 256, budget="block", block_size=256)
+    case = Case("qwen2-7b", 132 * 256, budget="block", block_size=256)
     stage, plan, before = make_stage(case, "meta"), case.plan(), configs.device_of
 
     def names(gpu: Gpu) -> list[str]:
@@ -104,7 +107,7 @@ def test_launches_are_the_backends_own(monkeypatch: pytest.MonkeyPatch) -> None:
     smaller = configs.ScoreConfig(64, 32, 64, 8, 3)
     narrow = roofline.triton_costs(stage, plan, GPUS["h100"])[0]
     monkeypatch.setitem(configs.SCORE, "sm_90", {2: smaller})
-    assert roofline.triton_costs(stage, plan, GPUS["h100"])[0].bytes_written == narrow.bytes_written * 7 // 2
+    assert roofline.triton_costs(stage, plan, GPUS["h100"])[0].bytes_written == narrow.bytes_written * 8 // 2
     assert configs.device_of is before
     assert callable(fused.score_parts)
 
@@ -116,13 +119,16 @@ def test_gpus_are_of_architectures_in_the_table() -> None:
 
 
 def test_eager_operations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case("qwen2-7b", 4096, keep=0.75, batch=2)
+    case = Case("qwen2-7b", 4096, keep=0.75, batch=2, pooling=1)
     stage, plan = make_stage(case, "meta"), case.plan()
     costs = roofline.eager_costs(stage, plan)
     names = [cost.name for cost in costs]
-    assert names == ["addmm", "gelu", "addmm", "fill_", "topk", "arange", "sort", "cat", *["gather"] * 4]
-    first, gelu, *_ = costs
-    tokens, hidden_size, width, kept = 2 * 4096, 3584, 896, 2 * 3072
+    norm = ["pow", "mean", "add", "rsqrt", "mul"]
+    assert names[names.index("addmm") :] == [
+        "addmm", "gelu", "addmm", "lerp", "add", "fill_", "topk", "arange", "sort", "cat", *["gather"] * 4,
+    ]  # fmt: skip
+    first, gelu, *_ = costs[names.index("addmm") :]
+    tokens, hidden_size, width, kept = 2 * 4096, 3584, 256, 2 * 3072
     assert first.flops == 2 * tokens * hidden_size * width
     assert first.bytes_read == 2 * (tokens * hidden_size + hidden_size * width + width)
     assert first.bytes_written == gelu.bytes_read == gelu.bytes_written == 2 * tokens * width
@@ -142,13 +148,16 @@ def test_eager_prunes_right(block_size: int | None, pooling: int, tokens: int) -
     budget = {"budget": "block", "block_size": block_size} if block_size else {}
     plan = PruningSchedule((1,), 0.7, min_prompt=1, **budget).plan(tokens, 1)
     stage = random_stage("cpu", torch.float32, 2, tokens, hidden_size=24, pruner_size=10, head_dim=6)
-    expected = prune_tokens(*stage, **plan._asdict(), pooling=pooling, backend="reference")
+    scoring = stage.scoring._asdict()
+    expected = prune_tokens(
+        stage.hidden_states, stage.tensors, **scoring, **plan._asdict(), pooling=pooling, backend="reference"
+    )
     hidden_states, tensors, indices = eager.prune_tokens(stage, plan, pooling)
     if pooling == 1:
         assert torch.equal(indices, expected.indices)
     else:  # neighbours tie, and topk may take either of them: what they rank by is the same
         size, body = block_size or tokens, tokens - plan.recent
-        exact = reference.score_tokens(stage.hidden_states, *stage.weights)
+        exact = reference.score_tokens(stage.hidden_states, stage.scoring)
         for row, got, wanted in zip(exact, indices, expected.indices, strict=True):
             near = [range(max(i - 3, i // size * size), min(i + 4, i // size * size + size, body)) for i in range(body)]
             ranks = [max(row[j].item() for j in window) for window in near] + [torch.inf] * plan.recent

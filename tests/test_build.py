@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import sdtp_kernels
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     "sdtp_kernels", "python", "csrc", "tests", "benchmarks", "CMakeLists.txt", "pyproject.toml", "setup.py",
@@ -99,6 +101,13 @@ def test_a_library_asks_for_the_stable_abi_alone(library, wheel, tmp_path):
     dynamic = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
     assert set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)) <= NEEDED
     assert not re.search("RPATH|RUNPATH", dynamic)
+
+
+def test_one_place_names_the_version():
+    command = [sys.executable, "setup.py", "--version"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()[-1]
+    assert told == sdtp_kernels.__version__
+    assert not re.search(r"^version *= *\"", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------------------------------- the plan

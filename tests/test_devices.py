@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_qwen2 import LAYERS, SCHEDULES, TOKENS, generate, padded_batch, prompt
 from test_serving import DTYPES, PHASES, assert_same, make_models, of_both_dtypes, prompts, rows, schedules
 from test_serving import generate as generate_with_cache
+from torch.utils import _pytree as pytree
 
 from sdtp_kernels import KVPredictor, TokenPruner, apply_sdtp, ops
 from sdtp_kernels.models.cache import PrunedState
@@ -143,14 +144,14 @@ def test_state_and_pruners_follow_the_layers(padded, monkeypatch):
     for module in (model.model.norm, model.lm_head):
         accelerate.hooks.attach_execution_device_hook(module.to("meta"), "meta")
     assert [device_of(layer).type for layer in model.model.layers] == ["cpu"] * 3 + ["meta"] * 3
-    score_prompt, met = ops.score_prompt, []
+    prune_tokens, met = ops.prune_tokens, []
 
     def watched(*args, **terms):
-        tensors = [value for value in (*args, *terms.values()) if isinstance(value, torch.Tensor)]
+        tensors = [value for value in pytree.tree_leaves((args, terms)) if isinstance(value, torch.Tensor)]
         met.append({tensor.device.type for tensor in tensors})
-        return score_prompt(*args, **terms)
+        return prune_tokens(*args, **terms)
 
-    monkeypatch.setattr(ops, "score_prompt", watched)
+    monkeypatch.setattr(ops, "prune_tokens", watched)
     inputs = padded_batch() if padded else {"input_ids": prompt()}
     with apply_sdtp(model, pruners, SCHEDULE):
         cache = model(**inputs, use_cache=True, logits_to_keep=1).cache

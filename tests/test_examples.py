@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import sdtp_kernels
 from sdtp_kernels.pruner_file import PrunerHeader
 
-WITHOUT = {"BackendStatus", "BackendUnavailableError", "PrefillReport", "PromptScores", "PrunedTokens", "StagePlan"}
+WITHOUT = {"BackendStatus", "BackendUnavailableError", "PrefillReport", "PrunedTokens", "StagePlan"}
 """Results and errors: the functions that give them have the examples."""
 
 

@@ -74,16 +74,16 @@ def test_mutants_name_text_that_exists():
         assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant.name
 
 
-def test_the_table_of_features_names_tests_that_exist():
+def test_the_tables_of_features_name_tests_that_exist():
     tests = Path(__file__).resolve().parent
-    table = (tests.parent / "docs" / "serving.md").read_text()
+    tables = "".join((tests.parent / "docs" / name).read_text() for name in ("features.md", "serving.md"))
     functions = {
         node.name
         for path in tests.glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef)
     }
-    named = re.findall(r"`(test_\w+|\w+_suite)(\.py|\*)?`", table)
+    named = re.findall(r"`(test_\w+|\w+_suite)(\.py|\*)?`", tables)
     assert len(named) > 40
     for name, kind in named:
         if kind == ".py":

@@ -20,13 +20,14 @@ from sdtp_kernels import (
     TokenPruner,
     explain_backends,
     gather_tokens,
+    prompt_bias,
     prune_tokens,
     reference,
-    score_prompt,
     score_tokens,
     select_tokens,
     window_attention,
 )
+from sdtp_kernels.backends import eager
 
 BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # exact in float32, and a bfloat16 matmul may round the pre-activation once.
 SCORE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-2}
 
-OPS = ("score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "window_attention", "score_prompt")
+OPS = ("score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "window_attention", "prompt_bias")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -90,11 +91,28 @@ def test_score(backend, dtype, rms_eps, tokens, hidden_size, intermediate_size):
 
 
 @backends
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_score_averages_the_stages(backend, dtype):
+    """Three stages' scores by the running mean of two, the bias on top."""
+    hidden_states, weights = pruner_inputs(300, dtype=dtype, batch=2)
+    mean, bias = torch.randn(2, 2, 300)
+    own = score_tokens(hidden_states, *weights, backend=backend)
+    got = score_tokens(hidden_states, *weights, mean_score=mean, num_scores=2, score_bias=bias, backend=backend)
+    torch.testing.assert_close(got, (2 * mean + own) / 3 + bias, atol=1e-5, rtol=1e-5)
+    spread = torch.full((2, 600), torch.nan)[:, ::2]
+    again = score_tokens(
+        hidden_states, *weights, mean_score=spread.copy_(mean), num_scores=2, score_bias=bias.t().contiguous().t(),
+        backend=backend,
+    )  # fmt: skip
+    assert torch.equal(got, again)
+
+
+@backends
 @pytest.mark.parametrize("width", [1, 15, 48, 49, 70, 96, 97])
 def test_score_of_every_width(backend, width):
     hidden_states, weights = pruner_inputs(21, 40, width)
-    got = score_tokens(hidden_states, *weights, rms_eps=1e-6, backend=backend)
-    torch.testing.assert_close(got, reference.score_tokens(hidden_states, *weights, rms_eps=1e-6), atol=1e-5, rtol=1e-5)
+    got, expected = (score_tokens(hidden_states, *weights, rms_eps=1e-6, backend=b) for b in (backend, "reference"))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @backends
@@ -261,39 +279,56 @@ def test_gather_nothing(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("budget", ["global", "block"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_prune_equals_the_composition(backend, dtype, budget, padded):
+@pytest.mark.parametrize("averaged", [False, True])
+def test_prune_equals_the_composition(backend, dtype, budget, padded, averaged):
     tokens, batch = 600, 3
     schedule = PruningSchedule((1,), 0.8, budget=budget, block_size=128)
     hidden_states, weights = pruner_inputs(tokens, 64, 16, dtype, batch)
     tensors = [torch.randn(1, tokens, 8).expand(batch, -1, -1), torch.arange(tokens).expand(batch, -1)]
-    bias = torch.randn(batch, tokens)
-    lengths = torch.tensor([600, 390, 40])
-    plan = schedule.plan(tokens, 1, padded=padded)
+    mean, bias = torch.randn(2, batch, tokens)
+    lengths = torch.tensor([600, 390, 40]) if padded else torch.tensor([600] * batch)
+    plan, rows = schedule.plan(tokens, 1, padded=padded), schedule.plan_rows(lengths, 1)
     selection = {
         "sink": plan.sink,
         "recent": plan.recent,
         "block_size": plan.block_size,
-        "rows": schedule.plan_rows(lengths, 1) if padded else None,
+        "rows": rows if padded else None,
         "pooling": 5,
         "backend": backend,
     }
+    scoring = {"rms_eps": 1e-6, **({"mean_score": mean, "num_scores": 2} if averaged else {})}
     got = prune_tokens(
-        hidden_states, tensors, *weights, plan.num_keep, score_bias=bias, rms_eps=1e-6, **selection
+        hidden_states, tensors, *weights, plan.num_keep, score_bias=bias, **scoring, **selection,
+        num_dropped=tokens - plan.num_keep + 5,
     )  # fmt: skip
-    scores = score_tokens(hidden_states, *weights, score_bias=bias, rms_eps=1e-6, backend=backend)
+    scores = score_tokens(hidden_states, *weights, score_bias=bias, **scoring, backend=backend)
     indices = select_tokens(scores, plan.num_keep, **selection)
-    expected = gather_tokens([hidden_states, *tensors], indices, backend=backend)
+    means = score_tokens(hidden_states, *weights, **scoring, backend=backend)
+    for row, tail in enumerate(rows[:, 2].tolist()):
+        means[row, tokens - tail :] = mean[row, tokens - tail :] if averaged else 0
+    expected = gather_tokens([hidden_states, *tensors, means], indices, backend=backend)
     assert torch.equal(got.indices, indices)
-    for a, b in zip([got.hidden_states, *got.tensors], expected, strict=True):
+    for a, b in zip([got.hidden_states, *got.tensors, got.mean_score], expected, strict=True):
         assert torch.equal(a, b)
+    for row, length in enumerate(lengths.tolist()):
+        dropped = sorted(set(range(tokens - length, tokens)) - set(indices[row].tolist()))
+        width = tokens - plan.num_keep + 5
+        assert got.dropped[row].tolist() == [-1] * (width - len(dropped)) + dropped
     if padded:
         assert (got.indices >= 0).sum(-1).tolist() == [schedule.num_keep(n, 1) for n in lengths.tolist()]
 
 
+@backends
+def test_nobody_asks_for_the_dropped_tokens(backend):
+    hidden_states, weights = pruner_inputs(30)
+    assert prune_tokens(hidden_states, [], *weights, 20, backend=backend).dropped.shape == (1, 0)
+    all_kept = prune_tokens(hidden_states, [], *weights, 30, num_dropped=2, backend=backend)
+    assert all_kept.dropped.tolist() == [[-1, -1]]
+
+
 # ------------------------------------------------------------------------------------------------- window attention
 
-# Relative to the highest result: the reference multiplies in the dtype given.
-WINDOW_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+WINDOW_TOLERANCE = 1e-5  # relative to the highest result
 
 
 def window_inputs(
@@ -344,7 +379,16 @@ def test_window_attention(backend, dtype, pooling, shape):
     expected = naive_window(*inputs, 0.25, pooling)
     got = window_attention(*inputs, scaling=0.25, pooling=pooling, backend=backend)
     assert got.dtype == torch.float32
-    tolerance = WINDOW_TOLERANCE[torch.float32 if backend == "cpu" else dtype]
+    torch.testing.assert_close(got.double(), expected, atol=WINDOW_TOLERANCE * expected.max().item(), rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("pooling", [1, 2 + 1, 7])
+def test_window_attention_in_steps_of_torch(dtype, tolerance, pooling):
+    """What backends without a kernel run: it rounds the logits."""
+    inputs = window_inputs(keys=257, window=32, padding=(0, 250, 256), dtype=dtype)
+    expected = naive_window(*inputs, 0.25, pooling)
+    got = eager.window_attention(*inputs, None, None, 0.25, pooling)
     torch.testing.assert_close(got.double(), expected, atol=tolerance * expected.max().item(), rtol=0)
 
 
@@ -454,8 +498,8 @@ def test_window_attention_layouts_and_nan(backend):
 
 
 def test_window_attention_compiles_for_all_lengths():
-    """The op, and the reference, of which GPUs compile every step: two graphs, for one query and for several."""
-    for function in (window_attention, reference.window_attention):
+    """One graph for all."""
+    for function in (window_attention, eager.window_attention):
         torch._dynamo.reset()
         graphs = CompileCounter()
         compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=graphs)
@@ -494,109 +538,94 @@ def test_bad_arguments_of_window_attention(change, message):
         window_attention(**arguments)
 
 
-# ---------------------------------------------------------------------------------------------- a pruner's whole score
+# -------------------------------------------------------------------------------- what a score owes to the prompt's end
 
 
 def prompt_inputs(lengths=(300, 300), keep_last=0, dtype=torch.float32):
-    """Arguments of score_prompt for left-padded prompts, of which some tokens dropped."""
+    """Arguments of prompt_bias for left-padded prompts, of which some tokens dropped."""
     batch, width = len(lengths), max(lengths)
-    hidden_states, weights = pruner_inputs(width, batch=batch, dtype=dtype)
     _, key, _, token_index = window_inputs(width, padding=[width - n for n in lengths], dtype=dtype)
     cos, sin = rotary(batch, width, 24, dtype=dtype)
     return {
-        **dict(zip(("hidden_states", "w1", "b1", "w2", "b2"), (hidden_states, *weights), strict=True)),
         "token_index": token_index, "distance_table": torch.randn(250), "keep_last": keep_last,
-        "mean_score": torch.randn(batch, width), "num_scores": 2, "attention_weight": 0.7,
-        "query": torch.randn(batch, 6, 5, 24).to(dtype), "key": key, "cos": cos, "sin": sin, "scaling": 0.3,
-        "pooling": 3, "rms_eps": 1e-6,
+        "attention_weight": 0.7, "query": torch.randn(batch, 6, 5, 24).to(dtype), "key": key, "cos": cos, "sin": sin,
+        "scaling": 0.3, "pooling": 3,
     }  # fmt: skip
 
 
 @backends
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep_last", [0, 7])
-def test_score_prompt(backend, dtype, keep_last):
-    """By hand from the other ops: opinions averaged, a distance, and logarithms standardised over valid tokens."""
+def test_prompt_bias(backend, dtype, keep_last):
+    """By hand: a distance, and logarithms of the attention standardised over valid tokens."""
     inputs = prompt_inputs((300, 211), keep_last, dtype)
-    hidden_states, w1, b1, w2, b2, index = list(inputs.values())[:6]
-    own = score_tokens(hidden_states, w1, b1, w2, b2, rms_eps=1e-6, backend=backend)
-    mean_score = (2 * inputs["mean_score"] + own) / 3
+    index = inputs["token_index"]
     end = 300 - keep_last
     last = slice(end - 5, end)
     attention = window_attention(
         inputs["query"], inputs["key"], index[:, last], index, cos=inputs["cos"][:, last], sin=inputs["sin"][:, last],
         scaling=0.3, pooling=3, backend=backend,
     )  # fmt: skip
-    expected = mean_score.double()
+    expected = torch.zeros(2, 300, dtype=torch.double)
     for row in range(2):
         valid = (index[row] >= 0) & (torch.arange(300) < end)
         logs = (attention[row, valid].double() + 1e-9).log()
         distance = index[row, end - 1] - index[row, valid]
         expected[row, valid] += inputs["distance_table"][distance.clamp(max=249)]
         expected[row, valid] += 0.7 * (logs - logs.mean()) / logs.std(correction=0)
-    got = score_prompt(**inputs, backend=backend)
-    torch.testing.assert_close(got.mean_score, mean_score, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got.scores.double(), expected, atol=2e-4, rtol=1e-4)
+    got = prompt_bias(**inputs, backend=backend)
+    torch.testing.assert_close(got.double(), expected, atol=2e-4, rtol=1e-4)
     given = {name: value for name, value in inputs.items() if name not in ("query", "key", "cos", "sin")}
-    given = score_prompt(**given, attention=attention, backend=backend)
-    torch.testing.assert_close(given.scores, got.scores, atol=1e-5, rtol=1e-5)
+    given = prompt_bias(**given, attention=attention, backend=backend)
+    torch.testing.assert_close(given, got, atol=1e-5, rtol=1e-5)
 
 
 @backends
-def test_score_prompt_of_an_mlp_alone(backend):
-    inputs = prompt_inputs()
-    weights = [inputs[name] for name in ("hidden_states", "w1", "b1", "w2", "b2")]
-    expected = score_tokens(*weights, backend=backend)
+def test_prompt_bias_of_nothing(backend):
+    index = torch.arange(300).repeat(2, 1)
     for keep_last in (0, 300):  # all of it may stand after the prompt
-        got = score_prompt(*weights, inputs["token_index"], torch.zeros(1), keep_last=keep_last, backend=backend)
-        assert torch.equal(got.scores, expected)
-        assert torch.equal(got.mean_score, expected)
+        assert not prompt_bias(index, torch.zeros(1), keep_last=keep_last, backend=backend).any()
+    assert not prompt_bias(index, torch.ones(1), keep_last=300, backend=backend).any()
+    assert prompt_bias(index[:, :0], torch.ones(1), backend=backend).shape == (2, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_score_prompt_does_not_depend_on_the_company(dtype):
+def test_prompt_bias_does_not_depend_on_the_company(dtype):
     """On a CPU, bit for bit: not on rows, nor on padding and what stands in it."""
     lengths = (300, 211, 9)
     inputs = prompt_inputs(lengths, 2, dtype)
     for row, n in enumerate(lengths):
-        for name in ("hidden_states", "mean_score"):
-            inputs[name][row, : 300 - n] = torch.nan
         inputs["key"][row, :, : 300 - n] = torch.nan
-    together = score_prompt(**inputs)
+    together = prompt_bias(**inputs)
     for row, n in enumerate(lengths):
         own = {}
         for name, value in inputs.items():
-            is_by_row = isinstance(value, torch.Tensor) and value.dim() > 1 and name != "w1"
+            is_by_row = isinstance(value, torch.Tensor) and value.dim() > 1
             own[name] = value[row : row + 1] if is_by_row else value
-        for name in ("hidden_states", "token_index", "mean_score", "cos", "sin"):
+        for name in ("token_index", "cos", "sin"):
             own[name] = own[name][:, 300 - n :]
         own["key"] = own["key"][:, :, 300 - n :]
-        alone = score_prompt(**own, backend="cpu")
-        assert torch.equal(alone.scores[0], together.scores[row, 300 - n :])
-        assert torch.equal(alone.mean_score[0], together.mean_score[row, 300 - n :])
+        assert torch.equal(prompt_bias(**own, backend="cpu")[0], together[row, 300 - n :])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"token_index": torch.ones(2, 299, dtype=torch.int64)}, r"token_index: expected \[2, 300\] torch.int64"),
+        ({"token_index": torch.ones(2, 300)}, r"token_index: expected \[B, N\] torch.int64"),
         ({"keep_last": 301}, "keep_last=301: expected 0 to 300"),
         ({"distance_table": torch.ones(0)}, "distance_table: .* at least one entry"),
-        ({"mean_score": torch.ones(2, 300).double()}, r"mean_score: expected \[2, 300\] torch.float32"),
-        ({"num_scores": 0}, "num_scores=0: expected how many scores mean_score is the mean of"),
-        ({"mean_score": None}, "num_scores=2: expected how many scores"),
+        ({"attention": torch.ones(2, 300).double()}, r"attention: expected \[2, 300\] torch.float32"),
         ({"attention": torch.ones(2, 300)}, "no attention, which it is there to compute"),
         ({"key": None}, "query: expected a key with it"),
         ({"key": torch.ones(2, 3, 299, 24)}, "query, key: expected at most the prompt's 300 tokens and all 300"),
         ({"keep_last": 296}, "at most the prompt's 4 tokens"),
         ({"cos": torch.ones(2, 5, 24)}, r"cos: expected \[2, 300, 24\]"),
         ({"pooling": 2}, "an odd number of tokens"),
-        ({"w1": torch.ones(3, 3)}, "w1: expected"),
     ],
 )
-def test_bad_arguments_of_score_prompt(change, message):
+def test_bad_arguments_of_prompt_bias(change, message):
     with pytest.raises(ValueError, match=message):
-        score_prompt(**{**prompt_inputs(), **change})
+        prompt_bias(**{**prompt_inputs(), **change})
 
 
 # --------------------------------------------------------------------------------------- tracing, gradients, no sync
@@ -610,22 +639,24 @@ def op_inputs(requires_grad=False):
     selection = (20, 2, 4, None, rows, 3)
     indices = torch.tensor([[0, 2, 39], [-1, 4, 9]])
     trained = tuple(w.clone().requires_grad_(requires_grad) for w in weights)
-    bias = torch.randn(2, 40, requires_grad=requires_grad)
+    mean, bias = torch.randn(2, 2, 40)
     return {
-        "score_tokens": (hidden_states, *trained, bias, 1e-6),
+        "score_tokens": (
+            hidden_states,
+            *trained,
+            mean.clone().requires_grad_(requires_grad),
+            2,
+            bias.clone().requires_grad_(requires_grad),
+            1e-6,
+        ),
         "select_tokens": (torch.randn(2, 40), *selection),
         "gather_tokens": ([hidden_states, other, torch.arange(80).view(2, 40)], indices),
-        "prune_tokens": (hidden_states, [other], *weights, *selection, None, 1e-6),
+        "prune_tokens": (hidden_states, [other], *weights, mean, 2, bias, 1e-6, *selection, 22),
         "window_attention": (*window_inputs(requires_grad=requires_grad), *rotary(2, 5, 24), 0.3, 7),
-        "score_prompt": (
-            hidden_states,
-            *weights,
-            1e-6,
+        "prompt_bias": (
             torch.arange(40).repeat(2, 1),
-            3,
             torch.randn(9),
-            torch.randn(2, 40),
-            2,
+            3,
             None,
             0.5,
             torch.randn(2, 6, 5, 8, requires_grad=requires_grad),
@@ -642,7 +673,7 @@ def op_inputs(requires_grad=False):
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, requires_grad, backend):
     op = getattr(torch.ops.sdtp, name).default
-    torch.library.opcheck(op, op_inputs(requires_grad)[name], {"backend": backend})
+    torch.library.opcheck(op, (*op_inputs(requires_grad)[name], backend))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -652,9 +683,9 @@ def test_fake_layouts_are_the_real_ones(name):
 
     op, inputs = getattr(torch.ops.sdtp, name), op_inputs()[name]
     with FakeTensorMode() as mode:
-        fake = op(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs))
+        fake = op(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs), "auto")
     for backend in BACKENDS:
-        real = op(*inputs, backend=backend)
+        real = op(*inputs, backend)
         for a, b in zip(torch.utils._pytree.tree_leaves(fake), torch.utils._pytree.tree_leaves(real), strict=True):
             assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
 
@@ -663,17 +694,17 @@ def test_gradients_of_score():
     inputs = [
         t.double().detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in op_inputs()["score_tokens"]
     ]
-    inputs[5] = inputs[5].float().detach().requires_grad_()
-    grad = torch.randn(2, 40)
-    got = torch.autograd.grad(torch.ops.sdtp.score_tokens(*inputs), inputs[:6], grad)
-    x, w1, b1, w2, b2, bias, eps = inputs
+    for place in (5, 7):
+        inputs[place] = inputs[place].float().detach().requires_grad_()
+    trained, grad = [t for t in inputs if isinstance(t, torch.Tensor)], torch.randn(2, 40)
+    got = torch.autograd.grad(torch.ops.sdtp.score_tokens(*inputs, "auto"), trained, grad)
+    x, w1, b1, w2, b2, mean, _, bias, eps = inputs
     normed = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-    expected = torch.autograd.grad(
-        torch.nn.functional.gelu(normed @ w1.T + b1) @ w2 + b2 + bias, inputs[:6], grad.double()
-    )
+    scores = torch.nn.functional.gelu(normed @ w1.T + b1) @ w2 + b2
+    expected = torch.autograd.grad((2 * mean + scores) / 3 + bias, trained, grad.double())
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, check_dtype=False)
-    (only,) = torch.autograd.grad(torch.ops.sdtp.score_tokens(x.detach(), w1, *inputs[2:]).sum(), [w2])
+    (only,) = torch.autograd.grad(torch.ops.sdtp.score_tokens(x.detach(), w1, *inputs[2:], "auto").sum(), [w2])
     assert only.shape == w2.shape
 
 
@@ -688,7 +719,7 @@ def test_gradients_of_gather(backend):
 @backends
 def test_gradients_of_prune(backend):
     hidden_states, [other], *rest = op_inputs(requires_grad=True)["prune_tokens"]
-    weights, selection = rest[:4], rest[4:10]
+    weights, selection = rest[:4], rest[8:14]
     keywords = dict(zip(("sink", "recent", "block_size", "rows", "pooling"), selection[1:], strict=True))
     pruned = prune_tokens(hidden_states, [other], *weights, selection[0], **keywords, backend=backend)
     weight = torch.randn_like(pruned.hidden_states)
@@ -704,6 +735,7 @@ def test_gradients_of_prune(backend):
     weights[2] = weights[2].clone().requires_grad_()
     with pytest.raises(RuntimeError, match=r"no gradient for w2: .* TokenPruner.forward"):
         prune_tokens(hidden_states, [], *weights, 20, backend=backend)
+    assert not pruned.mean_score.requires_grad
 
 
 @backends
@@ -713,10 +745,10 @@ def test_window_attention_has_no_gradient(backend):
 
 
 @backends
-def test_score_prompt_has_no_gradient(backend):
+def test_prompt_bias_has_no_gradient(backend):
     inputs = prompt_inputs()
-    inputs["hidden_states"].requires_grad_()
-    assert not any(t.requires_grad for t in score_prompt(**inputs, backend=backend))
+    inputs["query"].requires_grad_()
+    assert not prompt_bias(**inputs, backend=backend).requires_grad
 
 
 class NoHostSync(TorchDispatchMode):
@@ -741,8 +773,8 @@ class NoHostSync(TorchDispatchMode):
 @pytest.mark.parametrize("name", OPS)
 def test_no_host_sync(name):
     with NoHostSync():
-        getattr(torch.ops.sdtp, name)(*op_inputs()[name], backend="reference")
-        getattr(torch.ops.sdtp, name)(*op_inputs()[name], backend="cpu")
+        getattr(torch.ops.sdtp, name)(*op_inputs()[name], "reference")
+        getattr(torch.ops.sdtp, name)(*op_inputs()[name], "cpu")
     with pytest.raises(AssertionError, match="host sync"), NoHostSync():
         torch.ones(1).item()
 
@@ -761,6 +793,11 @@ def test_no_host_sync(name):
         ({"w2": torch.ones(20, dtype=torch.bfloat16)}, r"w2: expected \[20\] torch.float32"),
         ({"b2": torch.ones(1)}, r"b2: expected \[\]"),
         ({"score_bias": torch.ones(1, 29)}, r"score_bias: expected \[1, 30\]"),
+        ({"mean_score": torch.ones(1, 30).double(), "num_scores": 1}, r"mean_score: expected \[1, 30\] torch.float32"),
+        ({"mean_score": torch.ones(1, 30)}, "num_scores=0: expected how many scores mean_score is the mean of"),
+        ({"num_scores": 2}, "num_scores=2: expected how many scores"),
+        ({"num_dropped": 14}, "num_dropped=14: expected 0 for none of them, or room for the 15 to 30 tokens"),
+        ({"num_dropped": 31}, "num_dropped=31"),
         ({"num_keep": 31}, "expected 0 to 30"),
         ({"num_keep": 6, "recent": 4, "sink": 3}, "less than the 7 forced tokens"),
         ({"recent": 31}, "more than the 30 tokens"),
@@ -800,3 +837,6 @@ def test_cpu_checks_values_that_it_can_read():
     for index in (-2, 10):
         with pytest.raises(RuntimeError, match="indices"):
             gather_tokens([scores], torch.tensor([[index]]), backend="cpu")
+    hidden_states, weights = pruner_inputs(10)
+    with pytest.raises(RuntimeError, match="row 0: drops 5 tokens; num_dropped=4"):
+        prune_tokens(hidden_states, [], *weights, 6, rows=torch.tensor([[10, 5, 1]]), num_dropped=4, backend="cpu")

@@ -226,8 +226,8 @@ def op_inputs(requires_grad=False):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(backend, requires_grad):
     op = torch.ops.sdtp.position_attention.default
-    torch.library.opcheck(op, op_inputs(requires_grad), {"scale": 0.3, "backend": backend})
-    torch.library.opcheck(op, op_inputs(requires_grad)[:4], {"backend": backend})
+    torch.library.opcheck(op, (*op_inputs(requires_grad), 0.3, backend))
+    torch.library.opcheck(op, (*op_inputs(requires_grad)[:4], None, None, backend))
 
 
 @backends
@@ -238,7 +238,7 @@ def test_fake_layouts_are_the_real_ones(backend, is_by_token):
     query, *others = op_inputs()
     query = query if is_by_token else query.contiguous()
     with FakeTensorMode() as mode:
-        fake = torch.ops.sdtp.position_attention(*map(mode.from_tensor, (query, *others)))
+        fake = torch.ops.sdtp.position_attention(*map(mode.from_tensor, (query, *others)), None, "auto")
     real = position_attention(query, *others, backend=backend)
     assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 

@@ -15,6 +15,7 @@ from test_train_data import make_checkpoint, make_texts
 
 from sdtp_kernels import KVPredictor, PruningSchedule, TokenPruner, apply_sdtp, cli, load_pruners
 from sdtp_kernels.models.family import FAMILIES
+from sdtp_kernels.pruner import trained_width
 from sdtp_train import losses, saliency, shards, simulate, train
 from sdtp_train.shards import Marked, SampleInfo
 
@@ -104,9 +105,11 @@ def test_spearman_by_hand():
     assert losses.spearman(a, torch.tensor([2.0, 1.0, 4.0, 3.0, 5.0])).item() == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize(("hidden_size", "width"), [(32, 16), (576, 48), (896, 64), (1536, 128), (3584, 288)])
-def test_an_mlp_is_a_third_of_the_papers_in_whole_vectors(hidden_size, width):
-    assert train.default_width(hidden_size) == width
+@pytest.mark.parametrize(
+    ("hidden_size", "width"), [(32, 16), (576, 48), (896, 64), (1536, 128), (3584, 256), (4096, 384)]
+)
+def test_an_mlp_is_a_third_of_the_papers_in_whole_tiles(hidden_size, width):
+    assert trained_width(hidden_size) == width
 
 
 # ------------------------------------------------------------------------------------------------------- simulation

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from sdtp_kernels.arguments import Scoring, Selection
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -75,11 +77,12 @@ def _carried(dtype: torch.dtype, tokens: int) -> list[torch.Tensor]:
 
 
 def _score(ops: Any, dtype: torch.dtype) -> None:
-    ops.score_tokens(*_pruner(dtype, 1024), torch.empty(1, 1024), 1e-6)
+    hidden_states, *pruner = _pruner(dtype, 1024)
+    ops.score_tokens(hidden_states, Scoring(*pruner, *torch.empty(1, 1, 1024), 2, torch.empty(1, 1024), 1e-6))
 
 
 def _select(ops: Any, pooling: int, tokens: int, *selection: Any) -> None:
-    ops.select_tokens(torch.empty(1, tokens), *selection, pooling=pooling)
+    ops.select_tokens(torch.empty(1, tokens), Selection(*selection, pooling=pooling))
 
 
 def _gather(ops: Any) -> None:
@@ -90,8 +93,9 @@ def _prune(ops: Any, dtype: torch.dtype, padded: bool, pooling: int, *selection:
     tokens = 2048
     hidden_states, *pruner = _pruner(dtype, tokens)
     rows = torch.empty(1, 3, dtype=torch.int64) if padded else None
-    scoring = (torch.empty(1, tokens), 1e-6)
-    ops.prune_tokens(hidden_states, _carried(dtype, tokens), *pruner, *selection, rows, pooling, *scoring)
+    scoring = Scoring(*pruner, *torch.empty(1, 1, tokens), 2, torch.empty(1, tokens), 1e-6)
+    num_dropped = tokens if padded else tokens - selection[0]
+    ops.prune_tokens(hidden_states, _carried(dtype, tokens), scoring, Selection(*selection, rows, pooling), num_dropped)
 
 
 def _prune_unaligned(ops: Any, dtype: torch.dtype, pooling: int, block_size: int, transposed: bool) -> None:
@@ -104,7 +108,8 @@ def _prune_unaligned(ops: Any, dtype: torch.dtype, pooling: int, block_size: int
     pruner = [w1, torch.empty(pruner_size), torch.empty(pruner_size), torch.empty(())]
     carried = [torch.empty(1, 3, 61, tokens, dtype=dtype).transpose(2, 3)]
     num_keep = 1400 // block_size * 101 + recent
-    ops.prune_tokens(hidden_states, carried, *pruner, num_keep, 4, recent, block_size, None, pooling, None, None)
+    selection = Selection(num_keep, 4, recent, block_size, None, pooling)
+    ops.prune_tokens(hidden_states, carried, Scoring(*pruner), selection, 0)
 
 
 def _attend(ops: Any, dtype: torch.dtype, head_dim: int, padded: bool, tokens: int = 2048) -> None:
@@ -163,7 +168,7 @@ def kernel_names() -> set[str]:
     jitted = [
         node
         for node in functions
-        if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list)
+        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
     ]
     called = {
         node.func.id

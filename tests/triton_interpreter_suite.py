@@ -33,6 +33,7 @@ from sdtp_kernels import (
     score_tokens,
     select_tokens,
 )
+from sdtp_kernels.arguments import Scoring, Selection
 from sdtp_kernels.backends import limits
 from sdtp_kernels.backends.triton import configs, fused, gather, select
 
@@ -76,9 +77,11 @@ def far_apart(tokens, width, stride, dtype):
 )
 def test_score(dtype, rms_eps, tokens, hidden_size, pruner_size):
     hidden_states, weights = pruner_inputs(tokens, hidden_size, pruner_size, dtype, batch=2)
-    bias = torch.randn(2, tokens)
+    mean, bias = torch.randn(2, 2, tokens)
     got, expected = (
-        score_tokens(hidden_states, *weights, score_bias=bias, rms_eps=rms_eps, backend=name)
+        score_tokens(
+            hidden_states, *weights, mean_score=mean, num_scores=2, score_bias=bias, rms_eps=rms_eps, backend=name
+        )
         for name in ("triton", "reference")
     )
     # The products of 16-bit operands are exact in float32: the dtype does not matter.
@@ -293,7 +296,8 @@ def prune_case(block_size, padded, dtype, tokens=620, batch=2, pooling=1):
         torch.arange(tokens).expand(batch, -1),
         torch.randn(batch, tokens, 2, 6).to(dtype).transpose(1, 2),
     ]
-    scoring = {"score_bias": torch.randn(batch, tokens) - 9, "rms_eps": 1e-6}  # what is masked scores higher
+    bias = torch.randn(batch, tokens) - 9  # what is masked scores higher
+    scoring = {"mean_score": torch.randn(batch, tokens), "num_scores": 3, "score_bias": bias, "rms_eps": 1e-6}
     if block_size is None:
         rows = torch.tensor([[tokens, tokens - 150, 60], [tokens - 90, tokens - 200, 45]])
         selection = {"num_keep": tokens - 150, "recent": 60}
@@ -307,13 +311,24 @@ def prune_case(block_size, padded, dtype, tokens=620, batch=2, pooling=1):
     return (hidden_states, carried, *weights), selection | {"sink": 4, "pooling": pooling}, scoring
 
 
-def assert_equals_composition(got, arguments, selection, scoring):
+def assert_equals_composition(got, arguments, selection, scoring, num_dropped=0):
     hidden_states, carried, *weights = arguments
+    batch, tokens, _ = hidden_states.shape
     scores = score_tokens(hidden_states, *weights, **scoring, backend="triton")
     indices = select_tokens(scores, **selection, backend="reference")
     assert torch.equal(got.indices, indices)
-    expected = gather_tokens([hidden_states, *carried], indices, backend="reference")
-    for a, b in zip([got.hidden_states, *got.tensors], expected, strict=True):
+    means = score_tokens(hidden_states, *weights, **scoring | {"score_bias": None}, backend="triton")
+    rows = selection.get("rows")
+    if rows is None:
+        rows = torch.tensor([[tokens, selection["num_keep"], selection.get("recent", 0)]] * batch)
+    before = scoring.get("mean_score", torch.zeros(batch, tokens))
+    for row, (length, _, tail) in enumerate(rows.tolist()):
+        means[row, tokens - tail :] = before[row, tokens - tail :]
+        dropped = sorted(set(range(tokens - length, tokens)) - set(indices[row].tolist()))
+        assert num_dropped == 0 or got.dropped[row].tolist() == [-1] * (num_dropped - len(dropped)) + dropped
+    assert got.dropped.shape == (batch, num_dropped)
+    expected = gather_tokens([hidden_states, *carried, means], indices, backend="reference")
+    for a, b in zip([got.hidden_states, *got.tensors, got.mean_score], expected, strict=True):
         assert torch.equal(a, b)
 
 
@@ -329,8 +344,12 @@ def assert_equals_composition(got, arguments, selection, scoring):
 def test_prune_equals_the_composition(block_size, padded, pooling, dtype, launches):
     tokens = 400 if block_size is None else block_size * (2 if block_size <= 300 else 1) + 60
     arguments, selection, scoring = prune_case(block_size, padded, dtype, tokens, pooling=pooling)
-    got = prune_tokens(*arguments, **selection, **scoring, backend="triton")
+    num_dropped = tokens if padded else tokens - selection["num_keep"] + (pooling == 7)
+    got = prune_tokens(*arguments, **selection, **scoring, num_dropped=num_dropped, backend="triton")
     assert launches == PRUNE_LAUNCHES[block_size]
+    assert_equals_composition(got, arguments, selection, scoring, num_dropped)
+    del scoring["mean_score"], scoring["num_scores"]
+    got = prune_tokens(*arguments, **selection, **scoring, backend="triton")
     assert_equals_composition(got, arguments, selection, scoring)
 
 
@@ -353,6 +372,12 @@ class OnlyMakesTensors(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def prune_on_meta(hidden_states, carried, w1, b1, w2, b2, selection, scoring):
+    """The backend's own function: "meta" is no device that it could be chosen for."""
+    scoring, selection = Scoring(w1, b1, w2, b2, **scoring), Selection(**selection)
+    return backend.prune_tokens(hidden_states, carried, scoring, selection, 200)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("block_size", [None, 128, 300])
 def test_the_host_only_launches(block_size, padded, monkeypatch):
@@ -362,9 +387,9 @@ def test_the_host_only_launches(block_size, padded, monkeypatch):
     case = prune_case(block_size, padded, torch.bfloat16)
     arguments, selection, scoring = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), case)
     with OnlyMakesTensors():
-        pruned, _, indices = backend.prune_tokens(*arguments, **selection, **scoring)
-    assert pruned.is_meta
-    assert indices.is_meta
+        pruned = prune_on_meta(*arguments, selection, scoring)
+    assert pruned[0].is_meta
+    assert pruned[2].is_meta
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -372,10 +397,11 @@ def test_the_host_only_launches(block_size, padded, monkeypatch):
 def test_programs_run_at_once(block_size, seed):
     """No program reads what another one of its launch wrote: however they interleave, the result is the same."""
     arguments, selection, scoring = prune_case(block_size, True, torch.bfloat16, tokens=400, pooling=7)
+    scoring["num_dropped"] = 400
     expected = prune_tokens(*arguments, **selection, **scoring, backend="triton")
     with concurrent_programs(seed):
         got = prune_tokens(*arguments, **selection, **scoring, backend="triton")
-    for a, b in zip(*([r.hidden_states, *r.tensors, r.indices] for r in (got, expected)), strict=True):
+    for a, b in zip(*map(pytree.tree_leaves, (got, expected)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -438,12 +464,13 @@ def test_bytes_of_the_block_budget(block_size, pruner_size, num_launches, launch
     per_block, tokens = block_size * 3 // 4, blocks * block_size + tail
     hidden_states, weights = pruner_inputs(tokens, hidden_size, pruner_size, torch.bfloat16, batch)
     carried = [torch.randn(batch, tokens, 24), torch.randn(batch, 2, tokens, 8), torch.ones(batch, tokens)]
-    bias = torch.randn(batch, tokens)
+    mean, bias = torch.randn(2, batch, tokens)
     num_keep = blocks * per_block + tail
     with traffic() as count:
         got = prune_tokens(
             hidden_states, carried, *weights, num_keep, sink=4, recent=tail, block_size=block_size, pooling=7,
-            score_bias=bias, rms_eps=1e-6, backend="triton",
+            mean_score=mean, num_scores=1, score_bias=bias, rms_eps=1e-6, num_dropped=tokens - num_keep,
+            backend="triton",
         )  # fmt: skip
     assert len(launches) == num_launches
     is_kept = torch.zeros(batch, tokens, dtype=torch.int64).scatter_(1, got.indices, 1)
@@ -458,7 +485,7 @@ def test_bytes_of_the_block_budget(block_size, pruner_size, num_launches, launch
     assert torch.equal(count("load", carried[0]), is_kept.unsqueeze(-1).expand_as(carried[0]))
     assert torch.equal(count("load", carried[1]), is_kept[:, None, :, None].expand_as(carried[1]))
     assert torch.equal(count("load", carried[2]), is_kept)
-    for output in (got.hidden_states, *got.tensors, got.indices):
+    for output in pytree.tree_leaves(got):
         assert count("store", output).eq(1).all()
     for output in (got.hidden_states, *got.tensors):
         assert not count("load", output).any()
@@ -467,6 +494,7 @@ def test_bytes_of_the_block_budget(block_size, pruner_size, num_launches, launch
     assert count("load", weights.w1).eq(token_tiles).all()
     if num_launches == 1:  # scores stay in registers, pooled or not
         assert torch.equal(count("load", bias), is_scored)
+        assert count("load", mean).eq(1).all()  # the tail's is copied
 
 
 def test_one_launch_where_blocks_fill_the_gpu(monkeypatch, launches):
@@ -475,7 +503,7 @@ def test_one_launch_where_blocks_fill_the_gpu(monkeypatch, launches):
     monkeypatch.setattr(configs, "device_of", lambda _: configs.Device("sm_90", 132))  # an H100
     two = prune_tokens(*arguments, **selection, **scoring, backend="triton")
     assert launches == ["prune_kernel", "score_kernel", "select_and_gather_kernel"]
-    for a, b in zip(*([r.hidden_states, *r.tensors, r.indices] for r in (one, two)), strict=True):
+    for a, b in zip(*map(pytree.tree_leaves, (one, two)), strict=True):
         assert torch.equal(a, b)
 
     def fits(block_size, blocks, batch=1):
@@ -493,22 +521,43 @@ def test_wrong_counts_stay_in_their_row():
     for wrong in ([99, 99, 99], [-5, 3, 2], [40, 60, 50], [40, 30, 5], [9, 30, 2**40], [40, -1, -1], [30, 20, 25]):
         rows = torch.tensor([wrong])
         for block_size in (None, 8):
-            memory = torch.full((3, 20), -7)
+            memory, means = torch.full((2, 3, 20), -7), torch.full((3, 20), -7.0)
             select.select_kernel[(10, 1)](
-                scores, 0, 1, None, None, None, rows, memory[1],
-                40, 20, 2, 0, block_size, 1 if block_size is None else 5, 0, REACH=3, TILE=256, FILL=256, PDL=False,
+                scores, 0, 1, None, None, 1.0, None, None, rows, memory[0, 1], means[1], memory[1, 1],
+                40, 20, 20, 2, 0, block_size, 1 if block_size is None else 5, 0, REACH=3, TILE=256, FILL=256, PDL=False,
             )  # fmt: skip
-            assert memory[[0, 2]].eq(-7).all()
-            assert memory[1].lt(40).all()
+            assert memory[:, [0, 2]].eq(-7).all()
+            assert memory[:, 1].lt(40).all()
+            assert means[[0, 2]].eq(-7).all()
 
 
 def test_prune_nothing():
     hidden_states, weights = pruner_inputs(20)
-    for selection in ({"num_keep": 0}, {"num_keep": 20, "recent": 20, "block_size": 8}, {"num_keep": 20}):
+    for selection in (
+        {"num_keep": 0},
+        {"num_keep": 0, "num_dropped": 20},
+        {"num_keep": 0, "num_dropped": 20, "rows": torch.tensor([[17, 0, 0]])},
+        {"num_keep": 20, "recent": 20, "block_size": 8, "num_dropped": 3},
+        {"num_keep": 20},
+    ):
         expected = prune_tokens(hidden_states, [], *weights, **selection, backend="reference")
         got = prune_tokens(hidden_states, [], *weights, **selection, backend="triton")
-        assert torch.equal(got.indices, expected.indices)
-        assert torch.equal(got.hidden_states, expected.hidden_states)
+        for a, b in zip(*map(pytree.tree_leaves, (got, expected)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_dropped_tokens_without_room():
+    """The host does not see how many tokens a row drops: what has no place is left out, the first ones."""
+    hidden_states, weights = pruner_inputs(40)
+    rows = torch.tensor([[40, 20, 3]])
+    for block_size in (None, 37):
+        whole, short = (
+            prune_tokens(
+                hidden_states, [], *weights, 20, block_size=block_size, rows=rows, num_dropped=width, backend="triton"
+            ).dropped
+            for width in (20, 15)
+        )
+        assert torch.equal(whole[:, 5:], short)
 
 
 def test_prune_many_tensors(launches):
@@ -637,7 +686,7 @@ OPS = (
     "gather_tokens",
     "prune_tokens",
     "window_attention",
-    "score_prompt",
+    "prompt_bias",
     "position_attention",
 )
 
@@ -648,26 +697,15 @@ def op_inputs(requires_grad):
     other = torch.randn(2, 2, 40, 3, requires_grad=requires_grad)
     selection = (20, 2, 4, None, torch.tensor([[40, 20, 4], [30, 16, 3]]), 3)
     index = torch.arange(40).expand(2, -1)
+    mean, bias = torch.randn(2, 2, 40)
     window = (torch.randn(2, 4, 5, 8), torch.randn(2, 2, 40, 8), index[:, 35:], index)
     return {
-        "score_tokens": (hidden_states, *weights, torch.randn(2, 40), 1e-6),
+        "score_tokens": (hidden_states, *weights, mean, 2, bias, 1e-6),
         "select_tokens": (torch.randn(2, 40), *selection),
         "gather_tokens": ([hidden_states, other, torch.arange(80).view(2, 40)], torch.tensor([[0, 2, 39], [-1, 4, 9]])),
-        "prune_tokens": (hidden_states, [other], *weights, *selection, None, 1e-6),
+        "prune_tokens": (hidden_states, [other], *weights, mean, 2, bias, 1e-6, *selection, 22),
         "window_attention": (*window, None, None, 0.3, 7),
-        "score_prompt": (
-            hidden_states,
-            *weights,
-            1e-6,
-            index,
-            3,
-            torch.randn(9),
-            torch.randn(2, 40),
-            2,
-            None,
-            0.5,
-            *window[:2],
-        ),
+        "prompt_bias": (index, torch.randn(9), 3, None, 0.5, *window[:2], None, None, 0.3, 7),
         "position_attention": (
             torch.randn(2, 4, 12, 16, requires_grad=requires_grad),
             *torch.randn(2, 2, 2, 40, 16, requires_grad=requires_grad),
@@ -682,7 +720,7 @@ def op_inputs(requires_grad):
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, requires_grad):
     op = getattr(torch.ops.sdtp, name).default
-    torch.library.opcheck(op, op_inputs(requires_grad)[name], {"backend": "triton"})
+    torch.library.opcheck(op, (*op_inputs(requires_grad)[name], "triton"))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -691,8 +729,8 @@ def test_fake_layouts_are_the_real_ones(name):
 
     op, inputs = getattr(torch.ops.sdtp, name), op_inputs(False)[name]
     with FakeTensorMode() as mode:
-        fake = op(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs))
-    real = op(*inputs, backend="triton")
+        fake = op(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs), "triton")
+    real = op(*inputs, "triton")
     for a, b in zip(torch.utils._pytree.tree_leaves(fake), torch.utils._pytree.tree_leaves(real), strict=True):
         assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
 

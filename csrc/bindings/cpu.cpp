@@ -12,5 +12,5 @@ STABLE_TORCH_LIBRARY_IMPL(sdtp_native, CPU, m) {
     m.impl("gather_tokens", TORCH_BOX(&sdtp::cpu::gather_tokens));
     m.impl("prune_tokens", TORCH_BOX(&sdtp::cpu::prune_tokens));
     m.impl("window_attention", TORCH_BOX(&sdtp::cpu::window_attention));
-    m.impl("score_prompt", TORCH_BOX(&sdtp::cpu::score_prompt));
+    m.impl("prompt_bias", TORCH_BOX(&sdtp::cpu::prompt_bias));
 }

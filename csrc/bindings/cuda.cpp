@@ -85,16 +85,18 @@ Element element_of(const Tensor& tensor) {
 // A Scoring and what its pointers refer to.
 struct Pruner {
     Tensor hidden_states, w1, b1, w2, b2;
-    std::optional<Tensor> score_bias;
+    std::optional<Tensor> mean_score, score_bias;
     Scoring scoring;
 
     Pruner(const Tensor& hidden_states, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-           const std::optional<Tensor>& score_bias, std::optional<double> rms_eps)
+           const std::optional<Tensor>& mean_score, int64_t num_scores, const std::optional<Tensor>& score_bias,
+           std::optional<double> rms_eps)
         : hidden_states(hidden_states),
           w1(stable::contiguous(w1)),
           b1(stable::contiguous(b1)),
           w2(stable::contiguous(w2)),
           b2(b2),
+          mean_score(contiguous(mean_score)),
           score_bias(contiguous(score_bias)) {
         scoring.element = element_of(hidden_states);
         scoring.hidden_states = hidden_states.const_data_ptr();
@@ -105,6 +107,8 @@ struct Pruner {
         scoring.b1 = this->b1.const_data_ptr<float>();
         scoring.w2 = this->w2.const_data_ptr<float>();
         scoring.b2 = b2.const_data_ptr<float>();
+        scoring.mean_score = this->mean_score ? this->mean_score->const_data_ptr<float>() : nullptr;
+        scoring.share = 1.0f / static_cast<float>(num_scores + 1);
         scoring.score_bias = this->score_bias ? this->score_bias->const_data_ptr<float>() : nullptr;
         scoring.batch_size = static_cast<int>(hidden_states.size(0));
         scoring.num_tokens = static_cast<int>(hidden_states.size(1));
@@ -116,7 +120,7 @@ struct Pruner {
     }
 };
 
-// A Selection, its result, and what its pointers refer to.
+// A Selection, its results, and what its pointers refer to.
 struct Chosen {
     std::optional<Tensor> rows;
     Tensor indices;
@@ -126,22 +130,24 @@ struct Chosen {
            const std::optional<Tensor>& rows, int64_t pooling)
         : rows(contiguous(rows)), indices(empty(like, like.size(0), num_keep, ScalarType::Long)) {
         const int64_t num_tokens = like.size(1);
-        selection = {this->rows ? this->rows->const_data_ptr<int64_t>() : nullptr,
-                     indices.mutable_data_ptr<int64_t>(),
-                     static_cast<int>(like.size(0)),
-                     static_cast<int>(num_tokens),
-                     static_cast<int>(num_keep),
-                     static_cast<int>(std::min(sink, num_tokens)),
-                     static_cast<int>(std::min(recent, num_tokens)),
-                     static_cast<int>(std::min(block_size.value_or(0), num_tokens + 1)),
-                     static_cast<int>(pooling)};
+        selection = {};
+        selection.rows = this->rows ? this->rows->const_data_ptr<int64_t>() : nullptr;
+        selection.indices = indices.mutable_data_ptr<int64_t>();
+        selection.batch_size = static_cast<int>(like.size(0));
+        selection.num_tokens = static_cast<int>(num_tokens);
+        selection.num_keep = static_cast<int>(num_keep);
+        selection.sink = static_cast<int>(std::min(sink, num_tokens));
+        selection.recent = static_cast<int>(std::min(recent, num_tokens));
+        selection.block_size = static_cast<int>(std::min(block_size.value_or(0), num_tokens + 1));
+        selection.pooling = static_cast<int>(pooling);
     }
 };
 
 Tensor score_tokens(const Tensor& hidden_states, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                    const std::optional<Tensor>& mean_score, int64_t num_scores,
                     const std::optional<Tensor>& score_bias, std::optional<double> rms_eps) {
     const DeviceGuard guard(hidden_states.get_device_index());
-    const Pruner pruner(hidden_states, w1, b1, w2, b2, score_bias, rms_eps);
+    const Pruner pruner(hidden_states, w1, b1, w2, b2, mean_score, num_scores, score_bias, rms_eps);
     Tensor scores = empty(hidden_states, hidden_states.size(0), hidden_states.size(1), ScalarType::Float);
     Scratch scratch(hidden_states);
     check_launched(cuda::score_tokens(pruner.scoring, scores.mutable_data_ptr<float>(), scratch.allocator(),
@@ -169,25 +175,29 @@ std::vector<Tensor> gather_tokens(const std::vector<Tensor>& tensors, const Tens
     return gather.outputs;
 }
 
-// Scores tensors[0], gathers all of `tensors`. Returns them and the indices.
-std::tuple<std::vector<Tensor>, Tensor> prune_tokens(const std::vector<Tensor>& tensors, const Tensor& w1,
-                                                     const Tensor& b1, const Tensor& w2, const Tensor& b2,
-                                                     int64_t num_keep, int64_t sink, int64_t recent,
-                                                     std::optional<int64_t> block_size,
-                                                     const std::optional<Tensor>& rows, int64_t pooling,
-                                                     const std::optional<Tensor>& score_bias,
-                                                     std::optional<double> rms_eps) {
+// Scores tensors[0], gathers all of `tensors`. Returns them, the indices, the kept means, and the indices of the dropped
+// tokens.
+std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> prune_tokens(
+    const std::vector<Tensor>& tensors, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+    const std::optional<Tensor>& mean_score, int64_t num_scores, const std::optional<Tensor>& score_bias,
+    std::optional<double> rms_eps, int64_t num_keep, int64_t sink, int64_t recent, std::optional<int64_t> block_size,
+    const std::optional<Tensor>& rows, int64_t pooling, int64_t num_dropped) {
     const Tensor& hidden_states = tensors.at(0);
     const DeviceGuard guard(hidden_states.get_device_index());
-    Pruner pruner(hidden_states, w1, b1, w2, b2, score_bias, rms_eps);
-    const Chosen chosen(hidden_states, num_keep, sink, recent, block_size, rows, pooling);
+    Pruner pruner(hidden_states, w1, b1, w2, b2, mean_score, num_scores, score_bias, rms_eps);
+    Chosen chosen(hidden_states, num_keep, sink, recent, block_size, rows, pooling);
     const Gather gather(tensors, num_keep);
+    Tensor kept_mean = empty(hidden_states, hidden_states.size(0), num_keep, ScalarType::Float);
+    Tensor dropped = empty(hidden_states, hidden_states.size(0), num_dropped, ScalarType::Long);
+    chosen.selection.kept_mean = kept_mean.mutable_data_ptr<float>();
+    chosen.selection.dropped = dropped.mutable_data_ptr<int64_t>();
+    chosen.selection.num_dropped = static_cast<int>(num_dropped);
     // Tokens that are always kept need no score; padded rows have tails of their own, which the host does not know.
     if (!rows) pruner.scoring.num_scored -= chosen.selection.recent;
     Scratch scratch(hidden_states);
     check_launched(cuda::prune_tokens(pruner.scoring, chosen.selection, gather.rows, scratch.allocator(),
                                       current_stream(hidden_states)));
-    return {gather.outputs, chosen.indices};
+    return {gather.outputs, chosen.indices, kept_mean, dropped};
 }
 
 }  // namespace

@@ -45,7 +45,9 @@ struct ScoreCall {
     const Lanes* packed;  // w1 for multiply_units, of narrow pruners; null otherwise
     Head head;
     std::optional<double> rms_eps;
-    const float* score_bias;  // [B, num_tokens], contiguous; may be null
+    int64_t num_scored;       // leading tokens of a row that need a score
+    const float* mean_score;  // [B, num_tokens], contiguous; may be null
+    float share;              // of this score in the mean
     float* scores;            // [B, num_tokens], contiguous
 
     int64_t tiles_per_row() const { return (num_tokens + kTileTokens - 1) / kTileTokens; }
@@ -113,10 +115,11 @@ Tensor multiply(const Tensor& tile, const Tensor& w1) {
     return product;
 }
 
-void add_bias(const ScoreCall& call, int64_t row, int64_t start, int64_t count, float* scores) {
-    if (call.score_bias == nullptr) return;
-    const float* bias = call.score_bias + row * call.num_tokens + start;
-    for (int64_t token = 0; token < count; ++token) scores[token] += bias[token];
+// Scores to running means.
+void average(const ScoreCall& call, int64_t row, int64_t start, int64_t count, float* scores) {
+    if (call.mean_score == nullptr) return;
+    const float* mean = call.mean_score + row * call.num_tokens + start;
+    for (int64_t token = 0; token < count; ++token) scores[token] = mean[token] + call.share * (scores[token] - mean[token]);
 }
 
 // A pruner of at most so many units is narrow; wider ones gain nothing.
@@ -164,10 +167,12 @@ void score_tiles(const ScoreCall& call, int64_t begin, int64_t end) {
         const auto* tokens =
             static_cast<const Element*>(call.hidden_states) + row * call.batch_stride + start * call.token_stride;
         float* scores = call.scores + row * call.num_tokens + start;
+        const int64_t num_scored = std::min(count, call.num_scored - start);
+        if (num_scored <= 0) continue;
         if constexpr (std::is_same_v<Element, float>) {
             if (call.packed != nullptr) {
-                score_narrow(call, tokens, count, scores);
-                add_bias(call, row, start, count, scores);
+                score_narrow(call, tokens, num_scored, scores);
+                average(call, row, start, num_scored, scores);
                 continue;
             }
         }
@@ -191,8 +196,8 @@ void score_tiles(const ScoreCall& call, int64_t begin, int64_t end) {
         }
         const Tensor products = multiply(dense_view(tile, kTileTokens, hidden_size, call.matmul_dtype), w1);
         const auto* products_data = static_cast<const MatmulElement*>(products.const_data_ptr());
-        finish_tile(products_data + unused * pruner_size, pruner_size, inv_rms_data, count, call.head, scores);
-        add_bias(call, row, start, count, scores);
+        finish_tile(products_data + unused * pruner_size, pruner_size, inv_rms_data, num_scored, call.head, scores);
+        average(call, row, start, num_scored, scores);
     }
 }
 
@@ -208,8 +213,9 @@ void score_all(const ScoreCall& call, int64_t batch) {
 
 }  // namespace
 
-Tensor score_tokens(const Tensor& hidden_states, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-                    const std::optional<Tensor>& score_bias, std::optional<double> rms_eps) {
+Tensor mean_scores(const Tensor& hidden_states, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                   const std::optional<Tensor>& mean_score, int64_t num_scores, std::optional<double> rms_eps,
+                   int64_t num_unscored) {
     const ScalarType dtype = hidden_states.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                     "hidden_states: expected float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype),
@@ -223,7 +229,7 @@ Tensor score_tokens(const Tensor& hidden_states, const Tensor& w1, const Tensor&
     const Tensor weights = make_contiguous(w1.scalar_type() == matmul_dtype ? w1 : stable::to(w1, matmul_dtype));
     const Tensor b1_values = make_contiguous(b1);
     const Tensor w2_values = make_contiguous(w2);
-    const std::optional<Tensor> bias = score_bias ? std::optional(make_contiguous(*score_bias)) : std::nullopt;
+    const std::optional<Tensor> mean = mean_score ? std::optional(make_contiguous(*mean_score)) : std::nullopt;
     Tensor scores = stable::new_empty(hidden_states, IntHeaderOnlyArrayRef(shape), ScalarType::Float);
 
     ScoreCall call{};
@@ -242,7 +248,9 @@ Tensor score_tokens(const Tensor& hidden_states, const Tensor& w1, const Tensor&
         call.packed = packed.data();
     }
     call.rms_eps = rms_eps;
-    call.score_bias = bias ? bias->const_data_ptr<float>() : nullptr;
+    call.num_scored = call.num_tokens - num_unscored;
+    call.mean_score = mean ? mean->const_data_ptr<float>() : nullptr;
+    call.share = 1.0f / static_cast<float>(num_scores + 1);
     call.scores = scores.mutable_data_ptr<float>();
     if (dtype == ScalarType::Float) {
         score_all<float, float>(call, batch);
@@ -251,7 +259,31 @@ Tensor score_tokens(const Tensor& hidden_states, const Tensor& w1, const Tensor&
     } else {
         score_all<Half, float>(call, batch);
     }
+    for (int64_t row = 0; row < batch; ++row) {
+        const int64_t first = row * call.num_tokens + call.num_scored;
+        if (mean) {
+            std::copy_n(call.mean_score + first, num_unscored, call.scores + first);
+        } else {
+            std::fill_n(call.scores + first, num_unscored, 0.0f);
+        }
+    }
     return scores;
+}
+
+Tensor with_bias(const Tensor& means, const std::optional<Tensor>& score_bias) {
+    if (!score_bias) return means;
+    const Tensor bias = make_contiguous(*score_bias);
+    Tensor scores = stable::new_empty(means, means.sizes());
+    const auto *mean = means.const_data_ptr<float>(), *from = bias.const_data_ptr<float>();
+    auto* to = scores.mutable_data_ptr<float>();
+    for (int64_t i = 0; i < means.numel(); ++i) to[i] = mean[i] + from[i];
+    return scores;
+}
+
+Tensor score_tokens(const Tensor& hidden_states, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                    const std::optional<Tensor>& mean_score, int64_t num_scores,
+                    const std::optional<Tensor>& score_bias, std::optional<double> rms_eps) {
+    return with_bias(mean_scores(hidden_states, w1, b1, w2, b2, mean_score, num_scores, rms_eps, 0), score_bias);
 }
 
 }  // namespace sdtp::cpu

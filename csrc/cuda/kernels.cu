@@ -36,6 +36,11 @@ bool is_aligned(const Scoring& scoring) {
     return scoring.hidden_stride == 1 && address % kChunkBytes == 0 && steps % kChunkBytes == 0;
 }
 
+// Scores of which nothing is summed yet.
+Scores unsummed(const Scoring& scoring) {
+    return {nullptr, 0, 0, scoring.b2, scoring.mean_score, scoring.share, scoring.score_bias};
+}
+
 // One launch: partial scores. `arrivals` is for the selection that follows, see ScoreArguments.
 const char* score_parts(const Scoring& scoring, const Allocate& allocate, uint32_t* arrivals, Stream stream,
                         Scores& scores) {
@@ -43,7 +48,10 @@ const char* score_parts(const Scoring& scoring, const Allocate& allocate, uint32
         scoring.element, [&](auto element) { return ceil_divide(scoring.pruner_size, kTileUnits<decltype(element)>); });
     const int64_t part_stride = int64_t{scoring.batch_size} * scoring.num_tokens;
     auto* parts = allocate_array<float>(allocate, num_parts * part_stride);
-    scores = {parts, part_stride, static_cast<int>(num_parts), scoring.b2, scoring.score_bias};
+    scores = unsummed(scoring);
+    scores.parts = parts;
+    scores.part_stride = part_stride;
+    scores.num_parts = static_cast<int>(num_parts);
     const Grid grid{ceil_divide(scoring.num_scored, kTileTokens) * num_parts, scoring.batch_size, kThreads,
                     kScoreSharedBytes, false};
     if (grid.x * grid.y == 0) {
@@ -98,7 +106,9 @@ const char* select_scores(const Scores& scores, const Selection& selection, int 
                   stream, arguments);
 }
 
-bool is_empty(const Selection& selection) { return selection.batch_size == 0 || selection.num_keep == 0; }
+bool is_empty(const Selection& selection) {
+    return selection.batch_size == 0 || (selection.num_keep == 0 && selection.num_dropped == 0);
+}
 
 bool fits_one_launch(const Selection& selection, Stream stream) {
     const int64_t num_blocks = body_of(selection) / selection.block_size;
@@ -144,7 +154,7 @@ const char* select_tokens(const float* scores, const Selection& selection, const
         arrivals = allocate_array<uint32_t>(allocate, selection.batch_size);
         if (const char* error = clear(arrivals, selection.batch_size * sizeof(uint32_t), stream)) return error;
     }
-    return select_scores({scores, 0, 1, nullptr, nullptr}, selection, group, arrivals, allocate, stream);
+    return select_scores({scores, 0, 1, nullptr, nullptr, 1.0f, nullptr}, selection, group, arrivals, allocate, stream);
 }
 
 const char* gather_tokens(const std::vector<TokenRows>& tensors, const int64_t* indices, int64_t batch_size,
@@ -158,7 +168,7 @@ const char* gather_tokens(const std::vector<TokenRows>& tensors, const int64_t* 
 const char* prune_tokens(const Scoring& scoring, const Selection& selection, const std::vector<TokenRows>& tensors,
                          const Allocate& allocate, Stream stream) {
     if (is_empty(selection)) return nullptr;
-    Scores scores{nullptr, 0, 0, scoring.b2, scoring.score_bias};
+    Scores scores = unsummed(scoring);
     if (selection.block_size == 0 || tensors.size() > kFewTensors) {
         const int group = group_size(selection, stream);
         uint32_t* arrivals = group > 1 ? allocate_array<uint32_t>(allocate, selection.batch_size) : nullptr;

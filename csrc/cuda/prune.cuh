@@ -18,8 +18,8 @@ inline constexpr int kOneLaunchBlock = 256;
 __device__ inline void copy_chosen(const SelectArguments& arguments, const RowPlan& row, const Run& slots,
                                    const TensorTable<kFewTensors>& table) {
     const Rest rest(arguments.selection, row);
-    const int64_t* columns = arguments.row_indices();
-    rest.write(arguments.selection, arguments.row_indices());
+    const int64_t* columns = Output(arguments.selection, false).indices;
+    rest.write(arguments.selection, arguments.scores.mean_score);
     __syncthreads();  // the threads that read a column are not those that wrote it
 #pragma unroll 1      // one body: three would take registers that the copies need
     for (int i = 0; i < 3; ++i) {
@@ -43,9 +43,10 @@ __global__ void __launch_bounds__(kThreads, kSelectCtas)
     const Run all{block.first_slot, block.first_slot + block.num_keep};
     const Run slots = all.part(select.index_in_block(), select.ctas_per_block);
     const int64_t offset = select.offset(block);
-    select_block([&](int i) { return select.scores.load(offset + i); }, block, Run{0, block.size}, slots,
+    select_block([&](int i) { return select.scores.load(offset + i); },
+                 [&](int i) { return select.scores.load_mean(offset + i); }, block, Run{0, block.size}, slots,
                  select.selection.pooling / 2, Group{0, 1, nullptr, nullptr}, select.cta_keys(), shared,
-                 select.row_indices());
+                 Output(select.selection, select.index_in_block() == 0));
     copy_chosen(select, row, slots, arguments.table);
 }
 
@@ -62,14 +63,14 @@ struct RankingShared {
 };
 
 struct PruneShared {
-    float scores[kOneLaunchBlock];
+    float means[kOneLaunchBlock];
     union {  // one after the other
         unsigned char stages[kScoreSharedBytes];
         RankingShared ranking;
     };
 };
 
-// Scores of a CTA's block go to shared memory; they never leave the multiprocessor.
+// The running means of a CTA's block go to shared memory; scores never leave the multiprocessor.
 template <typename T>
 __device__ void score_own_block(const PruneArguments& arguments, PruneShared& shared) {
     const Scoring& scoring = arguments.scoring;
@@ -86,7 +87,7 @@ __device__ void score_own_block(const PruneArguments& arguments, PruneShared& sh
         }
         const int token = first + thread();
         if (thread() < kTileTokens && token < block.size) {
-            shared.scores[token] = select.scores.finish(sum, select.offset(block) + token);
+            shared.means[token] = select.scores.mean(sum, select.offset(block) + token);
         }
     }
     __syncthreads();
@@ -102,9 +103,11 @@ __global__ void __launch_bounds__(kThreads, kScoreCtas<T>)
     const RowPlan row(select.selection, blockIdx.y);  // again: kept, it would take registers from the scoring
     const Block block(select.selection, row, select.block_index());
     const Run slots{block.first_slot, block.first_slot + block.num_keep};
-    select_block([&](int i) { return shared.scores[i]; }, block, Run{0, block.size}, slots,
+    const int64_t offset = select.offset(block);
+    select_block([&](int i) { return select.scores.with_bias(shared.means[i], offset + i); },
+                 [&](int i) { return shared.means[i]; }, block, Run{0, block.size}, slots,
                  select.selection.pooling / 2, Group{0, 1, nullptr, nullptr}, shared.ranking.keys,
-                 shared.ranking.select, select.row_indices());
+                 shared.ranking.select, Output(select.selection, true));
     copy_chosen(select, row, slots, arguments.table);
 }
 

@@ -236,21 +236,29 @@ struct Scores {
     const float* parts;  // [num_parts, B, N]
     int64_t part_stride;
     int num_parts;
-    const float* b2;    // null where the scores are complete
+    const float* b2;          // null where the scores are complete
+    const float* mean_score;  // [B, N]; may be null
+    float share;
     const float* bias;  // [B, N]; may be null
 
-    // The last sums of a score, in the one order that every path uses.
-    __device__ float finish(float sum, int64_t offset) const {
+    // The last steps of a score, in the one order that every path uses.
+    __device__ float mean(float sum, int64_t offset) const {
         if (b2 != nullptr) sum += *b2;
-        return bias != nullptr ? sum + bias[offset] : sum;
+        if (mean_score == nullptr) return sum;
+        const float before = mean_score[offset];
+        return before + share * (sum - before);
+    }
+    __device__ float with_bias(float mean, int64_t offset) const {
+        return bias != nullptr ? mean + bias[offset] : mean;
     }
 
-    // The score at `offset` into [B, N].
-    __device__ float load(int64_t offset) const {
+    // At `offset` into [B, N]: the running mean, and the score.
+    __device__ float load_mean(int64_t offset) const {
         float sum = 0.0f;
         for (int part = 0; part < num_parts; ++part) sum += parts[part * part_stride + offset];
-        return finish(sum, offset);
+        return mean(sum, offset);
     }
+    __device__ float load(int64_t offset) const { return with_bias(load_mean(offset), offset); }
 };
 
 struct ScoreArguments {

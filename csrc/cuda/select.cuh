@@ -82,6 +82,7 @@ struct Block {
     bool keep_last;
     int first_column;
     int first_slot;
+    int first_drop;  // slot of the first dropped token among the row's; less than 0 where there is no room for it
 
     __device__ Block(const Selection& selection, const RowPlan& row, int index)
         : size(selection.block_size), keep_last(selection.block_size > 0) {
@@ -91,6 +92,7 @@ struct Block {
         num_keep = min((row.keep - row.tail) / max(count, 1), size);
         first_column = selection.num_tokens - row.length + index * size;
         first_slot = selection.num_keep - row.keep + index * num_keep;
+        first_drop = selection.num_dropped - (row.length - row.keep) + index * (size - num_keep);
         num_sink = selection.sink - index * size;
         if (index >= count) size = num_keep = 0;
     }
@@ -181,7 +183,7 @@ __device__ inline Threshold find_threshold(const uint32_t* keys, int count, int 
     return threshold;
 }
 
-// Calls emit(slot, i) for each of `count` keys that stays; slots count the block's kept tokens from 0.
+// Calls emit(num_before, i, is_kept) for each of `count` keys, with how many of the block's kept tokens stand before it.
 template <typename Emit>
 __device__ void compact(const uint32_t* keys, int count, Threshold threshold, uint32_t* warp_sums, const Emit& emit) {
     for (int first = 0; first < count; first += kThreads) {
@@ -192,23 +194,58 @@ __device__ void compact(const uint32_t* keys, int count, Threshold threshold, ui
         const Sum sum = sum_over_threads(uint32_t{is_above} | uint32_t{is_equal} << 16, warp_sums);
         const int num_above = threshold.above_before + static_cast<int>(sum.before & 0xffff);
         const int num_equal = threshold.equal_before + static_cast<int>(sum.before >> 16);
-        if (is_above || (is_equal && num_equal < threshold.ties)) emit(num_above + min(num_equal, threshold.ties), i);
+        if (i < count) {
+            emit(num_above + min(num_equal, threshold.ties), i, is_above || (is_equal && num_equal < threshold.ties));
+        }
         threshold.above_before += static_cast<int>(sum.total & 0xffff);
         threshold.equal_before += static_cast<int>(sum.total >> 16);
     }
 }
 
-// Writes the columns of the block's kept tokens, as far as they are among `part` and their slots in [slots.first,
-// slots.last): CTAs that share a block's copies rank it each and write a share each. `keys` holds the part's.
-template <typename Load>
-__device__ void select_block(const Load& load, const Block& block, const Run& part, const Run& slots, int reach,
-                             const Group& group, uint32_t* keys, SelectShared& shared, int64_t* indices) {
-    if (block.num_keep == 0) return;  // the same for all threads of the group
-    make_keys(load, block, part, reach, keys, shared.staged);
-    const Threshold threshold = find_threshold(keys, part.size(), block.num_keep, group, shared);
-    compact(keys, part.size(), threshold, shared.warp_sums, [&](int slot, int i) {
-        slot += block.first_slot;
-        if (slots.first <= slot && slot < slots.last) indices[slot] = block.first_column + part.first + i;
+// Where the results of a row go.
+struct Output {
+    int64_t* indices;
+    float* kept_mean;  // may be null
+    int64_t* dropped;  // null where another CTA writes them
+    int num_dropped;
+
+    __device__ Output(const Selection& selection, bool with_dropped)
+        : indices(selection.indices + int64_t{blockIdx.y} * selection.num_keep),
+          kept_mean(selection.kept_mean == nullptr ? nullptr
+                                                   : selection.kept_mean + int64_t{blockIdx.y} * selection.num_keep),
+          dropped(with_dropped && selection.num_dropped > 0
+                      ? selection.dropped + int64_t{blockIdx.y} * selection.num_dropped
+                      : nullptr),
+          num_dropped(selection.num_dropped) {}
+};
+
+// Writes the columns and means of the block's kept tokens, as far as they are among `part` and their slots in
+// [slots.first, slots.last): CTAs that share a block's copies rank it each and write a share each. `keys` holds the
+// part's; `load(i)` and `load_mean(i)` are the score and the running mean of the block's token i.
+template <typename Load, typename LoadMean>
+__device__ void select_block(const Load& load, const LoadMean& load_mean, const Block& block, const Run& part,
+                             const Run& slots, int reach, const Group& group, uint32_t* keys, SelectShared& shared,
+                             const Output& output) {
+    // The same for all threads of the group.
+    if (block.size == 0 || (block.num_keep == 0 && output.dropped == nullptr)) return;
+    Threshold threshold{~0u, 0, 0, 0};  // where none stays
+    if (block.num_keep > 0) {
+        make_keys(load, block, part, reach, keys, shared.staged);
+        threshold = find_threshold(keys, part.size(), block.num_keep, group, shared);
+    } else {
+        for (int i = thread(); i < part.size(); i += kThreads) keys[i] = kNanKey;
+    }
+    compact(keys, part.size(), threshold, shared.warp_sums, [&](int num_before, int i, bool is_kept) {
+        const int token = part.first + i;
+        if (is_kept) {
+            const int slot = block.first_slot + num_before;
+            if (slot < slots.first || slots.last <= slot) return;
+            output.indices[slot] = block.first_column + token;
+            if (output.kept_mean != nullptr) output.kept_mean[slot] = load_mean(token);
+        } else if (output.dropped != nullptr) {
+            const int slot = block.first_drop + token - num_before;
+            if (0 <= slot && slot < output.num_dropped) output.dropped[slot] = block.first_column + token;
+        }
     });
 }
 
@@ -216,15 +253,31 @@ __device__ void select_block(const Load& load, const Block& block, const Run& pa
 struct Rest {
     Run padding;
     Run tail;
+    Run drop_padding;
 
     __device__ Rest(const Selection& selection, const RowPlan& row)
         : padding(Run{0, selection.num_keep - row.keep}.part(blockIdx.x, gridDim.x)),
-          tail(Run{selection.num_keep - row.tail, selection.num_keep}.part(blockIdx.x, gridDim.x)) {}
+          tail(Run{selection.num_keep - row.tail, selection.num_keep}.part(blockIdx.x, gridDim.x)),
+          drop_padding(
+              Run{0, max(selection.num_dropped - (row.length - row.keep), 0)}.part(blockIdx.x, gridDim.x)) {}
 
-    __device__ void write(const Selection& selection, int64_t* indices) const {
-        for (int slot = padding.first + thread(); slot < padding.last; slot += kThreads) indices[slot] = -1;
+    // The tail keeps the mean that it came with.
+    __device__ void write(const Selection& selection, const float* mean_score) const {
+        const Output output(selection, true);
+        for (int slot = padding.first + thread(); slot < padding.last; slot += kThreads) {
+            output.indices[slot] = -1;
+            if (output.kept_mean != nullptr) output.kept_mean[slot] = 0.0f;
+        }
         for (int slot = tail.first + thread(); slot < tail.last; slot += kThreads) {
-            indices[slot] = slot + selection.num_tokens - selection.num_keep;
+            const int column = slot + selection.num_tokens - selection.num_keep;
+            output.indices[slot] = column;
+            if (output.kept_mean != nullptr) {
+                const int64_t offset = int64_t{blockIdx.y} * selection.num_tokens + column;
+                output.kept_mean[slot] = mean_score == nullptr ? 0.0f : mean_score[offset];
+            }
+        }
+        for (int slot = drop_padding.first + thread(); slot < drop_padding.last; slot += kThreads) {
+            output.dropped[slot] = -1;
         }
     }
 };
@@ -240,7 +293,6 @@ struct SelectArguments {
 
     __device__ int block_index() const { return static_cast<int>(blockIdx.x) / ctas_per_block; }
     __device__ int index_in_block() const { return static_cast<int>(blockIdx.x) % ctas_per_block; }
-    __device__ int64_t* row_indices() const { return selection.indices + int64_t{blockIdx.y} * selection.num_keep; }
 
     __device__ uint32_t* cta_keys() const {
         if (keys == nullptr) return reinterpret_cast<uint32_t*>(shared_memory() + sizeof(SelectShared));
@@ -265,10 +317,11 @@ __global__ void __launch_bounds__(kThreads, kSelectCtas)
     const Group group{index, size, arguments.histograms + int64_t{blockIdx.y} * kDigits * size * kBins,
                       arguments.arrivals + blockIdx.y};
     const int64_t offset = arguments.offset(block);
-    select_block([&](int i) { return arguments.scores.load(offset + i); }, block, Run{0, block.size}.part(index, size),
-                 Run{0, selection.num_keep}, selection.pooling / 2, group, arguments.cta_keys(), shared,
-                 arguments.row_indices());
-    Rest(selection, row).write(selection, arguments.row_indices());
+    select_block([&](int i) { return arguments.scores.load(offset + i); },
+                 [&](int i) { return arguments.scores.load_mean(offset + i); }, block,
+                 Run{0, block.size}.part(index, size), Run{0, selection.num_keep}, selection.pooling / 2, group,
+                 arguments.cta_keys(), shared, Output(selection, true));
+    Rest(selection, row).write(selection, arguments.scores.mean_score);
 }
 
 }  // namespace sdtp::cuda

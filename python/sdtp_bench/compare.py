@@ -1,7 +1,8 @@
 """``sdtp bench compare``: the pruning step of this checkout against that of another revision, on a CPU.
 
 The other revision is built from a throw-away copy. A process for each side loads its own library;
-then the two take turns, call by call, so that a drift of the machine falls on both alike. Outputs are compared first.
+then the calls of the two are interleaved, so that a drift of the machine falls on both alike. Outputs are compared
+first.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def measure(sides: dict[str, Path], cases: Sequence[Case], seconds: float) -> It
     Parameters
     ----------
     sides : dict
-        ``base`` and ``here``: the directory that each one's ``sdtp_kernels`` stands in.
+        ``base`` and ``here``: the directory of each one's ``sdtp_kernels``.
     cases : sequence of Case
     seconds : float
         Rounds are run for about so long, at least ten of them.
@@ -188,7 +189,7 @@ class _Worker:
             self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise SideError(f"{self.side}: the process ended; what it said stands above")
+            raise SideError(f"{self.side}: the process ended; its own message is above")
         answer = json.loads(line)
         if isinstance(answer, str):
             raise SideError(f"{self.side}: {answer}; no figures")

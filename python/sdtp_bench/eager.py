@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def prune_tokens(
     stage: Stage, plan: StagePlan, pooling: int = 1, copy: Callable[..., torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """Linear, GELU, linear, topk, sort and gather, in the model's dtype.
+    """Norm, linear, GELU, linear, mean, bias, topk, sort and gather, in the model's dtype.
 
     Rows have no padding. Near ties may fall otherwise than in the op: scores are rounded to the model's dtype, and
     ``topk`` promises no order of equal values.
@@ -34,11 +34,16 @@ def prune_tokens(
     Returns
     -------
     hidden_states, tensors, indices
-        As :func:`sdtp_kernels.prune_tokens`.
+        The first three of :func:`sdtp_kernels.prune_tokens`.
     """
-    hidden_states, tensors, w1, b1, w2, b2 = stage
-    batch, tokens, _ = hidden_states.shape
-    scores = F.linear(F.gelu(F.linear(hidden_states, w1, b1)), w2.unsqueeze(0), b2.unsqueeze(0)).squeeze(-1)
+    hidden_states, tensors, (w1, b1, w2, b2, mean_score, num_scores, score_bias, rms_eps) = stage
+    batch, tokens, hidden_size = hidden_states.shape
+    x = hidden_states if rms_eps is None else F.rms_norm(hidden_states, (hidden_size,), eps=rms_eps)
+    scores = F.linear(F.gelu(F.linear(x, w1, b1)), w2.unsqueeze(0), b2.unsqueeze(0)).squeeze(-1)
+    if mean_score is not None:
+        scores = torch.lerp(mean_score, scores, 1 / (num_scores + 1))
+    if score_bias is not None:
+        scores = scores + score_bias
     ranked = ranked_blocks(scores, plan, pooling)
     _, blocks, size = ranked.shape
     best = ranked.topk((plan.num_keep - plan.recent) // max(blocks, 1)).indices
@@ -93,6 +98,7 @@ def ranked_blocks(scores: torch.Tensor, plan: StagePlan, pooling: int) -> torch.
 
 
 def in_one_dtype(stage: Stage) -> Stage:
-    """The stage with the whole pruner in the dtype of the hidden states, as ``model.to(dtype)`` leaves it."""
+    """The stage with everything in the dtype of the hidden states, as ``model.to(dtype)`` leaves it."""
     dtype = stage.hidden_states.dtype
-    return stage._replace(b1=stage.b1.to(dtype), w2=stage.w2.to(dtype), b2=stage.b2.to(dtype))
+    fields = (t.to(dtype) if isinstance(t, torch.Tensor) else t for t in stage.scoring)
+    return stage._replace(scoring=type(stage.scoring)(*fields))

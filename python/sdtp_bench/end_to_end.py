@@ -1,7 +1,7 @@
 """``sdtp bench prefill`` and ``decode``: whole prompts, dense and pruned, interleaved in one run.
 
 No figure comes from a patched model that is not the dense one bit for bit where it keeps every token, or does not keep
-the tokens that the schedule says. All ways to prune a prompt take turns with the dense model.
+the tokens that the schedule says. All ways to prune a prompt are interleaved with the dense model.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def gate(setting: Setting) -> dict[Way | None, int]:
 def common(
     args: argparse.Namespace, bench: str, setting: Setting, way: Way, dense_s: list[float], pruned_s: list[float]
 ) -> dict[str, Any]:
-    """What rows of both commands say: what was measured, the time of the prefill, and the ideal beside it."""
+    """What rows of both commands say: what was measured, the time of the prefill, and its ideal."""
     pair = setting.pairs[way]
     lengths, flops = pair.tokens_per_layer, pair.flops()
     medians = statistics.median(dense_s), statistics.median(pruned_s)
@@ -266,7 +266,7 @@ class Generated(NamedTuple):
 
 
 def generate(pair: Pair, new_tokens: int) -> Generated:
-    """Greedy continuation of exactly so many tokens, whatever ends a text, by the model as it is at the moment."""
+    """Greedy continuation of exactly this many tokens, whatever ends a text, by the model as it is at the moment."""
     import torch
     from transformers import DynamicCache, GenerationConfig
 

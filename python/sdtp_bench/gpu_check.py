@@ -31,6 +31,7 @@ from sdtp_kernels import (
     explain_backends,
     gather_tokens,
     position_attention,
+    prompt_bias,
     prune_tokens,
     score_tokens,
     select_tokens,
@@ -128,6 +129,7 @@ def check_kernels(
                         )
                     )
             checks.append(("gather_tokens", {}, functools.partial(_check_gather, stage)))
+            checks.append(("prompt_bias", {}, functools.partial(_check_bias, shape, dtype, device.torch_device)))
             checks += [
                 (
                     "position_attention",
@@ -165,16 +167,17 @@ def _selection(
 
 
 def _check_score(stage: Stage, rms_eps: float | None, backend: str) -> str:
-    weights = stage.weights
-    got = score_tokens(stage.hidden_states, *weights, rms_eps=rms_eps, backend=backend)
-    expected = score_tokens(stage.hidden_states, *weights, rms_eps=rms_eps, backend="reference")
+    scoring = stage.scoring._replace(rms_eps=rms_eps)._asdict()
+    got, expected = (score_tokens(stage.hidden_states, **scoring, backend=name) for name in (backend, "reference"))
     # Backends may round the pre-activation to the dtype.
     error = (got - expected).abs().max().item()
     allowed = allowed_error(expected, max(1e-4, torch.finfo(stage.hidden_states.dtype).eps / 2))
     if not error <= allowed:  # also where it is NaN
         return f"scores differ by {error:.3g}, allowed are {allowed:.3g}"
-    tail = stage.hidden_states[-1:, stage.hidden_states.shape[1] // 3 :]
-    alone = score_tokens(tail, *weights, rms_eps=rms_eps, backend=backend)
+    first = stage.hidden_states.shape[1] // 3
+    tail, *terms = (t[-1:, first:] for t in (stage.hidden_states, scoring["mean_score"], scoring["score_bias"]))
+    scoring |= dict(zip(("mean_score", "score_bias"), terms, strict=True))
+    alone = score_tokens(tail, **scoring, backend=backend)
     return "" if torch.equal(alone[0], got[-1, -alone.shape[1] :]) else "scores depend on the rest of the batch"
 
 
@@ -217,15 +220,45 @@ def _check_attention(shape: Shape, head_dim: int, dtype: torch.dtype, device: to
     return "" if error <= allowed else f"results differ by {error:.3g}, allowed are {allowed:.3g}"
 
 
+def _check_bias(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str) -> str:
+    """Every row but the first left-padded, a few tokens after the prompt."""
+    tokens, window = min(shape.tokens, MAX_KEYS), min(16, max(shape.tokens - 3, 0))
+    generator = torch.Generator(device).manual_seed(0)
+    normal = functools.partial(torch.randn, device=device, generator=generator)
+    query, key = normal(shape.batch, 4, window, 64).to(dtype), normal(shape.batch, 2, tokens, 64).to(dtype)
+    (cos, sin), table = normal(2, 1, tokens, 64).to(dtype), normal(1000)
+    padding = torch.arange(shape.batch, device=device) * tokens // (shape.batch + 1)
+    index = (torch.arange(tokens, device=device) - padding.unsqueeze(-1)).clamp(min=-1)
+    got, expected = (
+        prompt_bias(
+            index, table, keep_last=min(3, tokens), attention_weight=0.5, query=query,
+            key=key, cos=cos, sin=sin, scaling=0.125, pooling=7, backend=name,
+        )
+        for name in (backend, "reference")
+    )  # fmt: skip
+    error = (got - expected).abs().max().item()
+    allowed = allowed_error(expected, max(1e-3, 2 * torch.finfo(dtype).eps))
+    return "" if error <= allowed else f"results differ by {error:.3g}, allowed are {allowed:.3g}"
+
+
 def _check_prune(stage: Stage, selection: dict[str, Any], backend: str) -> str:
-    hidden_states, tensors, weights = stage.hidden_states, stage.tensors, stage.weights
-    got = prune_tokens(hidden_states, tensors, *weights, **selection, rms_eps=1e-6, backend=backend)
-    scores = score_tokens(hidden_states, *weights, rms_eps=1e-6, backend=backend)
+    hidden_states, tensors, scoring = stage.hidden_states, stage.tensors, stage.scoring._asdict()
+    tokens = hidden_states.shape[1]
+    got = prune_tokens(hidden_states, tensors, **scoring, **selection, num_dropped=tokens, backend=backend)
+    scores = score_tokens(hidden_states, **scoring, backend=backend)
     indices = select_tokens(scores, **selection, backend="reference")
     if not torch.equal(got.indices, indices):
         return f"{(got.indices != indices).sum().item()} of {indices.numel()} indices differ"
-    expected = gather_tokens([hidden_states, *tensors], indices, backend="reference")
-    return copy_error([got.hidden_states, *got.tensors], expected)
+    means = score_tokens(hidden_states, **scoring | {"score_bias": None}, backend=backend)
+    column = torch.arange(tokens, device=indices.device)
+    rows = selection["rows"]
+    length, tail = (tokens, selection["recent"]) if rows is None else (rows[:, :1], rows[:, 2:])
+    means = torch.where(column >= tokens - tail, scoring["mean_score"], means)
+    expected = gather_tokens([hidden_states, *tensors, means], indices, backend="reference")
+    is_kept = torch.zeros(len(indices), tokens + 1, dtype=torch.bool, device=indices.device)
+    is_kept = is_kept.scatter(1, indices + 1, True)[:, 1:]
+    dropped = torch.where(~is_kept & (column >= tokens - length), column, -1).sort(dim=-1).values
+    return copy_error([got.hidden_states, *got.tensors, got.mean_score, got.dropped], [*expected, dropped])
 
 
 # ------------------------------------------------------------------------------------------------ 2: compute-sanitizer

@@ -1,8 +1,8 @@
 """Peak memory of a prefill, and ``sdtp bench memory``: the longest prompt that stays below a limit, dense and pruned.
 
-What counts is what a prefill takes at its most beside what was there before: on a CPU resident memory as Linux counts
-it, on a GPU what torch has allocated. It is measured in a process of its own, because memory that other work has left
-behind would serve it unseen.
+The figure is the most that a prefill takes beyond what was there before: on a CPU resident memory as Linux counts it,
+on a GPU what torch has allocated. It is measured in a process of its own: memory that other work has left would serve
+it unseen.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def add_parser(commands: Any) -> None:
     prompts.add_options(parser)
     parser.add_argument(
         "--limit-gib", type=float, metavar="GIB",
-        help=f"memory beside the weights (default: {CPU_LIMIT:g}; on a GPU all that it has)",
+        help=f"memory beyond the weights (default: {CPU_LIMIT:g}; on a GPU all that it has)",
     )  # fmt: skip
     parser.add_argument("--start", type=int, default=1024, help="tokens of the first prompt (%(default)s)")
     parser.add_argument("--step", type=int, default=256, help="lengths tried are its multiples (%(default)s)")
@@ -186,7 +186,7 @@ def can_measure(device: str) -> bool:
 
 
 def peaks(args: argparse.Namespace, setting: Setting) -> dict[Way | None, int]:
-    """Bytes that a prefill takes beside the weights at its most, in every way and, under ``None``, dense.
+    """Most bytes that a prefill takes beyond the weights, in every way and, under ``None``, dense.
 
     Raises
     ------
@@ -204,7 +204,7 @@ def peaks(args: argparse.Namespace, setting: Setting) -> dict[Way | None, int]:
 def measure(
     args: argparse.Namespace, dtype: str, tokens: int, ways: Sequence[Way | None], address_space: int | None = None
 ) -> list[dict[str, Any]] | None:
-    """A first prefill of so many tokens in each way, in a process of its own.
+    """A first prefill of this many tokens in each way, in a process of its own.
 
     Parameters
     ----------
@@ -276,7 +276,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def peak_bytes(work: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
-    """What `work` returns, and the bytes that it takes at its most, beside those that were taken before.
+    """What `work` returns, and the most bytes that it takes beyond those that were taken before.
 
     On a CPU that is resident memory as Linux counts it, on a GPU what torch has allocated.
     """

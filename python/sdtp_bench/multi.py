@@ -1,7 +1,7 @@
 """``sdtp bench multi``: prefill by tensor parallelism against the best single process.
 
 Several processes have to beat one that has the whole machine: on a CPU the best of several numbers of threads, on GPUs
-one GPU. Launches of both kinds take turns, and nothing is reported whose results differ from the single process's.
+one GPU. Launches of both kinds are interleaved, and nothing is reported whose results differ from the single process's.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def choose_processes(args: argparse.Namespace) -> int:
     Raises
     ------
     ValueError
-        If so many cannot share the heads: each process has whole key heads, and the query heads that go with them.
+        If this many cannot share the heads: each process has whole key heads, and the query heads that go with them.
     """
     from transformers import AutoConfig
 
@@ -190,7 +190,7 @@ def _answer(launch: Launch, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def work(settings: dict[str, Any]) -> None:
-    """What each process does: the methods take turns, and all processes begin and end a prefill together."""
+    """What each process does: methods are interleaved, and all processes begin and end a prefill together."""
     import torch
 
     is_parallel = settings["processes"] > 1

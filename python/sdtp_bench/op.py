@@ -1,7 +1,7 @@
-"""``sdtp bench op`` and ``scaling``: the pruning step, everyone who can run it side by side.
+"""``sdtp bench op`` and ``scaling``: the pruning step by every provider that can run it.
 
-Outputs are compared first: who is wrong gets an error instead of a figure. Then all take turns. The first matrix
-product of the pruner takes part alone, as the bound that no composition of PyTorch's operators can beat.
+Outputs are compared first: a wrong one gets an error instead of a figure. Then all are timed interleaved. The first
+matrix product of the pruner takes part alone, as the bound that no composition of PyTorch's operators can beat.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MIN_REPEATS, MAX_REPEATS = 5, 60
 
 def add_parsers(commands: Any) -> None:
     """Add ``op`` and ``scaling`` to the parsers of ``sdtp bench``."""
-    op = commands.add_parser("op", help="the pruning step: everyone who can run it, side by side")
+    op = commands.add_parser("op", help="the pruning step, by every provider that can run it")
     add_case_arguments(op)
     op.set_defaults(tokens=[2048, 8192], model=["qwen2-0.5b", "qwen2-7b"], threads=None, providers=None)
     scaling = commands.add_parser("scaling", help="the pruning step on a CPU: time and memory over tokens and threads")
@@ -43,8 +43,8 @@ def add_parsers(commands: Any) -> None:
     )
     for parser, bench in ((op, "op"), (scaling, "scaling")):
         parser.add_argument("--providers", nargs="+", metavar="NAME",
-                            help="who takes part; 'reference' only where it is named (all others that can run)"
-                            if bench == "op" else "who takes part (eager cpu)")  # fmt: skip
+                            help="providers; 'reference' only where it is named (all others that can run)"
+                            if bench == "op" else "providers (eager cpu)")  # fmt: skip
         parser.add_argument("--out", metavar="DIR", help=f"append the rows to {bench}.jsonl there")
         parser.set_defaults(run=run, bench=bench)
 
@@ -111,7 +111,7 @@ def measure(
     names: Sequence[str] | None = None,
     threads: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Check everyone on one case, then time who is right.
+    """Check every provider on one case, then time those that are right.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def measure(
     names : sequence of str, optional
         See :func:`sdtp_bench.providers.find_providers`.
     threads : sequence of int, optional
-        Numbers of threads to run with, on a CPU; by default those that torch has. All take turns in one run.
+        Numbers of threads to run with, on a CPU; by default those that torch has. All are interleaved in one run.
 
     Returns
     -------
@@ -143,7 +143,7 @@ def measure(
     runs: dict[tuple[str, int], Callable[[], object]] = {}
     errors: dict[tuple[str, int], str] = {}
     extra: dict[tuple[str, int], int | None] = {}
-    kept_bytes = plan.num_keep * (bytes_of_token(stage) + 8) * case.batch  # and an index
+    kept_bytes = plan.num_keep * (bytes_of_token(stage) + 8 + 4) * case.batch  # and an index and a mean
     try:
         with torch.no_grad():
             for (name, call), count in itertools.product(
@@ -163,9 +163,12 @@ def measure(
     about = {
         **case._asdict(),
         "hidden_size": stage.hidden_states.shape[-1],
+        "pruner_size": stage.scoring.w1.shape[0],
         "num_keep": plan.num_keep,
-        "flops": 2 * case.batch * case.tokens * (stage.w1.numel() + stage.w2.numel()),
-        "bytes": case.batch * case.tokens * bytes_of_token(stage) + sum(w.nbytes for w in stage.weights) + kept_bytes,
+        "flops": 2 * case.batch * case.tokens * (stage.scoring.w1.numel() + stage.scoring.w2.numel()),
+        "bytes": sum(t.nbytes for t in stage.scoring if isinstance(t, torch.Tensor))
+        + case.batch * case.tokens * bytes_of_token(stage)
+        + kept_bytes,
     }
     rows = []
     for (name, count), error in errors.items():
@@ -181,8 +184,8 @@ def measure(
 def first_matmul(stage: Stage) -> Callable[[], torch.Tensor]:
     """The pruner's first matrix product alone, into memory that is there already."""
     tokens = stage.hidden_states.flatten(0, 1)
-    out = tokens.new_empty(tokens.shape[0], stage.w1.shape[0])
-    return lambda: torch.mm(tokens, stage.w1.t(), out=out)
+    out = tokens.new_empty(tokens.shape[0], stage.scoring.w1.shape[0])
+    return lambda: torch.mm(tokens, stage.scoring.w1.t(), out=out)
 
 
 def bytes_of_token(stage: Stage) -> int:

@@ -1,7 +1,7 @@
 """``sdtp bench peers``: what one would use instead, on the same prompt, checkpoint and budget, in one run.
 
 The budget is B, the mean share of tokens that a layer keeps: that of our schedule at the keep ratio asked for. Whoever
-keeps another share, or fails a check, gets no figure but the reason; so does whoever cannot run here.
+keeps another share, or fails a check, gets no figure but the reason. So does a peer that cannot run here.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Figures(NamedTuple):
-    """What a peer shows beside its time."""
+    """What a peer shows next to its time."""
 
     kv_bytes: int | None
     """Of the prompt's cache; ``None`` where it does not tell."""
@@ -180,7 +180,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 
 def peers_of(contest: Contest, resources: contextlib.ExitStack) -> list[Peer | tuple[str, str]]:
-    """Everybody who can take part, and name and reason of everybody who cannot."""
+    """The peers that can take part, and name and reason of those that cannot."""
     from sdtp_eval.baselines import BASELINES
     from sdtp_eval.peers import PREFIX
 
@@ -289,7 +289,7 @@ def llama_peers(contest: Contest, resources: contextlib.ExitStack) -> list[Peer 
     try:
         wheel = llama_cpp.version()
     except ImportError as error:
-        return [("llama.cpp", f"xllamacpp cannot be imported ({error}); 'make peers' puts it beside the environment")]
+        return [("llama.cpp", f"xllamacpp cannot be imported ({error}); 'make peers' installs it")]
     source = Path(args.gguf)
     folder = Path(resources.enter_context(tempfile.TemporaryDirectory()))
     found: list[Peer | tuple[str, str]] = []
@@ -329,7 +329,7 @@ def of_llama(contest: Contest, name: str, wheel: str, file: Path) -> Peer:
 
 
 def figures(cache: Any, tokens: int) -> Figures:
-    """Of a cache of transformers after a prompt of so many tokens."""
+    """Of a cache of transformers after a prompt of this many tokens."""
     kept = cached_tokens(cache)
     return Figures(cache_bytes(cache), sum(kept) / (len(kept) * tokens))
 
@@ -338,7 +338,7 @@ def figures(cache: Any, tokens: int) -> Figures:
 
 
 def rows_of(contest: Contest, peers: Sequence[Peer | tuple[str, str]]) -> list[dict[str, Any]]:
-    """Check, time in turns, score; see :func:`measure`."""
+    """Check, time interleaved, score; see :func:`measure`."""
     common = {
         "bench": "peers",
         "checkpoint": Path(contest.args.model).name,

@@ -95,7 +95,7 @@ class Subject:
         return apply_sdtp(self.model, self.pruners, self.schedule, dropped_kv="none")
 
     def prefill(self, tokens: int) -> tuple[torch.Tensor, Any]:
-        """Logits ``[V]`` after a prompt of so many pseudo-random tokens, and its cache."""
+        """Logits ``[V]`` after a prompt of this many pseudo-random tokens, and its cache."""
         import torch
 
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Everyone who can run the pruning step, and what tells right from wrong: nobody wrong is timed."""
+"""The providers that can run the pruning step, and the check of each: a wrong one is not timed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from sdtp_bench.timing import Device
     from sdtp_kernels.schedule import StagePlan
 
-    # hidden_states, tensors, indices
-    Output = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]
+    # hidden_states, tensors, indices, ...
+    Output = tuple[Any, ...]
 
 # Tokens that the oracle scores at once: its float64 copies of a long prompt would take gigabytes.
 ORACLE_TOKENS = 4096
@@ -33,7 +33,7 @@ def backends_on(device: torch.device, dtype: torch.dtype) -> list[str]:
 def find_providers(
     device: Device, case: Case, stage: Stage, plan: StagePlan, names: Sequence[str] | None = None
 ) -> dict[str, Callable[[], Output]]:
-    """The pruning step of one case, by the name of who runs it.
+    """The pruning step of one case, by the name of the provider.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def find_providers(
     }
     for name in (*backends_on(device.torch_device, stage.hidden_states.dtype), "reference"):
         found[name] = functools.partial(
-            prune_tokens, stage.hidden_states, stage.tensors, *stage.weights, **selection, backend=name
+            prune_tokens, stage.hidden_states, stage.tensors, **stage.scoring._asdict(), **selection, backend=name
         )
     if names is None:
         names = [name for name in found if name != "reference"]
@@ -83,8 +83,14 @@ def make_check(case: Case, stage: Stage, plan: StagePlan) -> Callable[[Callable[
     A token may be dropped that ranks above one that was kept by as much as rounding to the model's dtype explains, and
     everything else has to be right to the last bit. What a provider raises counts as found.
     """
+    # Without the terms: those have one number a token, and are added here.
+    terms = stage.scoring._replace(mean_score=None, num_scores=0, score_bias=None)
     parts = stage.hidden_states.split(ORACLE_TOKENS, dim=1)
-    scores = torch.cat([reference.score_tokens(part, *stage.weights) for part in parts], dim=1)
+    scores = torch.cat([reference.score_tokens(part, terms) for part in parts], dim=1)
+    if stage.scoring.mean_score is not None:
+        scores = torch.lerp(stage.scoring.mean_score, scores, 1 / (stage.scoring.num_scores + 1))
+    if stage.scoring.score_bias is not None:
+        scores += stage.scoring.score_bias
     allowed = allowed_error(scores, max(torch.finfo(stage.hidden_states.dtype).eps, 1e-5))
     ranked = eager.ranked_blocks(scores, plan, case.pooling)
     return functools.partial(error_of, lambda run: output_error(run(), stage, plan, ranked, allowed))
@@ -96,7 +102,7 @@ def output_error(output: Output, stage: Stage, plan: StagePlan, ranked: torch.Te
     Parameters
     ----------
     output : tuple
-        hidden_states, tensors, indices.
+        hidden_states, tensors and indices; more may follow.
     stage : Stage
     plan : StagePlan
     ranked : Tensor [B, blocks, tokens of a block]
@@ -108,7 +114,7 @@ def output_error(output: Output, stage: Stage, plan: StagePlan, ranked: torch.Te
     -------
     str
     """
-    hidden_states, tensors, indices = output
+    hidden_states, tensors, indices, *_ = output
     batch, tokens, _ = stage.hidden_states.shape
     if indices.shape != (batch, plan.num_keep):
         return f"indices are {list(indices.shape)}, expected [{batch}, {plan.num_keep}]"

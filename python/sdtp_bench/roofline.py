@@ -22,6 +22,7 @@ from sdtp_bench import eager
 from sdtp_bench.shapes import GPUS, MODELS, SHORT, Case, Gpu, Stage, lookup, make_stage
 from sdtp_eval import command
 from sdtp_eval.schedules import BUDGETS
+from sdtp_kernels.arguments import Selection
 
 if TYPE_CHECKING:
     import argparse
@@ -138,7 +139,7 @@ def triton_costs(stage: Stage, plan: StagePlan, gpu: Gpu, pooling: int = 1) -> l
     from sdtp_kernels.backends import triton as backend
 
     with _recorded_launches(gpu) as launches:
-        backend.prune_tokens(*stage, plan.num_keep, plan.sink, plan.recent, plan.block_size, pooling=pooling)
+        backend.prune_tokens(*stage, Selection(*plan, pooling=pooling), 0)
     return [_KERNELS[launch.name](launch.arguments) for launch in launches]
 
 
@@ -156,10 +157,13 @@ def _select_cost(a: dict[str, Any]) -> Cost:
     blocks = a["num_blocks"] * batch
     passes = _RANKING_PASSES * blocks * _window_tokens(size, a)
     first = blocks * size * _score_bytes(a)
-    written = batch * num_keep * _COLUMN
+    read, written = first + _tail_bytes(a), batch * num_keep * (_COLUMN + _FLOAT32)
     if a["finished_ptr"] is None:
-        return Cost("select_kernel", 0, first, passes * _score_bytes(a) - first, written)
-    return Cost("select_kernel", 0, first, passes * _FLOAT32, written + blocks * size * _FLOAT32)
+        return Cost("select_kernel", 0, read, passes * _score_bytes(a) - first, written)
+    # Summed once; the bias is added in every pass.
+    bias = _FLOAT32 if a["bias_ptr"] is not None else 0
+    again = passes * (_FLOAT32 + bias) - blocks * size * bias
+    return Cost("select_kernel", 0, read, again, written + blocks * size * _FLOAT32)
 
 
 def _gather_cost(a: dict[str, Any]) -> Cost:
@@ -175,7 +179,8 @@ def _select_and_gather_cost(a: dict[str, Any]) -> Cost:
     passes = _RANKING_PASSES * blocks * a["shares"] * _window_tokens(a["block_size"], a) * _score_bytes(a)
     first = blocks * a["block_size"] * _score_bytes(a)
     again = passes - first + columns * len(a["sources"])
-    return Cost("select_and_gather_kernel", 0, first + rows, again, rows + columns)
+    written = rows + columns + a["kept_mean_ptr"].nbytes
+    return Cost("select_and_gather_kernel", 0, first + rows + _tail_bytes(a), again, written)
 
 
 def _prune_cost(a: dict[str, Any]) -> Cost:
@@ -184,12 +189,12 @@ def _prune_cost(a: dict[str, Any]) -> Cost:
     blocks = a["num_blocks"] * batch
     scored = blocks * a["block_size"]
     flops, read, again = _scoring(a, scored, blocks * _ceil(a["block_size"], a["BLOCK_TOKENS"]))
-    if a["bias_ptr"] is not None:
-        read += scored * _FLOAT32
+    read += scored * _FLOAT32 * ((a["mean_ptr"] is not None) + (a["bias_ptr"] is not None)) + _tail_bytes(a)
     hidden_row, *other_rows = _row_bytes(a)  # the hidden states stand first
     again += columns * len(a["sources"]) + (num_keep - a["recent"]) * batch * hidden_row
     read += a["recent"] * batch * hidden_row + num_keep * batch * sum(other_rows)
-    return Cost("prune_kernel", flops, read, again, num_keep * batch * (hidden_row + sum(other_rows)) + columns)
+    written = num_keep * batch * (hidden_row + sum(other_rows)) + columns + a["kept_mean_ptr"].nbytes
+    return Cost("prune_kernel", flops, read, again, written)
 
 
 _KERNELS = {
@@ -212,7 +217,12 @@ def _scoring(a: dict[str, Any], scored: int, token_tiles: int) -> tuple[int, int
 
 def _score_bytes(a: dict[str, Any]) -> int:
     """Bytes that a score is made of."""
-    return _FLOAT32 * (int(a["num_parts"]) + (a["bias_ptr"] is not None))
+    return _FLOAT32 * (int(a["num_parts"]) + (a["mean_ptr"] is not None) + (a["bias_ptr"] is not None))
+
+
+def _tail_bytes(a: dict[str, Any]) -> int:
+    """Means that are handed on unranked."""
+    return 0 if a["mean_ptr"] is None else int(a["recent"]) * a["indices_ptr"].shape[0] * _FLOAT32
 
 
 def _window_tokens(size: int, a: dict[str, Any]) -> int:
@@ -291,7 +301,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--keep", type=float, default=0.9, help="share of the tokens that stays (%(default)s)")
     parser.add_argument("--budget", choices=BUDGETS, default="global", help="default: %(default)s")
     parser.add_argument("--block-size", type=int, default=512, help="tokens of a block (%(default)s)")
-    parser.add_argument("--pooling", type=int, default=1, help="tokens that a score is pooled over (%(default)s)")
+    parser.add_argument("--pooling", type=int, default=7, help="tokens that a score is pooled over (%(default)s)")
     command.add_dtype_option(parser, "bfloat16", [name for name, short in SHORT.items() if short in DTYPES])
     parser.add_argument("--batch", type=int, default=1, help="prompts of that length (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")

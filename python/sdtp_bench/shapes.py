@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 
 from sdtp_kernels import PruningSchedule
+from sdtp_kernels.arguments import Scoring
+from sdtp_kernels.pruner import trained_width
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,8 +30,8 @@ class Model(NamedTuple):
 
     @property
     def pruner_size(self) -> int:
-        """Width of the pruner's MLP, as :class:`~sdtp_kernels.TokenPruner` has it by default."""
-        return self.hidden_size // 4
+        """Width of the pruner's MLP, as ``sdtp train`` makes it by default."""
+        return trained_width(self.hidden_size)
 
 
 # config.json of the published checkpoints.
@@ -81,7 +83,7 @@ def lookup(table: Mapping[str, Entry], name: str, what: str) -> Entry:
 
 
 class Case(NamedTuple):
-    """The first pruning stage of one prompt."""
+    """One pruning stage of one prompt, by a pruner of the form that ships."""
 
     model: str
     tokens: int
@@ -90,7 +92,7 @@ class Case(NamedTuple):
     keep: float = 0.9
     budget: str = "global"
     block_size: int = 512
-    pooling: int = 1
+    pooling: int = 7
 
     def plan(self) -> StagePlan:
         """What the stage asks of the selection, as a patched model would.
@@ -112,28 +114,23 @@ class Stage(NamedTuple):
     hidden_states: torch.Tensor
     tensors: list[torch.Tensor]
     """cos, sin and positions: what a patched model carries."""
-    w1: torch.Tensor
-    b1: torch.Tensor
-    w2: torch.Tensor
-    b2: torch.Tensor
-
-    @property
-    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The pruner."""
-        return self.w1, self.b1, self.w2, self.b2
+    scoring: Scoring
 
 
 def make_stage(case: Case, device: torch.device | str) -> Stage:
     """Random arguments for a case; on the device ``"meta"``, their shapes alone.
 
-    The pruner is the paper's, without an RMS norm: the fused kernels take one along for nothing, the usual composition
-    in PyTorch needs further passes for it.
+    Everything that the pruners that ship have: an RMS norm, the mean of two earlier stages' scores, and under the
+    global budget, where a stage sees the prompt's end, a bias.
     """
     model = lookup(MODELS, case.model, "model")
-    return random_stage(
+    stage = random_stage(
         device, lookup(DTYPES, case.dtype, "dtype"), case.batch, case.tokens,
         model.hidden_size, model.pruner_size, model.head_dim,
     )  # fmt: skip
+    if case.budget == "global":
+        return stage
+    return stage._replace(scoring=stage.scoring._replace(score_bias=None))
 
 
 def random_stage(
@@ -145,16 +142,20 @@ def random_stage(
     pruner_size: int,
     head_dim: int,
 ) -> Stage:
-    """:func:`make_stage` for any sizes; the same numbers whenever it is called."""
+    """:func:`make_stage` for any sizes, with all terms; the same numbers whenever it is called."""
     device = torch.device(device)
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
     normal = functools.partial(torch.randn, device=device, generator=generator)
     rotary = [normal(1, tokens, head_dim).to(dtype).expand(batch, -1, -1) for _ in range(2)]
-    return Stage(
-        normal(batch, tokens, hidden_size, dtype=dtype),
-        [*rotary, torch.arange(tokens, device=device).expand(batch, -1)],
+    scoring = Scoring(
         (normal(pruner_size, hidden_size) * hidden_size**-0.5).to(dtype),
         normal(pruner_size) * 0.1,
         normal(pruner_size) * pruner_size**-0.5,
         normal(()),
+        mean_score=normal(batch, tokens),
+        num_scores=2,
+        score_bias=normal(batch, tokens),
+        rms_eps=1e-6,
     )
+    tensors = [*rotary, torch.arange(tokens, device=device).expand(batch, -1)]
+    return Stage(normal(batch, tokens, hidden_size, dtype=dtype), tensors, scoring)

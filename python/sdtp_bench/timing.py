@@ -91,7 +91,7 @@ class CpuDevice:
     name = "cpu"
 
     def flush(self) -> None:
-        """Nothing: whoever ran before has left its own megabytes in the caches, as a decoder layer does."""
+        """Nothing: the call before has left its own megabytes in the caches, as a decoder layer does."""
 
     def mark(self) -> float:
         return time.perf_counter()

@@ -40,7 +40,7 @@ def add_dtype_option(
 
 def add_backend_option(parser: argparse.ArgumentParser) -> None:
     """``--backend``."""
-    parser.add_argument("--backend", default="auto", help="who runs the ops; see 'sdtp doctor' (%(default)s)")
+    parser.add_argument("--backend", default="auto", help="backend of the ops; see 'sdtp doctor' (%(default)s)")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

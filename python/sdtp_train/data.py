@@ -151,7 +151,7 @@ def build_samples(
 
 
 def read_source(item: str) -> list[Document]:
-    """The documents behind one item of ``--data`` that evaluation does not keep for itself.
+    """The documents of one item of ``--data``, without those that evaluation keeps for itself.
 
     Parameters
     ----------
@@ -310,7 +310,7 @@ def _read_jsonl(path: Path) -> list[Document]:
                 f"{path}:{number}: expected a JSON object with 'text', or with 'instruction', 'context' and 'response'"
             ) from None
         if not all(isinstance(field, str) for field in fields):
-            raise ValueError(f"{path}:{number}: the fields are to be strings")
+            raise ValueError(f"{path}:{number}: expected a string in every field")
         # Records about one passage stay on one side of every split.
         digest = hashlib.sha256((fields[0] or fields[1]).encode()).hexdigest()[:16]
         documents.append(Document(f"{path.name}/{digest}", *fields))

@@ -1,4 +1,4 @@
-"""Synthetic prompts whose answer stands in the text: the data that teaches a pruner to keep facts.
+"""Synthetic prompts whose answer is in the text: the data that teaches a pruner to keep facts.
 
 Running text hardly ever asks for one exact detail of what came long before, so a pruner trained on it alone drops the
 needles. The wordings are many, and their answers are numbers, words, names, places, dates, paths and phrases. Other

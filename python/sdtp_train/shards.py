@@ -189,7 +189,7 @@ class Saliency:
         self.layers: list[int] = self.settings["layers"]
         if manifest["shards"] is None:
             raise SaliencyError(
-                f"{self.folder} is unfinished: run 'sdtp saliency' with the same settings again, it goes on by itself"
+                f"{self.folder} is unfinished: run 'sdtp saliency' again with the same settings; it goes on from there"
             )
         size = self.settings["shard_size"]
         slices = [self.samples[i : i + size] for i in range(0, len(self.samples), size)]

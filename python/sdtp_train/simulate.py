@@ -133,7 +133,7 @@ class _Dropped(NamedTuple):
     """What one stage decided."""
 
     stage: int
-    """The layer that it stands before."""
+    """The layer after the stage."""
     stays: torch.Tensor
     """``[T]``: 0 for the tokens that it drops, 1 for all others, with a gradient."""
     tokens: torch.Tensor

@@ -86,11 +86,11 @@ def add_command(subparsers: Any) -> None:
         "--intermediate",
         type=int,
         metavar="H",
-        help="width of the MLP (default: hidden size / 12, a multiple of 16)",
+        help="width of the MLP (default: a twelfth of the hidden size, in whole tiles)",
     )
     parser.add_argument(
         "--pooling", type=int, default=7, metavar="TOKENS",
-        help="rank a token by the best score among so many around it; 1 for none (%(default)s)",
+        help="rank a token by the best score among this many around it; 1 for none (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--no-averaging", action="store_false", dest="averaging",
@@ -584,14 +584,6 @@ def extend_distance(pruner: TokenPruner, nearest: int, farthest: int) -> None:
         knots[last:] = knots[last].item()
 
 
-def default_width(hidden_size: int) -> int:
-    """Width of an MLP: a third of the paper's D/4. It fits as well (docs/notes/pruners.md) and costs less.
-
-    A whole number of 16 floats, the size of a vector register and of a tensor core's tile, which are paid for whole.
-    """
-    return max(16, hidden_size // 12 // 16 * 16)
-
-
 _PARTS = (("training", False), ("validation", True))
 
 
@@ -655,13 +647,14 @@ def _new_pruners(args: argparse.Namespace, layers: Sequence[int], hidden_size: i
     import torch
 
     from sdtp_kernels import TokenPruner, load_pruners
+    from sdtp_kernels.pruner import trained_width
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         pruners = {
             layer: TokenPruner(
                 hidden_size,
-                args.intermediate or default_width(hidden_size),
+                args.intermediate or trained_width(hidden_size),
                 distance=args.distance,
                 attention=args.attention_weight > 0,
                 pooling=args.pooling,

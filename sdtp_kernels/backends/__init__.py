@@ -39,9 +39,9 @@ class Backend(Protocol):
     score_tokens: Callable[..., torch.Tensor]
     select_tokens: Callable[..., torch.Tensor]
     gather_tokens: Callable[..., list[torch.Tensor]]
-    prune_tokens: Callable[..., tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]]
+    prune_tokens: Callable[..., tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]]
     window_attention: Callable[..., torch.Tensor]
-    score_prompt: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    prompt_bias: Callable[..., torch.Tensor]
     position_attention: Callable[..., torch.Tensor]
     unavailable_reason: Callable[..., str | None]
 

@@ -17,21 +17,21 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 _COMPILERS = {"cpu": "a C++ compiler", "cuda": "a C++ compiler and nvcc"}
 
+_SCORING = (
+    "Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? mean_score, int num_scores, Tensor? score_bias, float? rms_eps"
+)
 _SELECTION = "int num_keep, int sink, int recent, int? block_size, Tensor? rows, int pooling"
-_PRUNER = "Tensor w1, Tensor b1, Tensor w2, Tensor b2"
-_SCORING = "Tensor? score_bias, float? rms_eps"
 
 _library = torch.library.Library("sdtp_native", "DEF")
 for _schema in (
-    f"score_tokens(Tensor hidden_states, {_PRUNER}, {_SCORING}) -> Tensor",
+    f"score_tokens(Tensor hidden_states, {_SCORING}) -> Tensor",
     f"select_tokens(Tensor scores, {_SELECTION}) -> Tensor",
     "gather_tokens(Tensor[] tensors, Tensor indices) -> Tensor[]",
-    f"prune_tokens(Tensor[] tensors, {_PRUNER}, {_SELECTION}, {_SCORING}) -> (Tensor[], Tensor)",
+    f"prune_tokens(Tensor[] tensors, {_SCORING}, {_SELECTION}, int num_dropped) -> (Tensor[], Tensor, Tensor, Tensor)",
     "window_attention(Tensor query, Tensor key, Tensor query_index, Tensor key_index, Tensor? cos, Tensor? sin, "
     "float scaling, int pooling) -> Tensor",
-    f"score_prompt(Tensor hidden_states, {_PRUNER}, float? rms_eps, Tensor token_index, int keep_last, "
-    "Tensor distance_table, Tensor? mean_score, int num_scores, Tensor? attention, float attention_weight, "
-    "Tensor? query, Tensor? key, Tensor? cos, Tensor? sin, float scaling, int pooling) -> (Tensor, Tensor)",
+    "prompt_bias(Tensor token_index, Tensor distance_table, int keep_last, Tensor? attention, float attention_weight, "
+    "Tensor? query, Tensor? key, Tensor? cos, Tensor? sin, float scaling, int pooling) -> Tensor",
 ):
     _library.define(_schema)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from ._native import load_error
+
+if TYPE_CHECKING:
+    from ..arguments import PromptTerms, Scoring, Selection
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK_QUERIES = 256
@@ -21,32 +24,12 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -
     return load_error("cpu")
 
 
-def score_tokens(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    score_bias: torch.Tensor | None = None,
-    rms_eps: float | None = None,
-) -> torch.Tensor:
-    return torch.ops.sdtp_native.score_tokens.default(  # type: ignore[no-any-return]
-        hidden_states, w1, b1, w2, b2, score_bias, rms_eps
-    )
+def score_tokens(hidden_states: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    return torch.ops.sdtp_native.score_tokens.default(hidden_states, *scoring)  # type: ignore[no-any-return]
 
 
-def select_tokens(
-    scores: torch.Tensor,
-    num_keep: int,
-    sink: int = 0,
-    recent: int = 0,
-    block_size: int | None = None,
-    rows: torch.Tensor | None = None,
-    pooling: int = 1,
-) -> torch.Tensor:
-    return torch.ops.sdtp_native.select_tokens.default(  # type: ignore[no-any-return]
-        scores, num_keep, sink, recent, block_size, rows, pooling
-    )
+def select_tokens(scores: torch.Tensor, selection: Selection) -> torch.Tensor:
+    return torch.ops.sdtp_native.select_tokens.default(scores, *selection)  # type: ignore[no-any-return]
 
 
 def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[torch.Tensor]:
@@ -54,26 +37,12 @@ def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[to
 
 
 def prune_tokens(
-    hidden_states: torch.Tensor,
-    tensors: list[torch.Tensor],
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    num_keep: int,
-    sink: int = 0,
-    recent: int = 0,
-    block_size: int | None = None,
-    rows: torch.Tensor | None = None,
-    pooling: int = 1,
-    score_bias: torch.Tensor | None = None,
-    rms_eps: float | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    kept, indices = torch.ops.sdtp_native.prune_tokens.default(
-        [hidden_states, *tensors], w1, b1, w2, b2,
-        num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps,
-    )  # fmt: skip
-    return kept[0], kept[1:], indices
+    hidden_states: torch.Tensor, tensors: list[torch.Tensor], scoring: Scoring, selection: Selection, num_dropped: int
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    kept, *others = torch.ops.sdtp_native.prune_tokens.default(
+        [hidden_states, *tensors], *scoring, *selection, num_dropped
+    )
+    return kept[0], kept[1:], *others
 
 
 def window_attention(
@@ -91,18 +60,8 @@ def window_attention(
     )
 
 
-def score_prompt(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    rms_eps: float | None,
-    *terms: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.sdtp_native.score_prompt(  # type: ignore[no-any-return]
-        hidden_states, w1, b1, w2, b2, rms_eps, *terms
-    )
+def prompt_bias(terms: PromptTerms) -> torch.Tensor:
+    return torch.ops.sdtp_native.prompt_bias.default(*terms)  # type: ignore[no-any-return]
 
 
 def position_attention(

@@ -8,13 +8,16 @@ compiler emits those. A backend named by the user runs its own kernels.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import reference
-from . import limits
+from . import eager, limits
 from ._native import build_info, load_error
+
+if TYPE_CHECKING:
+    from ..arguments import Scoring, Selection
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,68 +57,34 @@ def _has_code_for(capability: int) -> bool:
     return False
 
 
-def score_tokens(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    score_bias: torch.Tensor | None = None,
-    rms_eps: float | None = None,
-) -> torch.Tensor:
+def score_tokens(hidden_states: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     limits.check_size("cuda", hidden_states.shape[0], hidden_states.shape[1])
-    return torch.ops.sdtp_native.score_tokens(  # type: ignore[no-any-return]
-        hidden_states, w1, b1, w2, b2, score_bias, rms_eps
-    )
+    return torch.ops.sdtp_native.score_tokens.default(hidden_states, *scoring)  # type: ignore[no-any-return]
 
 
-def select_tokens(
-    scores: torch.Tensor,
-    num_keep: int,
-    sink: int = 0,
-    recent: int = 0,
-    block_size: int | None = None,
-    rows: torch.Tensor | None = None,
-    pooling: int = 1,
-) -> torch.Tensor:
+def select_tokens(scores: torch.Tensor, selection: Selection) -> torch.Tensor:
     limits.check_size("cuda", scores.shape[0], scores.shape[1])
-    limits.check_pooling("cuda", pooling)
-    return torch.ops.sdtp_native.select_tokens(  # type: ignore[no-any-return]
-        scores, num_keep, sink, recent, block_size, rows, pooling
-    )
+    limits.check_pooling("cuda", selection.pooling)
+    return torch.ops.sdtp_native.select_tokens.default(scores, *selection)  # type: ignore[no-any-return]
 
 
 def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[torch.Tensor]:
     limits.check_size("cuda", indices.shape[0], indices.shape[1])
-    return torch.ops.sdtp_native.gather_tokens(tensors, indices)  # type: ignore[no-any-return]
+    return torch.ops.sdtp_native.gather_tokens.default(tensors, indices)  # type: ignore[no-any-return]
 
 
 def prune_tokens(
-    hidden_states: torch.Tensor,
-    tensors: list[torch.Tensor],
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    num_keep: int,
-    sink: int = 0,
-    recent: int = 0,
-    block_size: int | None = None,
-    rows: torch.Tensor | None = None,
-    pooling: int = 1,
-    score_bias: torch.Tensor | None = None,
-    rms_eps: float | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    hidden_states: torch.Tensor, tensors: list[torch.Tensor], scoring: Scoring, selection: Selection, num_dropped: int
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
     limits.check_size("cuda", hidden_states.shape[0], hidden_states.shape[1])
-    limits.check_pooling("cuda", pooling)
-    kept, indices = torch.ops.sdtp_native.prune_tokens(
-        [hidden_states, *tensors], w1, b1, w2, b2,
-        num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps,
-    )  # fmt: skip
-    return kept[0], kept[1:], indices
+    limits.check_pooling("cuda", selection.pooling)
+    kept, *others = torch.ops.sdtp_native.prune_tokens.default(
+        [hidden_states, *tensors], *scoring, *selection, num_dropped
+    )
+    return kept[0], kept[1:], *others
 
 
-# No kernels of their own: a product of torch, and a few small steps.
-window_attention = reference.window_attention
+# No kernels of their own.
+window_attention = eager.window_attention
+prompt_bias = eager.prompt_bias
 position_attention = reference.position_attention
-score_prompt = functools.partial(reference.score_prompt_by, score_tokens)

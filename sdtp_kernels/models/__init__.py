@@ -1,4 +1,4 @@
-"""The model patch and its public entrances; CONTRIBUTING.md says which file knows what."""
+"""The model patch and its public functions; CONTRIBUTING.md says which file knows what."""
 
 from __future__ import annotations
 
@@ -30,26 +30,29 @@ def apply_sdtp(
 ) -> SdtpHandle:
     """Make a model prune long prompts during prefill.
 
-    Acts on this instance only, by exchanging its class and its decoder's for subclasses that prune. ``generate()`` and
-    plain calls go on working; prompts shorter than ``schedule.min_prompt`` are left alone. With a keep ratio of 1.0 the
-    model computes what it did before, bit for bit.
+    Acts on this instance only: its class and its decoder's become subclasses that prune. ``generate()`` and plain calls
+    go on working. Prompts shorter than ``schedule.min_prompt`` are left alone. With a keep ratio of 1.0 the model
+    computes the same as without the patch, bit for bit. ``generate()`` and calls of the model take the settings of
+    :meth:`SdtpHandle.request` as keywords.
 
-    A call with ``logits_to_keep=k`` treats the last ``k - 1`` tokens as standing after the prompt: they are never
-    pruned. A call without it returns the logits of the kept tokens only, and warns once: ``report().kept`` says which
-    tokens they belong to.
+    A call with ``logits_to_keep=k`` treats the last ``k - 1`` tokens as tokens after the prompt: they are never pruned.
+    A call without it returns the logits of the kept tokens only, and warns once: ``report().kept`` says which tokens
+    they belong to.
 
     Under the block budget a prompt may come in chunks: ``generate(prefill_chunk_size=...)``, later turns of a chat, a
-    kept prefix and what follows it; the cache is that of one call with the whole. A call of the model itself with
-    ``sdtp_prompt_length=columns`` reads a chunk of a prompt of so many columns; without it, a call that continues a
-    cache adds tokens and prunes none. So does a later turn under the global budget, while ``generate()`` refuses there
-    what directly follows a pruned prompt, unless `later_turns` is False: it would not be what one prompt with all the
-    tokens is. ``generate()`` and calls of the model take the settings of :meth:`SdtpHandle.request` as keywords.
+    kept prefix and what follows it. The cache is the same as after one call with the whole prompt. A call of the model
+    itself reads a chunk if it says how many columns the whole prompt has: ``sdtp_prompt_length=columns``. Without that,
+    a call that continues a cache adds tokens and prunes none.
+
+    Under the global budget a later turn is added and not pruned. ``generate()`` refuses what directly follows a pruned
+    prompt, because that is not one prompt with all the tokens; `later_turns` False allows it.
 
     Parameters
     ----------
     model : transformers model
         ``ForCausalLM`` or ``Model`` of Llama, Mistral, Qwen2 or Qwen3, with sdpa, eager, flex or flash attention; on
-        one device, by an accelerate ``device_map``, or tensor parallel. The decoder of a ``ForCausalLM`` stands for it.
+        one device, by an accelerate ``device_map``, or tensor parallel. The decoder of a ``ForCausalLM`` may be passed
+        as well; both are patched.
     pruners : mapping of int to module, str or callable
         For every layer of the schedule a :class:`TokenPruner`, or any module that turns hidden states ``[..., D]``
         into scores ``[...]``; the result of :func:`load_pruners`; the name of a training-free scorer (``"random"``,
@@ -66,14 +69,15 @@ def apply_sdtp(
         prefix) is pruned as it completes blocks. Generated tokens are deferred to the next prompt. False: all that
         follows the first prompt is added whole, under either budget.
     evict_earlier_kv : bool, default False
-        Drop what a stage prunes from the caches of the layers below it as well. All layers then hold the same tokens,
-        those that the last stage keeps; tokens that come later see nothing else in any layer. A prompt has to be
-        prefilled in one call, and later turns are not pruned.
+        Drop what a stage prunes from the caches of the layers below it as well. All layers then hold the tokens that
+        the last stage keeps; later tokens see nothing else in any layer. A prompt has to be prefilled in one call, and
+        later turns are not pruned.
     dropped_kv : {"none", "predicted"}, optional
         What later layers keep of a dropped token. ``"none"``, as in the paper: nothing. ``"predicted"``: a key and a
-        value in each, from a linear map of the hidden state that it was dropped with. That loses less, takes somewhat
-        longer and gives up the memory that dropping saves: all layers of the cache have the prompt's length. Needs
-        sdpa or eager attention. By default predicted where there is a predictor, and the report says which.
+        value in each layer, by a linear map of the hidden state that it was dropped with. Predicted loses less at the
+        same keep ratio, takes longer, and gives up the memory that dropping saves: all layers of the cache have the
+        prompt's length. It needs sdpa or eager attention. By default predicted where there is a predictor; the report
+        says which.
     kv_predictor : KVPredictor, optional
         The maps; by default those in the pruner file. Needed for scorers by name.
 

@@ -78,7 +78,7 @@ class _Dropped(NamedTuple):
     """What one stage has dropped."""
 
     stage: int
-    """The layer that it stands before."""
+    """The layer after the stage."""
     tokens: torch.Tensor
     """``[B, n, R]``, encoded for the maps of this stage."""
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
@@ -106,24 +106,16 @@ class CompletedCache:
         self.token_index = token_index
         self._offset = token_index.shape[1] - 1 - token_index[:, -1:]
 
-    def drop(
-        self, layer_idx: int, hidden_states: torch.Tensor, arrived: Segment, indices: torch.Tensor, most: int
-    ) -> None:
-        """Note what the stage before layer `layer_idx` drops of the tokens that arrived.
-
-        `indices` ``[B, K]`` are those that it keeps; no row drops more than `most`.
-        """
-        if most == 0:
-            return
-        batch, width = hidden_states.shape[:2]
-        is_kept = torch.zeros(batch, width + 1, dtype=torch.bool, device=hidden_states.device)
-        is_kept = is_kept.scatter(1, indices + 1, torch.ones_like(indices, dtype=torch.bool))[:, 1:]
-        is_dropped = ~is_kept & (arrived.token_index >= 0)
-        order = is_dropped.int().argsort(dim=-1, stable=True)[:, width - most :]
-        order = torch.where(is_dropped.gather(1, order), order, -1)
-        carried = [hidden_states, *(t.expand(batch, -1, -1) for t in arrived.position_embeddings)]
-        dropped, cos, sin, index = ops.gather_tokens([*carried, arrived.token_index], order, backend=self._backend)
-        columns = torch.where(order < 0, -1, self._columns(index))
+    def drop(self, layer_idx: int, hidden_states: torch.Tensor, arrived: Segment, indices: torch.Tensor) -> None:
+        """Note which of the tokens that arrived the stage before layer `layer_idx` drops: `indices` ``[B, n]``, -1 for
+        none."""
+        carried = [
+            hidden_states,
+            *(t.expand(hidden_states.shape[0], -1, -1) for t in arrived.position_embeddings),
+            arrived.token_index,
+        ]
+        dropped, cos, sin, index = ops.gather_tokens(carried, indices, backend=self._backend)
+        columns = torch.where(indices < 0, -1, self._columns(index))
         self._dropped.append(_Dropped(layer_idx, self._predictor.encode(layer_idx, dropped), (cos, sin), columns))
 
     def mask(

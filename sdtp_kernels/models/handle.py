@@ -93,10 +93,11 @@ class SdtpHandle:
         return not self._is_closed and (self.parent is None or self.parent.is_open)
 
     def report(self) -> PrefillReport:
-        """What happened in the last prefill, or chunk of one.
+        """What happened in the last prefill, or in the last chunk of one.
 
-        A prompt that ``generate()`` adds to a cache without pruning it is one, and the note says why; a call of the
-        model itself that adds tokens is none. The last prefill stays readable after the handle is removed.
+        A prompt that ``generate()`` adds to a cache without pruning it counts as a prefill; the note says why it was
+        not pruned. A call of the model itself that adds tokens does not count. The last prefill stays readable after
+        the handle is removed.
         """
         if self._recorder:
             return self._recorder.report()
@@ -114,22 +115,22 @@ class SdtpHandle:
         """Settings for the prompts that this thread prefills inside the ``with`` block.
 
         ``generate()`` and calls of the patched model take the same keywords for one call. Threads do not inherit a
-        request: one that is started inside the block and prefills with no request of its own is refused.
+        request: a thread that is started inside the block, and prefills without a request of its own, is refused.
 
         Parameters
         ----------
         protect : (int, int), list of them, list of such lists, or bool Tensor [B, N], optional
-            Tokens that are never pruned: ranges (first, last + 1), counted in each row from its first token without
-            padding, for all rows or one list for every row; or a mask over the columns of ``input_ids``, which is
-            copied to the host because its counts set shapes. They come on top of the budget: the schedule counts the
-            prompt without them.
+            Tokens that are never pruned. Ranges (first, last + 1) count in each row from its first token without
+            padding; they are for all rows, or one list for every row. A mask is over the columns of ``input_ids`` and
+            is copied to the host, because its counts set shapes. Protected tokens come on top of the budget: the
+            schedule counts the prompt without them.
         keep_ratio : float or tuple, or a list of them, optional
-            As in :class:`PruningSchedule`, in its place; a list holds one for every row.
+            Replaces that of the :class:`PruningSchedule`; a list holds one for every row.
         enabled : bool or list of bool, default True
-            False prunes nothing. A cache that begins so is left alone in later turns as well; in a later turn it puts
-            off what that turn would finish.
+            False prunes nothing. A cache that begins so is left alone in later turns as well. In a later turn, False
+            defers what that turn would finish.
         min_prompt : int or list of int, optional
-            As in :class:`PruningSchedule`, in its place.
+            Replaces that of the :class:`PruningSchedule`.
 
         Raises
         ------

@@ -113,7 +113,7 @@ class PrunedState(CacheLayerMixin):
         """In the layer at the first stage, while the prompt may go on."""
 
     def expect(self, token_index: torch.Tensor, prompt_length: int) -> None:
-        """These tokens are about to be written, and with them so many columns of the prompt have been read."""
+        """These tokens are about to be written; `prompt_length` columns of the prompt have then been read."""
         self.kept = torch.cat([self.kept, token_index], dim=-1)
         self.prompt_length = prompt_length
 

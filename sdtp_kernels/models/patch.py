@@ -98,7 +98,7 @@ def _check_unpatched(module: Any, is_decoder: bool) -> None:
     if is_decoder and forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         raise RuntimeError(
             f"another tool has replaced the forward of this {type(module).__name__} by "
-            f"{getattr(forward, '__qualname__', type(forward).__name__)}, and pruning would pass it by: undo that first"
+            f"{getattr(forward, '__qualname__', type(forward).__name__)}, and pruning would skip it: undo that first"
         )
 
 
@@ -151,7 +151,7 @@ def _owner_of(decoder: Any) -> Any:
 
 
 def _schedule(schedule: Any, pruners: Any, config: Any) -> PruningSchedule:
-    """What `schedule` stands for: itself, a keep ratio, or the one that the pruners were trained for."""
+    """The schedule that was meant: itself, by a keep ratio, or the one that the pruners were trained for."""
     if isinstance(schedule, PruningSchedule):
         return schedule
     own = getattr(pruners, "schedule", None)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .handle import SdtpHandle
 
 INFO = "sdtp_call"  # carries a CallInfo from the outer model to the decoder
-PROMPT_LENGTH = "sdtp_prompt_length"  # how a caller says that it reads a prompt of so many columns, or a chunk of one
+PROMPT_LENGTH = "sdtp_prompt_length"  # how a caller says how many columns the prompt of this call has
 
 
 def handle_of(module: Any) -> SdtpHandle | None:

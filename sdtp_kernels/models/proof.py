@@ -14,6 +14,7 @@ import transformers
 from transformers.cache_utils import StaticCache
 
 from .. import reference
+from ..arguments import Selection
 from ..schedule import PruningSchedule
 from . import compat
 
@@ -43,8 +44,8 @@ def prove(family: Family) -> None:
             return
         failure = f"logits differ by {difference:.3g}, allowed are {TOLERANCE}"
     raise NotImplementedError(
-        f"SDTP was not tested on transformers {version}, and a pruned {family.causal_lm.__name__} does not compute "
-        f"there what it must ({failure}). Install a version that was: {tested}"
+        f"SDTP was not tested on transformers {version}, and a pruned {family.causal_lm.__name__} computes something "
+        f"wrong there ({failure}). Install a tested version: {tested}"
     )
 
 
@@ -112,7 +113,7 @@ def _masked_dense(model: Any, ids: torch.Tensor, prompt_length: int) -> torch.Te
         if i in SCHEDULE.layers:
             plan = SCHEDULE.plan(prompt_length, SCHEDULE.layers.index(i) + 1)
             scores = hidden[:, alive].float().norm(dim=-1)
-            alive = alive[reference.select_tokens(scores, plan.num_keep, sink=plan.sink, recent=plan.recent)[0]]
+            alive = alive[reference.select_tokens(scores, Selection(*plan))[0]]
             is_dropped = torch.ones(length, dtype=torch.bool).index_fill(0, alive, False)
             is_dropped[prompt_length:] = False
             allowed = allowed & ~(is_dropped[None] & ~torch.eye(length, dtype=torch.bool))  # no row may be empty

@@ -26,7 +26,7 @@ class LayerReport:
     kv_bytes: int
     """Bytes of what the layer has left in its cache after the prefill."""
     prune_seconds: float | None
-    """Time of scoring, selection and gather before this layer; ``None`` where no stage stands."""
+    """Time of scoring, selection and gather before this layer; ``None`` where there is no stage."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class PrefillReport:
     seconds: float = 0.0
     """Time of all decoder layers; on a GPU between two events of the stream."""
     kept: torch.Tensor | None = None
-    """``[B, K]`` int64: which of its row's tokens each row of the output is, counted from the row's first token without
-    padding; -1 is padding. ``logits[b, j]`` and ``last_hidden_state[b, j]`` belong to token ``kept[b, j]``; with
-    ``logits_to_keep`` they are the last ones of them."""
+    """``[B, K]`` int64: the tokens that are left, counted from the row's first token without padding; -1 is padding.
+    ``logits[b, j]`` and ``last_hidden_state[b, j]`` belong to token ``kept[b, j]``. With ``logits_to_keep`` the output
+    has the last of them."""
     dropped_kv: str = "none"
     """What later layers keep of a dropped token: ``"none"``, or ``"predicted"`` keys and values."""
     note: str = ""
@@ -121,7 +121,7 @@ class PrefillRecorder:
 
 
 def layer_bytes(layer: Any) -> int:
-    """Bytes of the keys and values that a layer of a cache holds: whatever its dtype, quantized or not."""
+    """Bytes of the keys and values that a layer of a cache holds, in any dtype, quantized or not."""
     names = ("keys", "values", "_quantized_keys", "_quantized_values")
     return sum(_bytes(getattr(layer, name, None)) for name in names)
 

@@ -60,13 +60,11 @@ class Fused(NamedTuple):
     pruner: TokenPruner
     weights: PrunerWeights
     rms_eps: float | None
-    distance_table: torch.Tensor
-    """The distance term of every distance: a single 0 without one."""
+    distance_table: torch.Tensor | None
+    """The distance term of every distance."""
     num_queries: int
     """How many of the last queries it looks at; 0 without an attention term."""
     attention_weight: float
-    is_alone: bool
-    """Whether the MLP is all there is."""
 
     @classmethod
     def of(
@@ -77,43 +75,62 @@ class Fused(NamedTuple):
         weight = pruner.attention_weight.item() if has_attention else 0.0
         if device is not None and pruner.w1.device != device:
             pruner = copy.deepcopy(pruner).to(device)
-        table = pruner.w1.new_zeros(1, dtype=torch.float32)
+        table = None
         if has_distance:
             with torch.no_grad():
                 table = pruner.distance_term(torch.arange(FARTHEST + 1, device=pruner.w1.device))
         rms_eps = pruner.rms_eps if pruner.rms_norm else None
         num_queries = QUESTION_WINDOW if has_attention else 0
-        is_alone = not (has_distance or has_attention or pruner.averaging)
-        return cls(pruner, pruner.weights(dtype), rms_eps, table, num_queries, weight, is_alone)
+        return cls(pruner, pruner.weights(dtype), rms_eps, table, num_queries, weight)
 
     @property
     def pooling(self) -> int:
         return self.pruner.pooling
 
+    def bias(self, stage: StageInput, backend: str) -> torch.Tensor | None:
+        """What the scores ``[B, n]`` owe to the prompt's end; ``None`` where that is nothing."""
+        if self.distance_table is None and not self.num_queries:
+            return None
+        table = self.distance_table
+        if table is None:
+            table = self.weights.b1.new_zeros(1)
+        if not self.num_queries:
+            return ops.prompt_bias(stage.token_index, table, keep_last=stage.keep_last, backend=backend)
+        if stage.group is not None:  # a process has some of the heads only
+            return ops.prompt_bias(
+                stage.token_index, table, keep_last=stage.keep_last, attention=question_attention(stage),
+                attention_weight=self.attention_weight, backend=backend,
+            )  # fmt: skip
+        # One dtype for the op: under autocast a layer's queries and keys have another than its input.
+        query, key, cos, sin = (
+            t.to(stage.hidden_states.dtype) for t in (*window_of(stage, self.num_queries), *stage.position_embeddings)
+        )
+        return ops.prompt_bias(
+            stage.token_index, table, keep_last=stage.keep_last, attention_weight=self.attention_weight, query=query,
+            key=key, cos=cos, sin=sin, scaling=stage.layer_below.self_attn.scaling, pooling=ATTENTION_POOLING,
+            backend=backend,
+        )  # fmt: skip
+
     def score(
         self, stage: StageInput, mean: RunningMean | None, backend: str
     ) -> tuple[torch.Tensor, RunningMean | None]:
         """Scores ``[B, n]``, and where the pruner averages, the mean that the next stage goes on with."""
-        terms: dict[str, Any] = {}
-        dtype = stage.hidden_states.dtype
-        if mean is not None:
-            terms = {"mean_score": mean.score.to(stage.hidden_states.device), "num_scores": mean.number}
-        if self.num_queries and stage.group is None:
-            # One dtype for the op: under autocast a layer's queries and keys have another than its input.
-            query, key, cos, sin = (
-                t.to(dtype) for t in (*window_of(stage, self.num_queries), *stage.position_embeddings)
-            )
-            terms |= {"query": query, "key": key, "cos": cos, "sin": sin, "pooling": ATTENTION_POOLING}
-            terms |= {"scaling": stage.layer_below.self_attn.scaling, "attention_weight": self.attention_weight}
-        elif self.num_queries:  # a process has some of the heads only
-            terms |= {"attention": question_attention(stage), "attention_weight": self.attention_weight}
-        scores, mean_score = ops.score_prompt(
-            stage.hidden_states, *self.weights, stage.token_index, self.distance_table,
-            keep_last=stage.keep_last, rms_eps=self.rms_eps, backend=backend, **terms,
-        )  # fmt: skip
+        bias = self.bias(stage, backend)
+        mean_score = ops.score_tokens(
+            stage.hidden_states, *self.weights, rms_eps=self.rms_eps, backend=backend, **self.averaged(mean)
+        )
+        return mean_score if bias is None else mean_score + bias, self.next_mean(mean_score, mean)
+
+    def averaged(self, mean: RunningMean | None) -> dict[str, Any]:
+        """The mean of earlier stages as arguments of an op."""
+        if mean is None:
+            return {}
+        return {"mean_score": mean.score.to(self.weights.b1.device), "num_scores": mean.number}
+
+    def next_mean(self, mean_score: torch.Tensor, mean: RunningMean | None) -> RunningMean | None:
         if not self.pruner.averaging:
-            return scores, None
-        return scores, RunningMean(mean_score, 1 if mean is None else mean.number + 1)
+            return None
+        return RunningMean(mean_score, 1 if mean is None else mean.number + 1)
 
 
 class Learned:

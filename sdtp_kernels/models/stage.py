@@ -109,34 +109,56 @@ def prune(
         carried.append(is_protected)
     is_simple = not chunk.is_ragged or (prefill.earlier is None and is_protected is None)
     is_simple = is_simple and group is None and len(prefill.groups) == 1
-    running_mean = None
-    if isinstance(scorer, Fused) and scorer.is_alone and is_simple:
+    if isinstance(scorer, Fused) and is_simple:
         num_keep, selection = _plan(prefill, counts, prefill.schedule, stage, device)
-        hidden_states, (cos, sin, index), indices = ops.prune_tokens(
-            hidden_states, carried, *scorer.weights, num_keep, **selection, pooling=scorer.pooling,
-            rms_eps=scorer.rms_eps, backend=backend,
+        hidden_states, (cos, sin, index), indices, mean_score, dropped = ops.prune_tokens(
+            hidden_states, carried, *scorer.weights, num_keep, **selection, **scorer.averaged(segment.running_mean),
+            pooling=scorer.pooling, score_bias=scorer.bias(stage_input, backend), rms_eps=scorer.rms_eps,
+            num_dropped=_num_dropped(prefill, counts, stage, hidden_states.shape[1], num_keep), backend=backend,
         )  # fmt: skip
+        running_mean = scorer.next_mean(mean_score, segment.running_mean)
         is_protected = None
     else:
         scores, running_mean = scorer.score(stage_input, segment.running_mean, backend)
         indices = from_first(_select(prefill, counts, scores, stage, scorer.pooling, segment), group)
+        num_dropped = _num_dropped(prefill, counts, stage, hidden_states.shape[1], indices.shape[1])
+        dropped = _dropped(indices, index, num_dropped)
         if running_mean is not None:
             carried.append(running_mean.score)
         hidden_states, cos, sin, index, *others = ops.gather_tokens([hidden_states, *carried], indices, backend=backend)
         if running_mean is not None:
             running_mean = RunningMean(others.pop(), running_mean.number)
         is_protected = others[0] if others else None
-    if prefill.completed is not None:
-        most = arrived[0].shape[1] - indices.shape[1]
-        if chunk.is_ragged:
-            most = max(own.max_dropped(counts.length, stage) for _, own in prefill.groups)
-        prefill.completed.drop(layer_idx, *arrived, indices, most)
+    if dropped.shape[1]:
+        assert prefill.completed is not None
+        prefill.completed.drop(layer_idx, *arrived, dropped)
     if chunk.is_ragged:
         index = torch.where(indices < 0, -1, index)  # a gather leaves zeros in padding, and 0 is a token
     segment = segment._replace(
         position_embeddings=(cos, sin), token_index=index, is_protected=is_protected, running_mean=running_mean
     )
     return hidden_states, segment, indices
+
+
+def _num_dropped(prefill: Prefill, counts: Counts, stage: int, num_arrived: int, num_kept: int) -> int:
+    """How many tokens a row drops at most; 0 where nobody asks for them."""
+    if prefill.completed is None:
+        return 0
+    if prefill.chunk.is_ragged:
+        return max(own.max_dropped(counts.length, stage) for _, own in prefill.groups)
+    return num_arrived - num_kept
+
+
+def _dropped(indices: torch.Tensor, token_index: torch.Tensor, most: int) -> torch.Tensor:
+    """The `most` tokens ``[B, n]`` that are not among `indices`, ascending, after as many -1 as are missing."""
+    batch, width = token_index.shape
+    if most == 0:
+        return indices.new_empty(batch, 0)
+    is_kept = torch.zeros(batch, width + 1, dtype=torch.bool, device=indices.device)
+    is_kept = is_kept.scatter(1, indices + 1, torch.ones_like(indices, dtype=torch.bool))[:, 1:]
+    is_dropped = ~is_kept & (token_index >= 0)
+    order = is_dropped.int().argsort(dim=-1, stable=True)[:, width - most :]
+    return torch.where(is_dropped.gather(1, order), order, -1)
 
 
 def _plan(

@@ -109,7 +109,7 @@ Half rounded<Half>(float value) {  // truncated, within the range of normal numb
 struct Pruner {
     int batch, tokens, hidden, units;
     bool normalise;
-    bool has_bias;
+    bool has_terms;  // a mean of two earlier scores, and a bias
     int64_t gap = 0;  // elements between the rows of hidden states: 8 keep them aligned, 1 does not
     bool is_transposed = false;
 };
@@ -151,7 +151,9 @@ struct Model {
                    values(size.units, 1),
                    values(size.units, 1),
                    values(1, 1),
-                   size.has_bias ? values(int64_t{size.batch} * size.tokens, 1) : nullptr,
+                   size.has_terms ? values(int64_t{size.batch} * size.tokens, 1) : nullptr,
+                   size.has_terms ? 1.0f / 3 : 1.0f,
+                   size.has_terms ? values(int64_t{size.batch} * size.tokens, 1) : nullptr,
                    size.batch,
                    size.tokens,
                    size.hidden,
@@ -171,7 +173,8 @@ struct Model {
                     }
                     score += oracle::gelu(sum * scale + scoring.b1[h]) * scoring.w2[h];
                 }
-                if (size.has_bias) score += scoring.score_bias[int64_t{b} * size.tokens + n];
+                const int64_t token = int64_t{b} * size.tokens + n;
+                if (size.has_terms) score = (2 * scoring.mean_score[token] + score) / 3 + scoring.score_bias[token];
                 exact.push_back(score);
             }
         }
@@ -210,7 +213,10 @@ void score(uint64_t seed, const Pruner& size) {
     alone.size.tokens = alone.scoring.num_tokens = alone.scoring.num_scored = size.tokens - skipped;
     alone.scoring.hidden_states =
         hidden + (size.batch - 1) * model.scoring.batch_stride + skipped * model.scoring.token_stride;
-    if (size.has_bias) alone.scoring.score_bias += int64_t{size.batch - 1} * size.tokens + skipped;
+    if (size.has_terms) {
+        alone.scoring.mean_score += int64_t{size.batch - 1} * size.tokens + skipped;
+        alone.scoring.score_bias += int64_t{size.batch - 1} * size.tokens + skipped;
+    }
     const std::vector<float> row = alone.scores();
     check(std::memcmp(row.data(), &got[got.size() - row.size()], row.size() * sizeof(float)) == 0,
           "scores depend on the rest of the batch");
@@ -291,13 +297,22 @@ struct Rows {
         const bool is_padded = batch() > 1 || width != counts[0] || num_keep != counts[1];
         return {is_padded ? memory.copy(counts) : nullptr,
                 memory.array<int64_t>(int64_t{batch()} * num_keep),
+                nullptr,
+                nullptr,
                 batch(),
                 width,
                 num_keep,
+                0,
                 sink,
                 is_padded ? 0 : static_cast<int>(counts[2]),
                 block_size,
                 pooling};
+    }
+
+    int most_dropped() const {
+        int64_t most = 0;
+        for (int b = 0; b < batch(); ++b) most = std::max(most, counts[3 * b] - counts[3 * b + 1]);
+        return static_cast<int>(most);
     }
 };
 
@@ -306,6 +321,39 @@ void check_indices(const Rows& rows, const Selection& selection) {
         check(selection.indices[i] == rows.expected[i], "slot " + std::to_string(i) + " is " +
                                                             std::to_string(selection.indices[i]) + ", expected " +
                                                             std::to_string(rows.expected[i]));
+    }
+}
+
+// What is not kept of each row, after -1 for what is missing; the first ones have no room where there is too little.
+void check_dropped(const Rows& rows, const Selection& selection) {
+    for (int b = 0; b < rows.batch(); ++b) {
+        const auto kept = rows.expected.begin() + int64_t{b} * rows.num_keep;
+        std::vector<int64_t> expected;
+        for (int64_t column = rows.width - rows.counts[3 * b]; column < rows.width; ++column) {
+            if (std::find(kept, kept + rows.num_keep, column) == kept + rows.num_keep) expected.push_back(column);
+        }
+        while (static_cast<int>(expected.size()) < selection.num_dropped) expected.insert(expected.begin(), -1);
+        expected.erase(expected.begin(), expected.end() - selection.num_dropped);
+        for (int i = 0; i < selection.num_dropped; ++i) {
+            const int64_t got = selection.dropped[int64_t{b} * selection.num_dropped + i];
+            check(got == expected[i], "dropped token " + std::to_string(i) + " of row " + std::to_string(b) + " is " +
+                                          std::to_string(got) + ", expected " + std::to_string(expected[i]));
+        }
+    }
+}
+
+// The running means of what is kept; the tail's are those that it came with.
+void check_means(const Rows& rows, const Selection& selection, const std::vector<float>& means, const float* before) {
+    for (int b = 0; b < rows.batch(); ++b) {
+        for (int k = 0; k < rows.num_keep; ++k) {
+            const int64_t place = int64_t{b} * rows.num_keep + k, column = rows.expected[place];
+            const int64_t token = int64_t{b} * rows.width + column;
+            const bool is_tail = column >= rows.width - rows.counts[3 * b + 2];
+            const float mean = column < 0 ? 0.0f : !is_tail ? means[token] : before == nullptr ? 0.0f : before[token];
+            check(selection.kept_mean[place] == mean, "mean of slot " + std::to_string(k) + " is " +
+                                                          std::to_string(selection.kept_mean[place]) + ", expected " +
+                                                          std::to_string(mean));
+        }
     }
 }
 
@@ -365,13 +413,18 @@ void select_wrong_counts(uint64_t seed) {
             Memory memory;
             std::vector<float> scores(40);
             for (float& value : scores) value = normal();
-            std::vector<int64_t> indices(60, -7);
-            int64_t* rows = memory.copy(indices);
-            const Selection selection{memory.copy(counts), rows + 20, 1, 40, 20, 2, 0, block_size, 7};
+            const std::vector<int64_t> columns(60, -7);
+            int64_t *kept = memory.copy(columns), *dropped = memory.copy(columns);
+            float* means = memory.copy(std::vector<float>(60, -7.0f));
+            const Selection selection{memory.copy(counts), kept + 20, means + 20, dropped + 20, 1, 40, 20, 20, 2, 0,
+                                      block_size, 7};
             check_launched(select_tokens(memory.copy(scores), selection, memory.allocator(), {}));
             for (int i = 0; i < 60; ++i) {
                 const bool is_ours = 20 <= i && i < 40;
-                check(is_ours ? -7 <= rows[i] && rows[i] < 40 : rows[i] == -7, "a slot or column outside the row");
+                for (const int64_t column : {kept[i], dropped[i]}) {
+                    check(is_ours ? -7 <= column && column < 40 : column == -7, "a slot or column outside the row");
+                }
+                check(is_ours || means[i] == -7.0f, "a mean outside the row");
             }
         }
     }
@@ -474,15 +527,21 @@ void gather_group() {
 // prune_tokens is its own scores, the oracle's selection of them and copies of what was selected, bit for bit.
 template <typename T>
 void prune(uint64_t seed, const std::vector<int64_t>& counts, int block_size, int pooling, int num_launches,
-           int multiprocessors, int num_tensors = 8, int units = 20) {
+           int multiprocessors, int num_tensors = 8, int units = 20, int spare_drops = 2) {
     begin("prune in " + std::to_string(num_launches) + ", blocks of " + std::to_string(block_size), seed, 3,
           multiprocessors);
     Memory memory;
     const bool is_padded = counts.size() > 3;
     Rows rows(counts, 4, block_size, pooling, is_padded ? 2 : 0, is_padded ? 1 : 0);
-    Model<T> model(memory, {rows.batch(), rows.width, 48, units, true, true});
+    Model<T> model(memory, {rows.batch(), rows.width, 48, units, true, seed % 2 == 0});
     rows.expect(model.scores());
-    const Selection selection = rows.selection(memory);
+    Model<T> without_bias = model;
+    without_bias.scoring.score_bias = nullptr;
+    const std::vector<float> means = without_bias.scores();
+    Selection selection = rows.selection(memory);
+    selection.num_dropped = std::max(rows.most_dropped() + spare_drops, 0);
+    selection.dropped = memory.array<int64_t>(int64_t{rows.batch()} * selection.num_dropped);
+    selection.kept_mean = memory.array<float>(int64_t{rows.batch()} * rows.num_keep);
     model.scoring.num_scored = rows.width - selection.recent;
     std::vector<TokenRows> all = tensors(memory, rows.batch(), rows.width, rows.num_keep);
     while (static_cast<int>(all.size()) < num_tensors) {
@@ -493,6 +552,8 @@ void prune(uint64_t seed, const std::vector<int64_t>& counts, int block_size, in
     const int launches = cuda_on_cpu::num_launches() - before;
     check(launches == num_launches, std::to_string(launches) + " launches");
     check_indices(rows, selection);
+    check_dropped(rows, selection);
+    check_means(rows, selection, means, model.scoring.mean_score);
     check_rows(all, rows.batch(), selection.indices, rows.num_keep);
 }
 
@@ -502,6 +563,8 @@ void prune_group() {
         prune<BFloat16>(seed, {2 * 40 + 9, 2 * 20 + 9, 9}, 40, 3, 2, 60);
         prune<BFloat16>(seed, {90, 60, 9}, 0, 1, 3, 4);
         prune<float>(seed, {2 * 130 + 9, 2 * 100 + 9, 9, 130 + 5, 100 + 5, 5}, 130, 7, 1, 2, 8, 70);
+        prune<BFloat16>(seed, {90, 60, 9, 50, 20, 9}, 0, 1, 3, 4, 8, 20, -5);  // too little room for what is dropped
+        prune<BFloat16>(seed, {2 * 40, 0, 0}, 0, 1, 2, 4);                     // nothing is kept
         if (is_small) continue;
         prune<Half>(seed, {256 + 30, 200 + 30, 30, 256, 200, 0}, 256, 1, 1, 2);
         prune<Half>(seed, {2 * 300 + 9, 2 * 130 + 9, 9, 300, 130, 0}, 300, 5, 2, 4);

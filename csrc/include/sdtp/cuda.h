@@ -45,6 +45,8 @@ struct Scoring {
     const float* b1;          // [H]
     const float* w2;          // [H]
     const float* b2;          // []
+    const float* mean_score;  // [B, N]; may be null
+    float share;              // of this score in the running mean; 1 without mean_score
     const float* score_bias;  // [B, N]; may be null
     int batch_size;
     int num_tokens;
@@ -58,9 +60,12 @@ struct Scoring {
 struct Selection {
     const int64_t* rows;  // [B, 3], contiguous; null where every row is as below
     int64_t* indices;     // [B, num_keep], contiguous
+    float* kept_mean;     // [B, num_keep], contiguous; null where the scores are no running means
+    int64_t* dropped;     // [B, num_dropped], contiguous
     int batch_size;
     int num_tokens;
     int num_keep;
+    int num_dropped;  // 0 where nobody asks for them
     int sink;
     int recent;
     int block_size;  // 0: what stands before the recent tokens is one block

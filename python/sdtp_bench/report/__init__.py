@@ -1,6 +1,6 @@
 """``sdtp bench report``: every table and picture of the report, and the README's tables, from rows alone.
 
-The rows are the JSON Lines below ``benchmarks/results``, whoever wrote them; :mod:`~sdtp_bench.report.results` reads
+The rows are the JSON Lines below ``benchmarks/results``; :mod:`~sdtp_bench.report.results` reads
 them, and :mod:`~sdtp_bench.report.tables` and :mod:`~sdtp_bench.report.figures` show them. No number is written by
 hand. Where there are no rows, the page says which command makes them.
 """
@@ -162,7 +162,7 @@ def render(rows: Results, parts: list[Section], digest: str) -> str:
 
 
 def markdown(found: list[Table]) -> str:
-    """Tables and what stands under each, as Markdown: the page has commands and rows."""
+    """Tables and the line under each, as Markdown: the page has commands and rows."""
     from sdtp_bench.report import tables
 
     blocks = []

@@ -52,6 +52,7 @@ _SETTINGS = {
         "provider",
         "model",
         "hidden_size",
+        "pruner_size",
         "tokens",
         "batch",
         "keep",
@@ -262,7 +263,7 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 class Source(NamedTuple):
-    """What stands under every table and picture: how its rows were made."""
+    """The line under every table and picture: how its rows were made."""
 
     commands: tuple[str, ...]
     machines: tuple[str, ...]

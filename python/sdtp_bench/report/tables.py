@@ -41,7 +41,7 @@ class Table(NamedTuple):
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """For each column, whether it holds figures, which stand on the right."""
+        """For each column, whether it holds figures, which are right-aligned."""
         columns = zip(*self.rows, strict=True)
         return tuple(all(cell[:1] in f"+-0123456789{NONE}{MINUS}" for cell in column) for column in columns)
 
@@ -369,7 +369,7 @@ def _on(rows: Results, samples: Sequence[Row]) -> str:
 
 
 def scoring(rows: Results) -> list[Table]:
-    """Time of a stage's scoring beside that of a decoder layer."""
+    """Time of a stage's scoring next to that of a decoder layer."""
     if not rows["cost"]:
         return []
     cells = tuple(
@@ -497,7 +497,7 @@ def scored(row: Row, name: str) -> dict[str, float] | float | None:
 
 
 def peers(rows: Results) -> list[Table]:
-    """Everyone at the same budget; who cannot run, and why."""
+    """Every peer at the same budget; which cannot run, and why."""
     tables: list[Table] = []
     groups = results.grouped(
         rows["peers"], lambda row: (results.machine(row), row["checkpoint"], row["tokens"], row["keep"] or 0)

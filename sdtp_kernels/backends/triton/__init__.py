@@ -5,13 +5,15 @@ Triton is imported with the first op that runs here, not before: asking why a ba
 
 from __future__ import annotations
 
-import functools
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
-from sdtp_kernels import reference
-from sdtp_kernels.backends import limits
+from sdtp_kernels.backends import eager, limits
+
+if TYPE_CHECKING:
+    from sdtp_kernels.arguments import Scoring, Selection
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_TRITON = (3, 6)
@@ -46,37 +48,21 @@ def _gpu_reason(device: torch.device) -> str | None:
     return None if major >= 8 else f"needs compute capability 8.0 or newer; {name} has {major}.{minor}"
 
 
-def score_tokens(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    score_bias: torch.Tensor | None = None,
-    rms_eps: float | None = None,
-) -> torch.Tensor:
+def score_tokens(hidden_states: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     from . import score
 
     limits.check_size("triton", hidden_states.shape[0], hidden_states.shape[1])
     with torch.cuda.device_of(hidden_states):
-        return score.score_tokens(hidden_states, w1, b1, w2, b2, score_bias, rms_eps)
+        return score.score_tokens(hidden_states, scoring)
 
 
-def select_tokens(
-    scores: torch.Tensor,
-    num_keep: int,
-    sink: int = 0,
-    recent: int = 0,
-    block_size: int | None = None,
-    rows: torch.Tensor | None = None,
-    pooling: int = 1,
-) -> torch.Tensor:
+def select_tokens(scores: torch.Tensor, selection: Selection) -> torch.Tensor:
     from . import select
 
     limits.check_size("triton", scores.shape[0], scores.shape[1])
-    limits.check_pooling("triton", pooling)
+    limits.check_pooling("triton", selection.pooling)
     with torch.cuda.device_of(scores):
-        return select.select_tokens(scores, num_keep, sink, recent, block_size, rows, pooling)
+        return select.select_tokens(scores, selection)
 
 
 def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[torch.Tensor]:
@@ -88,35 +74,19 @@ def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor) -> list[to
 
 
 def prune_tokens(
-    hidden_states: torch.Tensor,
-    tensors: list[torch.Tensor],
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    num_keep: int,
-    sink: int = 0,
-    recent: int = 0,
-    block_size: int | None = None,
-    rows: torch.Tensor | None = None,
-    pooling: int = 1,
-    score_bias: torch.Tensor | None = None,
-    rms_eps: float | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    hidden_states: torch.Tensor, tensors: list[torch.Tensor], scoring: Scoring, selection: Selection, num_dropped: int
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
     from . import fused
 
     limits.check_size("triton", hidden_states.shape[0], hidden_states.shape[1])
-    limits.check_pooling("triton", pooling)
+    limits.check_pooling("triton", selection.pooling)
     with torch.cuda.device_of(hidden_states):
-        return fused.prune_tokens(
-            hidden_states, tensors, w1, b1, w2, b2,
-            num_keep, sink, recent, block_size, rows, pooling, score_bias, rms_eps,
-        )  # fmt: skip
+        return fused.prune_tokens(hidden_states, tensors, scoring, selection, num_dropped)
 
 
-# No kernels of their own: a product of torch, and a few small steps.
-window_attention = reference.window_attention
-score_prompt = functools.partial(reference.score_prompt_by, score_tokens)
+# No kernels of their own.
+window_attention = eager.window_attention
+prompt_bias = eager.prompt_bias
 
 
 def position_attention(

@@ -7,14 +7,32 @@ nothing of any other one.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
 from . import configs
 from .gather import MAX_TENSORS, copy_arguments, copy_tokens, empty_outputs, gather_tokens
-from .score import add_biases, pruner_arguments, score_parts, score_tile, tile_arguments
-from .select import block_keys, block_plan, fill_plan, fill_slots, rank_tile, row_plan, select_block, select_scores
+from .score import finish_scores, pruner_arguments, score_parts, score_tile, tile_arguments, to_finish
+from .select import (
+    COUNTS,
+    Chosen,
+    block_keys,
+    block_plan,
+    count_blocks,
+    fill_plan,
+    fill_slots,
+    rank_tile,
+    row_plan,
+    select_block,
+    select_scores,
+    store_dropped,
+)
+
+if TYPE_CHECKING:
+    from sdtp_kernels.arguments import Scoring, Selection
 
 # A program scores its own block up to this size. Larger blocks are too few to keep a GPU busy with one program each.
 ONE_LAUNCH_BLOCK = 256
@@ -22,11 +40,12 @@ _FILL = 64  # slots outside all blocks that one program copies
 _MAX_SHARES = 16  # programs that share a block: each ranks all of it
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def select_and_gather_kernel(
-    scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, rows_ptr, indices_ptr,
+    scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr,
+    rows_ptr, indices_ptr, kept_mean_ptr, dropped_ptr,
     sources, outputs, strides_b, strides_h, strides_n, strides_d,
-    num_tokens, num_keep, sink, recent, block_size, num_blocks, shares, first_fill_slot,
+    num_tokens, num_keep, num_dropped, sink, recent, block_size, num_blocks, shares, first_fill_slot,
     NUM_HEADS: tl.constexpr, WIDTHS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr,
     REACH: tl.constexpr, TILE: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -40,6 +59,10 @@ def select_and_gather_kernel(
     batch = tl.program_id(1)
     length, keep, tail = row_plan(rows_ptr, batch, num_tokens, num_keep, recent)
     out_ptr = indices_ptr + batch.to(tl.int64) * num_keep
+    means_ptr = kept_mean_ptr + batch.to(tl.int64) * num_keep
+    drops_ptr = dropped_ptr
+    if dropped_ptr is not None:
+        drops_ptr += batch.to(tl.int64) * num_dropped
     if program < num_blocks * shares:
         block = program // shares
         size, quota = block_plan(block, block_size, length, keep, tail)
@@ -49,19 +72,26 @@ def select_and_gather_kernel(
         share_size = tl.cdiv(quota, shares)
         first_slot = tl.minimum(program % shares * share_size, quota)
         last_slot = tl.minimum(first_slot + share_size, quota)
+        first_drop = num_dropped - (length - keep) + block * (size - quota)
+        num_drops = tl.where(program % shares == 0, num_dropped, 0)  # the first of them writes all that is dropped
         select_block(
-            scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr,
+            scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr,
             batch.to(tl.int64) * num_tokens + first_column, size, quota, sink - start,
-            out_ptr + block_slot, first_column, first_slot, last_slot, True, REACH, TILE,
+            out_ptr + block_slot, means_ptr + block_slot, drops_ptr, first_column, first_slot, last_slot,
+            first_drop, num_drops, True, REACH, TILE,
         )  # fmt: skip
         first_slot += block_slot
         last_slot += block_slot
         first_skipped = num_keep
         last_skipped = num_keep
     else:
-        first_slot = first_fill_slot + (program - num_blocks * shares) * FILL
+        first_fill = (program - num_blocks * shares) * FILL
+        first_slot = first_fill_slot + first_fill
         last_slot = tl.minimum(first_slot + FILL, num_keep)
-        fill_slots(out_ptr, first_slot, num_tokens, num_keep, keep, tail, FILL)
+        fill_slots(
+            out_ptr, means_ptr, drops_ptr, mean_ptr, batch, first_slot, first_fill,
+            num_tokens, num_keep, num_dropped, length, keep, tail, FILL,
+        )  # fmt: skip
         first_skipped = num_keep - keep  # a run may span blocks: those slots belong to other programs
         last_skipped = num_keep - tail
     tl.debug_barrier()  # the threads that read a column are not those that wrote it
@@ -72,13 +102,14 @@ def select_and_gather_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def prune_kernel(
     hidden_ptr, stride_b, stride_n, stride_d,
-    w1_ptr, stride_w1_h, stride_w1_d, b1_ptr, w2_ptr, b2_ptr, bias_ptr, rows_ptr, indices_ptr,
+    w1_ptr, stride_w1_h, stride_w1_d, b1_ptr, w2_ptr, b2_ptr, mean_ptr, share, bias_ptr,
+    rows_ptr, indices_ptr, kept_mean_ptr, dropped_ptr,
     sources, outputs, strides_b, strides_h, strides_n, strides_d,
     num_tokens, hidden_size, pruner_size, rms_eps,
-    num_keep, sink, recent, block_size, num_blocks, first_fill_slot,
+    num_keep, num_dropped, sink, recent, block_size, num_blocks, first_fill_slot,
     NUM_HEADS: tl.constexpr, WIDTHS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr,
     REACH: tl.constexpr, TILE: tl.constexpr, FILL: tl.constexpr,
     UPCAST: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -92,12 +123,16 @@ def prune_kernel(
     batch = tl.program_id(1)
     length, keep, tail = row_plan(rows_ptr, batch, num_tokens, num_keep, recent)
     out_ptr = indices_ptr + batch.to(tl.int64) * num_keep
+    means_ptr = kept_mean_ptr + batch.to(tl.int64) * num_keep
+    drops_ptr = dropped_ptr
+    if dropped_ptr is not None:
+        drops_ptr += batch.to(tl.int64) * num_dropped
     if program < num_blocks:
         size, quota = block_plan(program, block_size, length, keep, tail)
         start = program * size
         first_column = num_tokens - length + start
         i = tl.arange(0, TILE)
-        scores = tl.zeros([TILE], tl.float32)
+        all_sums = tl.zeros([TILE], tl.float32)
         for first in range(0, size, BLOCK_TOKENS):
             tokens = first + tl.arange(0, BLOCK_TOKENS)
             offsets = batch.to(tl.int64) * stride_b + (first_column + tokens).to(tl.int64) * stride_n
@@ -109,19 +144,28 @@ def prune_kernel(
                     UPCAST, INPUT_PRECISION, BLOCK_TOKENS, BLOCK_WIDTH, BLOCK_HIDDEN,
                 )  # fmt: skip
             repeated = tl.broadcast_to(sums[None, :], [TILE // BLOCK_TOKENS, BLOCK_TOKENS]).reshape(TILE)
-            scores = tl.where(i // BLOCK_TOKENS * BLOCK_TOKENS == first, repeated, scores)
+            all_sums = tl.where(i // BLOCK_TOKENS * BLOCK_TOKENS == first, repeated, all_sums)
         mask = i < size
-        scores = add_biases(scores, b2_ptr, bias_ptr, batch.to(tl.int64) * num_tokens + first_column + i, mask)
+        offsets = batch.to(tl.int64) * num_tokens + first_column + i
+        means, scores = finish_scores(all_sums, b2_ptr, mean_ptr, share, bias_ptr, offsets, mask)
         slots, is_kept = rank_tile(block_keys(scores, mask, i, size, sink - start, True, REACH, TILE), mask, quota)
         first_slot = num_keep - keep + program * quota
-        last_slot = first_slot + quota
         tl.store(out_ptr + first_slot + slots, (first_column + i).to(tl.int64), mask=is_kept)
+        tl.store(means_ptr + first_slot + slots, means, mask=is_kept)
+        if dropped_ptr is not None:
+            first_drop = num_dropped - (length - keep) + program * (size - quota)
+            store_dropped(drops_ptr, first_drop + i - slots, first_column + i, mask & ~is_kept, num_dropped)
+        last_slot = first_slot + quota
         first_skipped = num_keep
         last_skipped = num_keep
     else:
-        first_slot = first_fill_slot + (program - num_blocks) * FILL
+        first_fill = (program - num_blocks) * FILL
+        first_slot = first_fill_slot + first_fill
         last_slot = tl.minimum(first_slot + FILL, num_keep)
-        fill_slots(out_ptr, first_slot, num_tokens, num_keep, keep, tail, FILL)
+        fill_slots(
+            out_ptr, means_ptr, drops_ptr, mean_ptr, batch, first_slot, first_fill,
+            num_tokens, num_keep, num_dropped, length, keep, tail, FILL,
+        )  # fmt: skip
         first_skipped = num_keep - keep  # a run may span blocks: those slots belong to other programs
         last_skipped = num_keep - tail
     tl.debug_barrier()  # the threads that read a column are not those that wrote it
@@ -142,44 +186,35 @@ def fits_one_launch(device: torch.device, batch_size: int, block_size: int, num_
 
 
 def prune_tokens(
-    hidden_states: torch.Tensor,
-    tensors: list[torch.Tensor],
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    num_keep: int,
-    sink: int = 0,
-    recent: int = 0,
-    block_size: int | None = None,
-    rows: torch.Tensor | None = None,
-    pooling: int = 1,
-    score_bias: torch.Tensor | None = None,
-    rms_eps: float | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    hidden_states: torch.Tensor, tensors: list[torch.Tensor], scoring: Scoring, selection: Selection, num_dropped: int
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
     """Three launches under the global budget, one or two under the block budget (more for over 32 tensors)."""
-    carried = [hidden_states, *tensors]
+    num_keep, sink, recent, block_size, rows, pooling = selection
+    carried, (batch_size, num_tokens, hidden_size) = [hidden_states, *tensors], hidden_states.shape
+    indices, dropped = (hidden_states.new_empty((batch_size, n), dtype=torch.int64) for n in (num_keep, num_dropped))
+    kept_mean = hidden_states.new_empty((batch_size, num_keep), dtype=torch.float32)
+    results, chosen = (indices, kept_mean, dropped), Chosen(indices, kept_mean, dropped if num_dropped else None)
     skip_last = recent if rows is None else 0  # rows have tails of their own, which the host does not know
     if block_size is None or len(carried) > MAX_TENSORS:
-        parts = score_parts(hidden_states, w1, b1, w2, b2, score_bias, rms_eps, skip_last)
-        indices = select_scores(parts, num_keep, sink, recent, block_size, rows, pooling)
+        select_scores(score_parts(hidden_states, scoring, skip_last), selection, chosen)
         kept = gather_tokens(carried, indices, chained=True)
-        return kept[0], kept[1:], indices
+        return kept[0], kept[1:], *results
 
-    batch_size, num_tokens, hidden_size = hidden_states.shape
-    indices = hidden_states.new_empty((batch_size, num_keep), dtype=torch.int64)
     outputs = empty_outputs(carried, num_keep)
-    if not indices.numel():
-        return outputs[0], outputs[1:], indices
+    if chosen.is_empty:
+        return outputs[0], outputs[1:], *results
     pairs = [(tensor, output) for tensor, output in zip(carried, outputs, strict=True) if output.numel()]
-    num_blocks = (num_tokens if rows is not None else num_tokens - recent) // block_size
-    first_fill_slot, num_fills = fill_plan(num_keep, recent, rows, _FILL)
+    num_blocks = count_blocks(num_tokens, selection)
+    first_fill_slot, num_fills = fill_plan(num_tokens, selection, num_dropped, _FILL)
     arguments: dict[str, object] = {
         **copy_arguments([tensor for tensor, _ in pairs], [output for _, output in pairs]),
         "rows_ptr": None if rows is None else rows.contiguous(),
         "indices_ptr": indices,
+        "kept_mean_ptr": kept_mean,
+        "dropped_ptr": chosen.dropped,
         "num_tokens": num_tokens,
         "num_keep": num_keep,
+        "num_dropped": num_dropped,
         "sink": sink,
         "recent": recent,
         "block_size": block_size,
@@ -190,18 +225,17 @@ def prune_tokens(
         "FILL": _FILL,
     }
     if fits_one_launch(hidden_states.device, batch_size, block_size, num_blocks):
-        bias = None if score_bias is None else score_bias.contiguous()
         prune_kernel[(num_blocks + num_fills, batch_size)](
-            *pruner_arguments(hidden_states, w1, b1, w2), b2, bias,
-            hidden_size=hidden_size, pruner_size=w1.shape[0], rms_eps=rms_eps, TILE=ONE_LAUNCH_BLOCK,
-            **arguments, **tile_arguments(configs.score_config(hidden_states, w1), hidden_states.device),
+            *pruner_arguments(hidden_states, scoring), *to_finish(scoring.b1, scoring)[1:],
+            hidden_size=hidden_size, pruner_size=scoring.w1.shape[0], rms_eps=scoring.rms_eps, TILE=ONE_LAUNCH_BLOCK,
+            **arguments, **tile_arguments(configs.score_config(hidden_states, scoring.w1), hidden_states.device),
         )  # fmt: skip
     else:
-        parts = score_parts(hidden_states, w1, b1, w2, b2, score_bias, rms_eps, skip_last)
+        parts = score_parts(hidden_states, scoring, skip_last)
         tile = configs.select_tile(block_size + pooling - 1, configs.MAX_TILE_WITH_COPY)
         shares = min(_MAX_SHARES, triton.cdiv(block_size, configs.GATHER_TOKENS))
         select_and_gather_kernel[(num_blocks * shares + num_fills, batch_size)](
             *parts.arguments, shares=shares, TILE=tile, **arguments,
-            **configs.select_options(tile, indices.device), **configs.overlap(indices.device),
+            **configs.select_options(tile, hidden_states.device), **configs.overlap(hidden_states.device),
         )  # fmt: skip
-    return outputs[0], outputs[1:], indices
+    return outputs[0], outputs[1:], *results

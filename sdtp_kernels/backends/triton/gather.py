@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sdtp_kernels.reference import token_dim
+from sdtp_kernels.arguments import token_dim
 
 from . import configs
 
@@ -65,7 +65,7 @@ def copy_tokens(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keep"])
 def gather_kernel(
     sources, outputs, strides_b, strides_h, strides_n, strides_d,
     indices_ptr, num_keep,

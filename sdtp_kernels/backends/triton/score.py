@@ -12,6 +12,8 @@ from . import configs
 if TYPE_CHECKING:
     import torch
 
+    from sdtp_kernels.arguments import Scoring
+
 
 @triton.jit
 def score_tile(
@@ -58,30 +60,32 @@ def score_tile(
 
 
 @triton.jit
-def add_biases(scores, b2_ptr, bias_ptr, offsets, mask):
-    """The last sums of a score, in the one order that every path uses."""
-    scores += tl.load(b2_ptr)
+def finish_scores(sums, b2_ptr, mean_ptr, share, bias_ptr, offsets, mask):
+    """(running means, scores): the last steps of a score, in the one order that every path uses."""
+    means = sums
+    if b2_ptr is not None:
+        means += tl.load(b2_ptr)
+    if mean_ptr is not None:
+        before = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
+        means = before + share * (means - before)
+    scores = means
     if bias_ptr is not None:
         scores += tl.load(bias_ptr + offsets, mask=mask, other=0.0)
-    return scores
+    return means, scores
 
 
 @triton.jit
-def load_scores(scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, offsets, mask):
-    """Scores at `offsets` into ``[B, N]``; summed from ``[num_parts, B, N]`` where they still wait for `b2`."""
+def load_scores(scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr, offsets, mask):
+    """(running means, scores) at `offsets` into ``[B, N]``, out of sums in parts ``[num_parts, B, N]``."""
     ptrs = scores_ptr + offsets
-    if b2_ptr is None:
-        scores = tl.load(ptrs, mask=mask, other=0.0)
-    else:
-        scores = tl.zeros(offsets.shape, tl.float32)
-        for _ in range(num_parts):
-            scores += tl.load(ptrs, mask=mask, other=0.0)
-            ptrs += part_stride
-        scores = add_biases(scores, b2_ptr, bias_ptr, offsets, mask)
-    return scores
+    sums = tl.zeros(offsets.shape, tl.float32)
+    for _ in range(num_parts):
+        sums += tl.load(ptrs, mask=mask, other=0.0)
+        ptrs += part_stride
+    return finish_scores(sums, b2_ptr, mean_ptr, share, bias_ptr, offsets, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "num_tokens", "num_scored"])
 def score_kernel(
     hidden_ptr, stride_b, stride_n, stride_d,
     w1_ptr, stride_w1_h, stride_w1_d, b1_ptr, w2_ptr, parts_ptr,
@@ -113,35 +117,45 @@ def score_kernel(
     tl.store(parts_ptr + row + tokens, sums, mask=is_token)
 
 
-@triton.jit
-def finish_kernel(parts_ptr, part_stride, num_parts, b2_ptr, bias_ptr, scores_ptr, num_scores, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["part_stride", "num_scores"])
+def finish_kernel(
+    parts_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr, scores_ptr, num_scores, BLOCK: tl.constexpr
+):  # fmt: skip
     """Sum the partial scores, for callers of `score_tokens` alone; a selection does this on its way."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < num_scores
-    scores = load_scores(parts_ptr, part_stride, num_parts, b2_ptr, bias_ptr, offsets, mask)
+    _, scores = load_scores(parts_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr, offsets, mask)
     tl.store(scores_ptr + offsets, scores, mask=mask)
 
 
 class Scores(NamedTuple):
-    """Scores on their way: partial sums, and what is still to be added to them."""
+    """Scores on their way: partial sums, and what is still to be made of them."""
 
     parts: torch.Tensor
     """``[num_parts, B, N]`` float32, one part for each tile of the pruner's width; ``[1, B, N]`` where complete."""
     b2: torch.Tensor | None
     """``None`` where the scores are complete."""
-    score_bias: torch.Tensor | None
+    mean_score: torch.Tensor | None = None
+    share: float = 1.0
+    """Of these scores in the running mean."""
+    score_bias: torch.Tensor | None = None
 
     @property
     def arguments(self) -> tuple[object, ...]:
         """As :func:`load_scores` takes them."""
-        return self.parts, self.parts.stride(0), self.parts.shape[0], self.b2, self.score_bias
+        parts = self.parts
+        return parts, parts.stride(0), parts.shape[0], self.b2, self.mean_score, self.share, self.score_bias
 
 
-def pruner_arguments(
-    hidden_states: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor
-) -> tuple[object, ...]:
+def to_finish(parts: torch.Tensor, scoring: Scoring) -> Scores:
+    mean_score, score_bias = (None if t is None else t.contiguous() for t in (scoring.mean_score, scoring.score_bias))
+    return Scores(parts, scoring.b2, mean_score, 1 / (scoring.num_scores + 1), score_bias)
+
+
+def pruner_arguments(hidden_states: torch.Tensor, scoring: Scoring) -> tuple[object, ...]:
     """Pointers and strides of the pruner's input and weights, as the kernels take them."""
-    return hidden_states, *hidden_states.stride(), w1, *w1.stride(), b1.contiguous(), w2.contiguous()
+    w1, b1, w2 = scoring.w1, scoring.b1.contiguous(), scoring.w2.contiguous()
+    return hidden_states, *hidden_states.stride(), w1, *w1.stride(), b1, w2
 
 
 def tile_arguments(config: configs.ScoreConfig, device: torch.device) -> dict[str, object]:
@@ -159,47 +173,30 @@ def tile_arguments(config: configs.ScoreConfig, device: torch.device) -> dict[st
     }
 
 
-def score_parts(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    score_bias: torch.Tensor | None,
-    rms_eps: float | None,
-    skip_last: int = 0,
-) -> Scores:
+def score_parts(hidden_states: torch.Tensor, scoring: Scoring, skip_last: int = 0) -> Scores:
     """One launch: partial scores of every token but for the last `skip_last` of each row."""
     batch_size, num_tokens, hidden_size = hidden_states.shape
-    config = configs.score_config(hidden_states, w1)
-    num_parts = triton.cdiv(w1.shape[0], config.block_width)
-    parts = b1.new_empty(num_parts, batch_size, num_tokens)
+    config, pruner_size = configs.score_config(hidden_states, scoring.w1), scoring.w1.shape[0]
+    num_parts = triton.cdiv(pruner_size, config.block_width)
+    parts = scoring.b1.new_empty(num_parts, batch_size, num_tokens)
     num_scored = num_tokens - skip_last
     if batch_size * num_scored * num_parts:
         grid = (triton.cdiv(num_scored, config.block_tokens) * num_parts, batch_size)
         score_kernel[grid](
-            *pruner_arguments(hidden_states, w1, b1, w2), parts, batch_size, num_tokens, num_scored,
-            hidden_size, w1.shape[0], rms_eps, PDL=configs.has_pdl(hidden_states.device),
+            *pruner_arguments(hidden_states, scoring), parts, batch_size, num_tokens, num_scored,
+            hidden_size, pruner_size, scoring.rms_eps, PDL=configs.has_pdl(hidden_states.device),
             **tile_arguments(config, hidden_states.device),
         )  # fmt: skip
-    return Scores(parts, b2, None if score_bias is None else score_bias.contiguous())
+    return to_finish(parts, scoring)
 
 
-def score_tokens(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    score_bias: torch.Tensor | None = None,
-    rms_eps: float | None = None,
-) -> torch.Tensor:
+def score_tokens(hidden_states: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     """Two launches: partial scores, and their sum."""
-    waiting = score_parts(hidden_states, w1, b1, w2, b2, score_bias, rms_eps)
-    scores = b1.new_empty(hidden_states.shape[:2])
+    unfinished = score_parts(hidden_states, scoring)
+    scores = unfinished.parts.new_empty(hidden_states.shape[:2])
     if scores.numel():
         block = 1024
         finish_kernel[(triton.cdiv(scores.numel(), block),)](
-            *waiting.arguments, scores, scores.numel(), BLOCK=block, **configs.EXACT
+            *unfinished.arguments, scores, scores.numel(), BLOCK=block, **configs.EXACT
         )
     return scores

@@ -12,12 +12,30 @@ launches.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from . import configs
 from .score import Scores, load_scores
+
+if TYPE_CHECKING:
+    from sdtp_kernels.arguments import Selection
+
+# Sizes that change from prompt to prompt: Triton would compile a kernel again for those that are 1 or a multiple of 16.
+COUNTS = (
+    "part_stride",
+    "num_tokens",
+    "num_keep",
+    "num_dropped",
+    "sink",
+    "recent",
+    "block_size",
+    "num_blocks",
+    "first_fill_slot",
+)
 
 _FILL = 256  # slots that a program fills which lie in no block: padding, and the tokens always kept
 
@@ -97,11 +115,11 @@ def block_keys(scores, is_inside, i, size, num_sink, BLOCKED: tl.constexpr, REAC
 
 @triton.jit
 def load_keys(
-    scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr,
+    scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr,
     first_offset, first, size, num_sink,
     BLOCKED: tl.constexpr, REACH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """(keys of a tile, their tokens, whether they are the tile's own).
+    """(keys of a tile, their running means, their tokens, whether they are the tile's own).
 
     A tile holds its own ``TILE - 2 * REACH`` tokens of the block, from `first` on, and their neighbours on both sides.
     """
@@ -112,8 +130,10 @@ def load_keys(
     if REACH > 0:
         is_inside = is_inside & (i >= 0)
         is_own = is_own & (place >= REACH) & (place < TILE - REACH)
-    scores = load_scores(scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, first_offset + i, is_inside)
-    return block_keys(scores, is_inside, i, size, num_sink, BLOCKED, REACH, TILE), i, is_own
+    means, scores = load_scores(
+        scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr, first_offset + i, is_inside
+    )
+    return block_keys(scores, is_inside, i, size, num_sink, BLOCKED, REACH, TILE), means, i, is_own
 
 
 @triton.jit
@@ -158,65 +178,93 @@ def rank_tile(keys, mask, quota):
 
 
 @triton.jit
+def store_dropped(dropped_ptr, slots, columns, mask, num_dropped):
+    """The host does not see the counts of rows: what has no slot in ``[0, num_dropped)`` is left out."""
+    tl.store(dropped_ptr + slots, columns.to(tl.int64), mask=mask & (slots >= 0) & (slots < num_dropped))
+
+
+@triton.jit
 def select_block(
-    scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr,
+    scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr,
     first_offset, size, quota, num_sink,
-    out_ptr, first_column, first_slot, last_slot,
+    out_ptr, kept_mean_ptr, dropped_ptr, first_column, first_slot, last_slot, first_drop, num_dropped,
     BLOCKED: tl.constexpr, REACH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write the columns of the best `quota` of the block's `size` tokens, as far as their slots are in a range.
+    """Write the columns and means of the best `quota` of the block's `size` tokens, as far as their slots are in a
+    range, and the columns of the others.
 
-    The block's first score stands at `first_offset`. Slots count the block's kept tokens from 0; `out_ptr` is where
-    slot 0 stands. Of the slots only those in ``[first_slot, last_slot)`` are written: programs that share a block rank
-    it each and write a share each.
+    The block's first score stands at `first_offset`. Slots count the block's kept tokens from 0; `out_ptr` and
+    `kept_mean_ptr` are where slot 0 stands. Of the slots only those in ``[first_slot, last_slot)`` are written:
+    programs that share a block rank it each and write a share each. The block's first dropped token has the slot
+    `first_drop` of `num_dropped` from `dropped_ptr` on.
     """
     threshold = tl.zeros([], tl.uint32)
     ties = quota
     for shift in tl.static_range(24, -1, -8):
         counts = tl.zeros([256], tl.int32)
         for first in range(0, size, TILE - 2 * REACH):
-            keys, i, mask = load_keys(
-                scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, first_offset, first, size, num_sink,
-                BLOCKED, REACH, TILE,
+            keys, _, i, mask = load_keys(
+                scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr,
+                first_offset, first, size, num_sink, BLOCKED, REACH, TILE,
             )  # fmt: skip
             counts += count_digits(keys, mask, threshold, shift)
         threshold, ties = add_digit(counts, threshold, ties, shift)
     above = tl.zeros([], tl.int32)
     equal = tl.zeros([], tl.int32)
     for first in range(0, size, TILE - 2 * REACH):
-        keys, i, mask = load_keys(
-            scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, first_offset, first, size, num_sink,
-            BLOCKED, REACH, TILE,
+        keys, means, i, mask = load_keys(
+            scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr,
+            first_offset, first, size, num_sink, BLOCKED, REACH, TILE,
         )  # fmt: skip
         slots, is_kept, flags = find_slots(keys, mask, threshold, ties, above, equal)
         is_mine = is_kept & (slots >= first_slot) & (slots < last_slot)
         tl.store(out_ptr + slots, (first_column + i).to(tl.int64), mask=is_mine)
+        if kept_mean_ptr is not None:
+            tl.store(kept_mean_ptr + slots, means, mask=is_mine)
+        if dropped_ptr is not None:
+            store_dropped(dropped_ptr, first_drop + i - slots, first_column + i, mask & ~is_kept, num_dropped)
         total = tl.sum(flags)  # after the store: before it, ptxas spills
         above += total & 0xFFFF
         equal += total >> 16
 
 
 @triton.jit
-def fill_slots(out_ptr, first_slot, num_tokens, num_keep, keep, tail, FILL: tl.constexpr):
-    """Write the columns of those of `FILL` slots that lie in no block: -1 as padding, the last tokens as the tail."""
+def fill_slots(
+    out_ptr, kept_mean_ptr, dropped_ptr, mean_ptr, batch, first_slot, first_drop,
+    num_tokens, num_keep, num_dropped, length, keep, tail, FILL: tl.constexpr,
+):  # fmt: skip
+    """Write those of `FILL` slots that lie in no block: -1 as padding, the last tokens as the tail.
+
+    These keep the mean that they came with.
+    """
     slots = first_slot + tl.arange(0, FILL)
     is_padding = slots < num_keep - keep
     is_outside = (is_padding | (slots >= num_keep - tail)) & (slots < num_keep)
     columns = tl.where(is_padding, -1, slots + (num_tokens - num_keep))
     tl.store(out_ptr + slots, columns.to(tl.int64), mask=is_outside)
+    if kept_mean_ptr is not None:
+        means = tl.zeros([FILL], tl.float32)
+        if mean_ptr is not None:
+            offsets = batch.to(tl.int64) * num_tokens + columns
+            means = tl.load(mean_ptr + offsets, mask=is_outside & ~is_padding, other=0.0)
+        tl.store(kept_mean_ptr + slots, means, mask=is_outside)
+    if dropped_ptr is not None:
+        drops = first_drop + tl.arange(0, FILL)
+        is_padding = drops < num_dropped - (length - keep)
+        store_dropped(dropped_ptr, drops, tl.full([FILL], -1, tl.int32), is_padding, num_dropped)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def select_kernel(
-    scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, finished_ptr,
-    rows_ptr, indices_ptr,
-    num_tokens, num_keep, sink, recent, block_size, num_blocks, first_fill_slot,
+    scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr, finished_ptr,
+    rows_ptr, indices_ptr, kept_mean_ptr, dropped_ptr,
+    num_tokens, num_keep, num_dropped, sink, recent, block_size, num_blocks, first_fill_slot,
     REACH: tl.constexpr, TILE: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs (block, row), then (run of slots that lie in no block, row).
 
-    Where scores are still in parts, `finished_ptr` says where their sums go: a program reads a token five times, and
-    sums it once.
+    Where scores are still in parts, `finished_ptr` says where their running means go: a program reads a token five
+    times, and sums it once.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -225,76 +273,101 @@ def select_kernel(
     batch = tl.program_id(1)
     length, keep, tail = row_plan(rows_ptr, batch, num_tokens, num_keep, recent)
     out_ptr = indices_ptr + batch.to(tl.int64) * num_keep
+    means_ptr = kept_mean_ptr
+    if kept_mean_ptr is not None:
+        means_ptr += batch.to(tl.int64) * num_keep
+    drops_ptr = dropped_ptr
+    if dropped_ptr is not None:
+        drops_ptr += batch.to(tl.int64) * num_dropped
     if program < num_blocks:
         size, quota = block_plan(program, block_size, length, keep, tail)
         start = program * size
         first_column = num_tokens - length + start
         first_offset = batch.to(tl.int64) * num_tokens + first_column
         first_slot = num_keep - keep + program * quota
+        first_drop = num_dropped - (length - keep) + program * (size - quota)
+        slot_means_ptr = means_ptr
+        if kept_mean_ptr is not None:
+            slot_means_ptr += first_slot
         if finished_ptr is None:
             select_block(
-                scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, first_offset, size, quota, sink - start,
-                out_ptr + first_slot, first_column, 0, quota, block_size is not None, REACH, TILE,
+                scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr,
+                first_offset, size, quota, sink - start,
+                out_ptr + first_slot, slot_means_ptr, drops_ptr, first_column, 0, quota, first_drop, num_dropped,
+                block_size is not None, REACH, TILE,
             )  # fmt: skip
         else:
             for first in range(0, size, TILE):
                 i = first + tl.arange(0, TILE)
-                scores = load_scores(
-                    scores_ptr, part_stride, num_parts, b2_ptr, bias_ptr, first_offset + i, mask=i < size
+                means, _ = load_scores(
+                    scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, None, first_offset + i, i < size
                 )
-                tl.store(finished_ptr + first_offset + i, scores, mask=i < size)
+                tl.store(finished_ptr + first_offset + i, means, mask=i < size)
             tl.debug_barrier()
             select_block(
-                finished_ptr, 0, 1, None, None, first_offset, size, quota, sink - start,
-                out_ptr + first_slot, first_column, 0, quota, block_size is not None, REACH, TILE,
+                finished_ptr, 0, 1, None, None, 1.0, bias_ptr, first_offset, size, quota, sink - start,
+                out_ptr + first_slot, slot_means_ptr, drops_ptr, first_column, 0, quota, first_drop, num_dropped,
+                block_size is not None, REACH, TILE,
             )  # fmt: skip
     else:
-        first_slot = first_fill_slot + (program - num_blocks) * FILL
-        fill_slots(out_ptr, first_slot, num_tokens, num_keep, keep, tail, FILL)
-
-
-def fill_plan(num_keep: int, recent: int, rows: torch.Tensor | None, slots_a_program: int) -> tuple[int, int]:
-    """(first slot, programs) that fill what no block does: only the tail, unless rows may be padded."""
-    first_slot = num_keep - recent if rows is None else 0
-    return first_slot, triton.cdiv(num_keep - first_slot, slots_a_program)
-
-
-def select_scores(
-    scores: Scores,
-    num_keep: int,
-    sink: int,
-    recent: int,
-    block_size: int | None,
-    rows: torch.Tensor | None,
-    pooling: int,
-) -> torch.Tensor:
-    """One launch, on complete scores or on parts that the previous launch wrote."""
-    batch_size, num_tokens = scores.parts.shape[1:]
-    indices = scores.parts.new_empty((batch_size, num_keep), dtype=torch.int64)
-    num_blocks = 1
-    if block_size is not None:
-        num_blocks = (num_tokens if rows is not None else num_tokens - recent) // block_size
-    first_fill_slot, num_fills = fill_plan(num_keep, recent, rows, _FILL)
-    if indices.numel():
-        tile = configs.select_tile((num_tokens if block_size is None else block_size) + pooling - 1)
-        finished = None if scores.b2 is None else scores.parts.new_empty(batch_size, num_tokens)
-        select_kernel[(num_blocks + num_fills, batch_size)](
-            *scores.arguments, finished, None if rows is None else rows.contiguous(), indices,
-            num_tokens, num_keep, sink, recent, block_size, num_blocks, first_fill_slot,
-            REACH=pooling // 2, TILE=tile, FILL=_FILL, **configs.select_options(tile, indices.device),
-            **configs.overlap(indices.device, chained=finished is not None),
+        first_fill = (program - num_blocks) * FILL
+        fill_slots(
+            out_ptr, means_ptr, drops_ptr, mean_ptr, batch, first_fill_slot + first_fill, first_fill,
+            num_tokens, num_keep, num_dropped, length, keep, tail, FILL,
         )  # fmt: skip
-    return indices
 
 
-def select_tokens(
-    scores: torch.Tensor,
-    num_keep: int,
-    sink: int = 0,
-    recent: int = 0,
-    block_size: int | None = None,
-    rows: torch.Tensor | None = None,
-    pooling: int = 1,
-) -> torch.Tensor:
-    complete = Scores(scores.contiguous().unsqueeze(0), None, None)
-    return select_scores(complete, num_keep, sink, recent, block_size, rows, pooling)
+class Chosen(NamedTuple):
+    """What a selection writes."""
+
+    indices: torch.Tensor
+    kept_mean: torch.Tensor | None = None
+    dropped: torch.Tensor | None = None
+    """``None`` where nobody asks for them."""
+
+    @property
+    def num_dropped(self) -> int:
+        return 0 if self.dropped is None else self.dropped.shape[1]
+
+    @property
+    def is_empty(self) -> bool:
+        return self.indices.numel() == 0 and (self.dropped is None or self.dropped.numel() == 0)
+
+
+def fill_plan(num_tokens: int, selection: Selection, num_dropped: int, slots_a_program: int) -> tuple[int, int]:
+    """(first slot, programs) that fill what no block does: only the tail, unless rows may be padded."""
+    first_slot, most_padding = selection.num_keep - selection.recent, num_dropped - (num_tokens - selection.num_keep)
+    if selection.rows is not None:
+        first_slot, most_padding = 0, num_dropped
+    return first_slot, triton.cdiv(max(selection.num_keep - first_slot, most_padding), slots_a_program)
+
+
+def count_blocks(num_tokens: int, selection: Selection) -> int:
+    """Blocks of a row, as many as it may have."""
+    if selection.block_size is None:
+        return 1
+    return (num_tokens if selection.rows is not None else num_tokens - selection.recent) // selection.block_size
+
+
+def select_scores(scores: Scores, selection: Selection, chosen: Chosen) -> None:
+    """One launch, on complete scores or on parts that the previous launch wrote."""
+    if chosen.is_empty:
+        return
+    num_keep, sink, recent, block_size, rows, pooling = selection
+    batch_size, num_tokens = scores.parts.shape[1:]
+    num_blocks = count_blocks(num_tokens, selection)
+    first_fill_slot, num_fills = fill_plan(num_tokens, selection, chosen.num_dropped, _FILL)
+    tile = configs.select_tile((num_tokens if block_size is None else block_size) + pooling - 1)
+    finished = None if scores.b2 is None else scores.parts.new_empty(batch_size, num_tokens)
+    select_kernel[(num_blocks + num_fills, batch_size)](
+        *scores.arguments, finished, None if rows is None else rows.contiguous(), *chosen,
+        num_tokens, num_keep, chosen.num_dropped, sink, recent, block_size, num_blocks, first_fill_slot,
+        REACH=pooling // 2, TILE=tile, FILL=_FILL, **configs.select_options(tile, scores.parts.device),
+        **configs.overlap(scores.parts.device, chained=finished is not None),
+    )  # fmt: skip
+
+
+def select_tokens(scores: torch.Tensor, selection: Selection) -> torch.Tensor:
+    chosen = Chosen(scores.new_empty((scores.shape[0], selection.num_keep), dtype=torch.int64))
+    select_scores(Scores(scores.contiguous().unsqueeze(0), None), selection, chosen)
+    return chosen.indices

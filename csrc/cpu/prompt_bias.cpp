@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
-#include <tuple>
 
 #include "cpu/ops.h"
 #include "cpu/tensors.h"
@@ -21,7 +20,7 @@ namespace stable = torch::stable;
 constexpr float kAttentionFloor = 1e-9f;
 constexpr double kLeastSpread = 1e-6;
 
-// What one row is made of beside its MLP.
+// One row.
 struct Terms {
     const int64_t* token_index;
     int64_t num_tokens;
@@ -34,54 +33,41 @@ struct Terms {
     bool is_valid(int64_t i) const { return token_index[i] >= 0 && token_index[i] <= last_index; }
 };
 
-// scores = means + terms. Sums run over valid tokens alone, in their order, so that padding changes no bit.
-void add_terms(const Terms& terms, const float* means, float* scores) {
+// Sums run over valid tokens alone, in their order, so that padding changes no bit.
+void write_bias(const Terms& terms, float* bias) {
     double mean = 0.0, scale = 0.0;
     if (terms.attention != nullptr) {
         double count = 0.0, sum = 0.0, squares = 0.0;
         for (int64_t i = 0; i < terms.num_tokens; ++i) {
             if (!terms.is_valid(i)) continue;
-            scores[i] = std::log(terms.attention[i] + kAttentionFloor);
-            sum += scores[i];
+            bias[i] = std::log(terms.attention[i] + kAttentionFloor);
+            sum += bias[i];
             count += 1.0;
         }
         count = std::max(count, 1.0);
         mean = sum / count;
         for (int64_t i = 0; i < terms.num_tokens; ++i) {
-            if (terms.is_valid(i)) squares += (scores[i] - mean) * (scores[i] - mean);
+            if (terms.is_valid(i)) squares += (bias[i] - mean) * (bias[i] - mean);
         }
         scale = terms.attention_weight / (std::sqrt(squares / count) + kLeastSpread);
     }
     for (int64_t i = 0; i < terms.num_tokens; ++i) {
-        float bias = 0.0f;
+        float value = 0.0f;
         if (terms.is_valid(i)) {
-            bias = terms.distance_table[std::min(terms.last_index - terms.token_index[i], terms.num_distances - 1)];
-            if (terms.attention != nullptr) bias += static_cast<float>((scores[i] - mean) * scale);
+            value = terms.distance_table[std::min(terms.last_index - terms.token_index[i], terms.num_distances - 1)];
+            if (terms.attention != nullptr) value += static_cast<float>((bias[i] - mean) * scale);
         }
-        scores[i] = means[i] + bias;
+        bias[i] = value;
     }
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> score_prompt(const Tensor& hidden_states, const Tensor& w1, const Tensor& b1,
-                                        const Tensor& w2, const Tensor& b2, std::optional<double> rms_eps,
-                                        const Tensor& token_index, int64_t keep_last, const Tensor& distance_table,
-                                        const std::optional<Tensor>& mean_score, int64_t num_scores,
-                                        const std::optional<Tensor>& attention, double attention_weight,
-                                        const std::optional<Tensor>& query, const std::optional<Tensor>& key,
-                                        const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                                        double scaling, int64_t pooling) {
+Tensor prompt_bias(const Tensor& token_index, const Tensor& distance_table, int64_t keep_last,
+                   const std::optional<Tensor>& attention, double attention_weight, const std::optional<Tensor>& query,
+                   const std::optional<Tensor>& key, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                   double scaling, int64_t pooling) {
     const int64_t batch = token_index.size(0), num_tokens = token_index.size(1), end = num_tokens - keep_last;
-    Tensor means = score_tokens(hidden_states, w1, b1, w2, b2, std::nullopt, rms_eps);
-    auto* mean = means.mutable_data_ptr<float>();
-    if (mean_score.has_value()) {
-        const Tensor before = make_contiguous(*mean_score);
-        const auto* old = before.const_data_ptr<float>();
-        const float share = 1.0f / static_cast<float>(num_scores + 1);
-        for (int64_t i = 0; i < batch * num_tokens; ++i) mean[i] = old[i] + share * (mean[i] - old[i]);
-    }
-
     // Named, so that what the pointers below refer to outlives the call.
     const Tensor indices = make_contiguous(token_index);
     const Tensor table = make_contiguous(distance_table);
@@ -91,7 +77,7 @@ std::tuple<Tensor, Tensor> score_prompt(const Tensor& hidden_states, const Tenso
         attentions =
             window_attention_from(end - query->size(2), *query, *key, indices, indices, cos, sin, scaling, pooling);
     }
-    Tensor output = stable::new_empty(means, IntHeaderOnlyArrayRef({batch, num_tokens}), ScalarType::Float);
+    Tensor output = stable::new_empty(indices, IntHeaderOnlyArrayRef({batch, num_tokens}), ScalarType::Float);
     for (int64_t row = 0; row < batch; ++row) {
         const int64_t first = row * num_tokens;
         const int64_t* index = indices.const_data_ptr<int64_t>() + first;
@@ -102,9 +88,9 @@ std::tuple<Tensor, Tensor> score_prompt(const Tensor& hidden_states, const Tenso
                           table.size(0),
                           attentions ? attentions->const_data_ptr<float>() + first : nullptr,
                           attention_weight};
-        add_terms(terms, mean + first, output.mutable_data_ptr<float>() + first);
+        write_bias(terms, output.mutable_data_ptr<float>() + first);
     }
-    return {output, means};
+    return output;
 }
 
 }  // namespace sdtp::cpu
