@@ -2640,8 +2640,8 @@ MUTANTS = [
     Mutant(
         "a cutter with another budget gets figures",
         EVAL + "reader.py",
-        "if abs(scored.mean_keep - expected) > 1e-9:",
-        "if method.cut is None and abs(scored.mean_keep - expected) > 1e-9:",
+        "            check_budget(scored.mean_keep, method, schedule, prompt_length, num_layers)\n",
+        "",
         "test_eval_rivals.py::test_a_cutter_has_the_budget_of_its_schedule",
     ),
     Mutant(
@@ -2661,8 +2661,8 @@ MUTANTS = [
     Mutant(
         "lm-eval asks of the whole prompt",
         EVAL + "lm_eval_adapter.py",
-        "greedy(self.model, self.shorten(self._encode(context)), follows",
-        "greedy(self.model, self._encode(context), follows",
+        "greedy(self.model, self.shorten(ids), follows",
+        "greedy(self.model, ids, follows",
         "test_eval_rivals.py::test_an_answer_by_an_adapter_is_from_the_short_prompt",
     ),
     Mutant(
@@ -2695,10 +2695,31 @@ MUTANTS = [
     ),
     Mutant(
         "a truncated prompt gets figures",
-        EVAL + "longbench.py",
-        "                if abs(kept - expected) > 1e-9:",
-        "                if method and abs(kept - expected) > 1e-9:",
+        EVAL + "methods.py",
+        "    if abs(kept - expected) > 1e-9:",
+        "    if method and abs(kept - expected) > 1e-9:",
         "test_eval_minilongbench.py::test_a_truncated_prompt_gets_no_figures",
+    ),
+    Mutant(
+        "RULER's budget is not checked",
+        EVAL + "ruler.py",
+        "        check_budget(adapter.mean_keep[prompt], method, schedule, length, num_layers)\n",
+        "",
+        "test_eval_ruler.py::test_ruler_refuses_another_budget",
+    ),
+    Mutant(
+        "RULER's cutters read the whole prompt",
+        EVAL + "ruler.py",
+        "shorten=lambda ids: shorten(method, schedule, ids, num_layers),",
+        "",
+        "test_eval_ruler.py::test_ruler_runs_offline_and_resumes",
+    ),
+    Mutant(
+        "one's own prompts answered whole under a cutter",
+        EVAL + "mine.py",
+        "reader.greedy(INSIDE, method, schedule, extra=args.new_tokens - len(dense))",
+        "greedy(model, ids, [], args.new_tokens)",
+        "test_eval_mine.py::test_cutters_answer_from_the_short_prompt",
     ),
     Mutant(
         "a budget taken from the schedule, not measured",

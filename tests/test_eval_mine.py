@@ -57,6 +57,20 @@ def test_the_worst_prompt_stands_first(sdtp, byte_checkpoint, tmp_path, capsys):
     assert printed.index(f"{rows[0]['kl']:.3f}") <= printed.rindex(f"{rows[-1]['kl']:.3f}")
 
 
+def test_cutters_answer_from_the_short_prompt(sdtp, byte_checkpoint, tmp_path):
+    long, out = "The quick brown fox jumps over the lazy dog. " * 8, tmp_path / "rows.jsonl"
+    options = ["--methods", "cut-head", "--keep", 0.5, "--new-tokens", 6, "--out", out]
+    assert sdtp(prompts_file(tmp_path, {"prompt": long}), *options) == 0
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    model, tokenizer = load_checkpoint(byte_checkpoint)
+    ids = tokenizer(long).input_ids
+    kept = round(row["mean_keep"] * len(ids))
+    assert 0.5 < row["mean_keep"] < 0.8
+    with torch.no_grad():
+        expected = greedy(model, [*ids[:4], *ids[len(ids) - kept + 4 :]], [], 6)
+    assert row["pruned_answer"] == tokenizer.decode(expected, skip_special_tokens=True).strip()
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [

@@ -15,6 +15,7 @@ from test_eval_quality import LAYERS, SCHEDULE, read, sdtp  # noqa: F401 - fixtu
 from sdtp_eval import methods, rivals, schedules
 from sdtp_eval.baselines import LookUp
 from sdtp_eval.methods import Method, find_method
+from sdtp_eval.paired import GateError
 from sdtp_eval.reader import Reader, greedy
 from sdtp_eval.tasks import AFTER, INSIDE, Sample
 from sdtp_kernels import PruningSchedule, TokenPruner, save_pruners
@@ -112,7 +113,7 @@ def test_what_the_cutters_keep() -> None:
 
 def test_a_cutter_has_the_budget_of_its_schedule(tiny_model, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rivals.CUTTERS, "cut-head", lambda ids, num_keep, schedule: torch.arange(num_keep + 5))
-    with torch.no_grad(), pytest.raises(RuntimeError, match="cut-head: the prefill kept B="):
+    with torch.no_grad(), pytest.raises(GateError, match="no figures: cut-head computed B="):
         Reader(tiny_model, sample).result(INSIDE, find_method("cut-head"), SCHEDULE)
 
 

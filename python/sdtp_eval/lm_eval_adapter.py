@@ -11,7 +11,7 @@ import torch
 from lm_eval.api.model import LM
 
 from sdtp_eval.command import progress_bar
-from sdtp_eval.reader import greedy
+from sdtp_eval.reader import greedy, prefilled_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +38,12 @@ class SdtpLM(LM):
         Upper limit for every task, whatever it asks for.
     progress : bool, default True
 
+    Attributes
+    ----------
+    mean_keep : dict of str to float
+        By prompt of ``generate_until``: B, the mean of the tokens that a layer has computed of what is pruned, over all
+        of them. Counted in the layers.
+
     Examples
     --------
     >>> with apply_sdtp(model, "attention", PruningSchedule.every(30)):
@@ -58,6 +64,7 @@ class SdtpLM(LM):
         self.model, self.tokenizer = model, tokenizer
         self.split, self.shorten = split, shorten
         self.max_new_tokens, self.progress = max_new_tokens, progress
+        self.mean_keep: dict[str, float] = {}
 
     @property
     def tokenizer_name(self) -> str:
@@ -117,7 +124,10 @@ class SdtpLM(LM):
         """Greedy continuation of a prompt."""
         context, question = self.split(prompt) if self.split else (prompt, "")
         follows = list(self.tokenizer(question, add_special_tokens=False).input_ids) if question else []
-        new = greedy(self.model, self.shorten(self._encode(context)), follows, max_new_tokens)
+        ids = self._encode(context)
+        with prefilled_tokens(self.model) as computed:
+            new = greedy(self.model, self.shorten(ids), follows, max_new_tokens)
+        self.mean_keep[prompt] = sum(computed) / (len(computed) * len(ids))
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sdtp_eval.compare import DENSE
+from sdtp_eval.paired import GateError
 from sdtp_eval.schedules import dropping_once, make_schedules
 
 if TYPE_CHECKING:
@@ -209,12 +210,42 @@ def patch(model: Any, method: Method | None, schedule: PruningSchedule | None, b
         )
 
 
+def name_of(method: Method | None) -> str:
+    """As results name it; without a method it is the dense model."""
+    return DENSE if method is None else method.name
+
+
 def mean_keep(method: Method | None, schedule: PruningSchedule | None, length: int, num_layers: int) -> float:
     """B of a prompt of `length` tokens: mean kept tokens per layer, over `length`."""
     if method is None or schedule is None:
         return 1.0
     kept = schedule.mean_keep(length, num_layers)
     return kept if method.cut is None else round(kept * length) / length
+
+
+def check_budget(
+    kept: float, method: Method | None, schedule: PruningSchedule | None, length: int, num_layers: int
+) -> None:
+    """Refuse a figure of a method that had another budget than its schedule, or of a prompt that was not read whole.
+
+    Parameters
+    ----------
+    kept : float
+        B as it was measured: tokens that a layer computed of the prompt, in the mean, over `length`.
+    method, schedule, length, num_layers
+        As for :func:`mean_keep`.
+
+    Raises
+    ------
+    GateError
+        If `kept` is not what :func:`mean_keep` says.
+    """
+    expected = mean_keep(method, schedule, length, num_layers)
+    if abs(kept - expected) > 1e-9:
+        raise GateError(
+            f"no figures: {name_of(method)} computed B={kept:.4f} of a prompt of {length} tokens; its schedule says "
+            f"{expected:.4f}. The prompt was cut, or this is a bug of sdtp-kernels"
+        )
 
 
 def shorten(method: Method | None, schedule: PruningSchedule | None, ids: list[int], num_layers: int) -> list[int]:

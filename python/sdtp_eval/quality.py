@@ -160,7 +160,7 @@ def _jobs(
                 if method is None or schedule is None:
                     continue
                 label = f"@{schedules.show_layers(schedule.layers, num_layers)}"
-            key = (sample.task, protocol, tokens, sample.id, method.name if method else compare.DENSE, label)
+            key = (sample.task, protocol, tokens, sample.id, methods.name_of(method), label)
             found.setdefault(key, Job(key, protocol, method, schedule))
     return list(found.values())
 

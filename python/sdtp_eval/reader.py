@@ -6,7 +6,7 @@ import contextlib
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdtp_eval.methods import Method, mean_keep, patch, shorten
+from sdtp_eval.methods import Method, check_budget, mean_keep, patch, shorten
 from sdtp_eval.paired import cache_of, cached_tokens, timed
 from sdtp_eval.peers import compressed_forward
 from sdtp_eval.schedules import KEEP_ALL
@@ -63,14 +63,15 @@ class Reader:
 
         Raises
         ------
-        RuntimeError
+        GateError
             If the cache does not hold what the schedule says.
         """
         prompt_length = self.sample.prompt_length(protocol)
-        expected = mean_keep(method, schedule, prompt_length, self.model.config.num_hidden_layers)
+        num_layers = self.model.config.num_hidden_layers
         scored = self.dense
         if method is not None and method.press is not None:
-            scored = self._score(prompt_length, functools.partial(self._compress, prompt_length, method, expected))
+            budget = mean_keep(method, schedule, prompt_length, num_layers)
+            scored = self._score(prompt_length, functools.partial(self._compress, prompt_length, method, budget))
         elif method is not None and schedule is not None:
             with self.patched(protocol, method, schedule) as handle:
                 scored = self._score(prompt_length, functools.partial(self._read, prompt_length, method, schedule))
@@ -78,11 +79,7 @@ class Reader:
                 computed = sum(layer.tokens_out for layer in handle.report().layers) / len(handle.report().layers)
                 after = len(self.sample.ids) - prompt_length
                 scored = scored._replace(mean_keep=(computed - after) / prompt_length)
-            if abs(scored.mean_keep - expected) > 1e-9:
-                raise RuntimeError(
-                    f"{method.name}: the prefill kept B={scored.mean_keep}, the schedule says {expected}; this is a "
-                    "bug of sdtp-kernels, please report it"
-                )
+            check_budget(scored.mean_keep, method, schedule, prompt_length, num_layers)
         nll = self._nll(scored)
         dense = self.dense.log_probabilities
         kl = (dense.exp() * (dense - scored.log_probabilities)).sum(-1).mean().item()

@@ -15,8 +15,9 @@ from sdtp_eval.methods import (
     FROM_PROMPTS,
     add_dropped_kv_options,
     add_methods_option,
+    check_budget,
     find_methods,
-    mean_keep,
+    name_of,
     patch,
     plan,
     shorten,
@@ -94,7 +95,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     is_recorded = False
     for task, protocol, tokens, (method, label, schedule) in asked_for:
-        name = method.name if method else compare.DENSE
+        name = name_of(method)
         if (f"ruler {task}", protocol, tokens, name, label) in done:
             continue
         with patch(model, method, schedule, args.backend):
@@ -157,6 +158,7 @@ def _evaluate(
         prompt, answer = sample["arguments"][0][0], sample["filtered_resps"][0]
         context = split_last_line(prompt)[0] if protocol == AFTER else prompt
         length = len(tokenizer(context).input_ids)
+        check_budget(adapter.mean_keep[prompt], method, schedule, length, num_layers)
         expected = sample["doc"]["outputs"]
         yield {
             "task": f"ruler {name}",
@@ -167,7 +169,7 @@ def _evaluate(
             "exact": sum(word.lower() in answer.lower() for word in expected) / len(expected),
             "answer": answer,
             "expected": expected,
-            "mean_keep": mean_keep(method, schedule, length, num_layers),
+            "mean_keep": adapter.mean_keep[prompt],
             "prompt_tokens": length,
             "seconds_with_answer": seconds / len(evaluation["samples"][name]),
         }
