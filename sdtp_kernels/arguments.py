@@ -274,9 +274,7 @@ def check_terms(terms: PromptTerms) -> None:
                 f"query, key: expected at most the prompt's {length - keep_last} tokens and all {length}, in {batch} "
                 f"rows, got {describe(query)} and {describe(key)}"
             )
-    check_device(
-        token_index.device, "token_index", distance_table=distance_table, attention=attention, query=query
-    )
+    check_device(token_index.device, "token_index", distance_table=distance_table, attention=attention, query=query)
 
 
 def check_position(
@@ -296,6 +294,4 @@ def check_position(
     ):
         if tensor is not None and (list(tensor.shape) != shape or tensor.dtype != torch.int64):
             raise ValueError(f"{name}: expected {shape} torch.int64, got {describe(tensor)}")
-    check_device(
-        query.device, "query", key=key, value=value, num_visible=num_visible, first_visible=first_visible
-    )
+    check_device(query.device, "query", key=key, value=value, num_visible=num_visible, first_visible=first_visible)

@@ -644,9 +644,7 @@ def _score_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, 
         scores = reference.score_tokens(hidden_states, scoring)
         wanted = [t for t, is_needed in zip(inputs, needed, strict=True) if t is not None and is_needed]
         found = iter(torch.autograd.grad(scores, wanted, grad))
-    grads = [
-        next(found) if t is not None and is_needed else None for t, is_needed in zip(inputs, needed, strict=True)
-    ]
+    grads = [next(found) if t is not None and is_needed else None for t, is_needed in zip(inputs, needed, strict=True)]
     return *grads[:6], None, grads[6], None, None
 
 

@@ -18,7 +18,7 @@ FARTHEST = 2 ** (DISTANCE_KNOTS - 1) - 1  # what is farther counts as this
 
 
 def trained_width(hidden_size: int) -> int:
-    """Width of the MLP that ``sdtp train`` makes: a third of the paper's D/4, which fits as well (docs/notes/pruners.md).
+    """Width of the MLP that ``sdtp train`` makes: a third of the paper's, which fits as well (docs/notes/pruners.md).
 
     Whole tiles of a GPU's matrix product, which are paid for whole: a multiple of 128. Where D/12 is less, one of 16,
     the size of a processor's vectors.

@@ -147,9 +147,7 @@ def window_attention(
     return pooled.mean(1).float()
 
 
-def prompt_bias(
-    terms: PromptTerms, window_attention: Callable[..., torch.Tensor] = window_attention
-) -> torch.Tensor:
+def prompt_bias(terms: PromptTerms, window_attention: Callable[..., torch.Tensor] = window_attention) -> torch.Tensor:
     """The distance term, and the standardised logarithm of the last queries' attention."""
     index, attention = terms.token_index, terms.attention
     end = index.shape[1] - terms.keep_last

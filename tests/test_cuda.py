@@ -168,6 +168,15 @@ def test_unavailable_reasons(gpu, monkeypatch):
         reason = backend.unavailable_reason(device)
         assert "is built by nvcc 13.0.88 for sm_86, sm_90, compute_90; Some GPU has" in reason
         assert f"SDTP_CUDA_ARCHS={capability[0]}{capability[1]}" in reason
+    gpu(9, 0)
+    for version, expected in (
+        (12080, "needs a driver for CUDA 13; this one is for CUDA 12.8"),
+        (13000, None),
+        (13020, None),
+    ):
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda version=version: version, raising=False)
+        reason = backend.unavailable_reason(device)
+        assert reason is None if expected is None else expected in reason
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "for AMD ones" in backend.unavailable_reason(device)
     monkeypatch.setattr(backend, "load_error", lambda device: "was not built")

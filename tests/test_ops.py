@@ -22,7 +22,6 @@ from sdtp_kernels import (
     gather_tokens,
     prompt_bias,
     prune_tokens,
-    reference,
     score_tokens,
     select_tokens,
     window_attention,

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import make_qwen2
 from oracle import MaskedDense, naive_select
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
 from sdtp_kernels.backends import cpu
+from sdtp_kernels.models import decoder
 from sdtp_kernels.models.cache import PrunedState
 from sdtp_kernels.models.stage import LastQueries
 from sdtp_kernels.scorers import SCORERS
@@ -53,6 +55,45 @@ def padded_batch(lengths=LENGTHS):
 def generate(model, inputs, **settings):
     settings = {"max_new_tokens": 8, "do_sample": False, **settings}
     return model.generate(**inputs, **settings)
+
+
+class Trace(TorchDispatchMode):
+    """Names of the ops that are called, ours and torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("budget", "expected"), [("global", ["prompt_bias", "prune_tokens"]), ("block", ["prune_tokens"])]
+)
+@torch.no_grad()
+def test_a_stage_of_the_shipped_form_is_one_op(budget, expected, padded, monkeypatch):
+    """Two with the terms that see the prompt's end; and torch computes nothing of it."""
+    stages, prune = [], decoder.prune
+
+    def traced(*args):
+        with Trace() as trace:
+            result = prune(*args)
+        stages.append(trace.names)
+        return result
+
+    monkeypatch.setattr(decoder, "prune", traced)
+    model, inputs = make_qwen2(), padded_batch() if padded else {"input_ids": prompt()}
+    pruners = {n: TokenPruner(64, distance=True, attention=True, averaging=True, pooling=7) for n in LAYERS}
+    with apply_sdtp(model, pruners, SCHEDULES[budget]):
+        model(**inputs, logits_to_keep=1)
+    assert len(stages) == len(LAYERS)
+    for names in stages:
+        assert [name.removeprefix("sdtp::") for name in names if name.startswith("sdtp::")] == expected
+        computed = {name.removeprefix("aten::").rstrip("_") for name in names}
+        assert not computed & {"mm", "bmm", "addmm", "_softmax", "softmax", "sort", "topk", "argsort", "lerp", "log"}
 
 
 @pytest.mark.parametrize("averaging", [False, True], ids=["stage alone", "mean of stages"])

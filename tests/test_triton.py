@@ -114,6 +114,29 @@ def test_every_kernel_compiles(rows):
     assert {row["kernel"] for row in rows} == triton_aot.kernel_names()
 
 
+VARIANTS = """
+import json, sys
+sys.path.insert(0, "tests")
+import triton_aot
+print(json.dumps(triton_aot.count_variants("sm_90", [1001, 1507, 1600, 2048])))
+"""
+
+
+def test_no_length_is_compiled_for():
+    """Once for prompts of every length: a compilation takes most of a second, in the middle of a prefill."""
+    result = run("installed", "-c", VARIANTS)
+    assert result.returncode == 0, result.stderr[-2000:]
+    variants = json.loads(result.stdout)
+    assert variants.pop("select_kernel") == 2  # for rows of up to 1024 tokens and for longer ones
+    assert set(variants) == triton_aot.kernel_names() - {
+        "finish_kernel",
+        "logarithm_kernel",
+        "prune_kernel",
+        "select_kernel",
+    }
+    assert set(variants.values()) == {1}, variants
+
+
 def test_every_configuration_compiles(rows, version, target):
     from sdtp_kernels.backends.triton import configs
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sdtp_kernels.arguments import Scoring, Selection
+from sdtp_kernels.arguments import PromptTerms, Scoring, Selection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,6 +120,19 @@ def _attend(ops: Any, dtype: torch.dtype, head_dim: int, padded: bool, tokens: i
     ops.position_attention(query, key, value, torch.empty(1, query.shape[2], dtype=torch.int64), first_visible)
 
 
+def _bias(ops: Any, dtype: torch.dtype, heads: int, head_dim: int, window: int, pooling: int, given: bool) -> None:
+    """Keys of a cache, queries as a projection leaves them; or attention that is given."""
+    tokens = 2048
+    index = torch.empty(1, tokens, dtype=torch.int64)
+    if given:
+        ops.prompt_bias(PromptTerms(index, torch.empty(1000), 3, torch.empty(1, tokens), 0.5))
+        return
+    query = torch.empty(1, window, heads, head_dim, dtype=dtype).transpose(1, 2)
+    key = torch.empty(1, 4, tokens + 100, head_dim, dtype=dtype)[:, :, :tokens]
+    cos, sin = torch.empty(2, 1, tokens, head_dim, dtype=dtype)
+    ops.prompt_bias(PromptTerms(index, torch.empty(1000), 3, None, 0.5, query, key, cos, sin, 0.1, pooling))
+
+
 class Case(NamedTuple):
     """A call of an op, whose launches are compiled."""
 
@@ -154,6 +167,11 @@ CASES = {
     "heads of 128 fp32": Case(_attend, (torch.float32, 128, False), True),
     "heads of 128 bf16, one query and one key": Case(_attend, (torch.bfloat16, 128, False, 1)),
     "heads of 256 bf16": Case(_attend, (torch.bfloat16, 256, False), True),
+    "last queries, 28 heads of 128 bf16": Case(_bias, (torch.bfloat16, 28, 128, 16, 7, False), True),
+    "last queries, 16 heads of 64 fp16": Case(_bias, (torch.float16, 16, 64, 32, 1, False)),
+    "last queries, 12 heads of 64 fp32": Case(_bias, (torch.float32, 12, 64, 16, 7, False), True),
+    "last queries, 4 heads of 256 bf16": Case(_bias, (torch.bfloat16, 4, 256, 32, 7, False)),
+    "attention that is given": Case(_bias, (torch.float32, 0, 0, 0, 1, True), True),
     "prune unaligned bf16": Case(_prune_unaligned, (torch.bfloat16, 1, 200, False)),
     "prune unaligned bf16, transposed, pooled": Case(_prune_unaligned, (torch.bfloat16, 7, 200, True), True),
     "prune unaligned fp32, transposed, pooled": Case(_prune_unaligned, (torch.float32, 7, 200, True), True),
@@ -230,6 +248,43 @@ def compile_target(name: str, first_cases: bool) -> list[dict[str, Any]]:
                 seen.add(key)
                 rows.append({"target": name, "case": name_of_case, **chosen, **measure(kernel, target)})
     return rows
+
+
+def count_variants(name: str, lengths: Sequence[int]) -> dict[str, int]:
+    """How often each kernel is compiled for prompts of these lengths, which differ in what the compiler looks at."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from sdtp_kernels.backends import triton as ops
+    from sdtp_kernels.backends.triton import configs
+
+    target = TARGETS[name]
+    triton.runtime.driver.set_active(_Driver(GPUTarget(target.backend, target.arch, target.warp_size)))
+    launch, variants = JITFunction.run, {}
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        variants.setdefault(self.__name__, set()).add(launch(self, *args, grid=grid, warmup=True, **kwargs).hash)
+
+    JITFunction.run = compile_only
+    configs.device_of = lambda device: configs.Device(name, 132)
+    dtype = torch.bfloat16
+    for tokens in lengths:
+        hidden_states, *pruner = _pruner(dtype, tokens)
+        query, key = torch.empty(1, 28, 16, 128, dtype=dtype), torch.empty(1, 4, tokens, 128, dtype=dtype)
+        cos, sin = torch.empty(2, 1, tokens, 128, dtype=dtype)
+        index = torch.empty(1, tokens, dtype=torch.int64)
+        bias = ops.prompt_bias(PromptTerms(index, torch.empty(1000), 3, None, 0.5, query, key, cos, sin, 0.1, 7))
+        scoring = Scoring(*pruner, torch.empty(1, tokens), 2, bias, 1e-6)
+        for block_size in (None, 500):
+            recent = tokens // 9 if block_size is None else tokens % 500
+            selection = Selection(tokens // 500 * 400 + recent, 4, recent, block_size, None, 7)
+            carried = _carried(dtype, tokens)
+            *_, indices, _, _ = ops.prune_tokens(
+                hidden_states, carried, scoring, selection, tokens - selection.num_keep
+            )
+            ops.position_attention(query[:, :, :1].expand(-1, -1, len(indices[0]), -1), key, key, indices)
+    return {kernel: len(hashes) for kernel, hashes in variants.items()}
 
 
 def measure(kernel: Any, target: Target) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from triton.runtime import interpreter
 from triton_aot import kernel_names
 
-from sdtp_kernels.backends.triton import attention, configs, fused, gather, score, select
+from sdtp_kernels.backends.triton import attention, configs, fused, gather, score, select, window
 
 assert configs.INTERPRETED, "set TRITON_INTERPRET=1: the interpreter is chosen when Triton is imported"
 
@@ -25,7 +25,7 @@ builder = interpreter.interpreter_builder
 KERNELS = {
     name: vars(module)[name]
     for name in kernel_names()
-    for module in (score, select, gather, fused, attention)
+    for module in (score, select, gather, fused, attention, window)
     if name in vars(module)
 }
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from test_ops import naive_window, prompt_inputs, rotary, window_inputs
 from test_position_attention import assert_close, make_inputs
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,11 +30,13 @@ from sdtp_kernels import (
     explain_backends,
     gather_tokens,
     position_attention,
+    prompt_bias,
     prune_tokens,
     score_tokens,
     select_tokens,
+    window_attention,
 )
-from sdtp_kernels.arguments import Scoring, Selection
+from sdtp_kernels.arguments import PromptTerms, Scoring, Selection
 from sdtp_kernels.backends import limits
 from sdtp_kernels.backends.triton import configs, fused, gather, select
 
@@ -569,6 +572,155 @@ def test_prune_many_tensors(launches):
     assert_equals_composition(got, arguments, selection, {})
 
 
+# ------------------------------------------------------------------------------------- what is owed to the prompt's end
+
+
+WINDOW_SHAPES = [
+    {"keys": 1, "window": 1, "padding": (0,)},
+    {"keys": 300, "window": 8, "heads": 9, "key_heads": 3, "head_dim": 64},
+    {"keys": 257, "window": 32, "heads": 4, "key_heads": 4, "padding": (250, 256)},
+    {"keys": 5, "window": 9, "padding": (0, 3)},
+    {"keys": 130, "window": 1, "heads": 3, "key_heads": 1, "head_dim": 7},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pooling", [1, 3, 7])
+@pytest.mark.parametrize("shape", WINDOW_SHAPES, ids=str)
+def test_window_attention(shape, pooling, dtype, launches, monkeypatch):
+    monkeypatch.setattr(configs, "device_of", lambda _: configs.Device("interpreter", 3))  # keys in several parts
+    inputs = window_inputs(**shape, dtype=dtype)
+    expected = naive_window(*inputs, 0.25, pooling)
+    got = window_attention(*inputs, scaling=0.25, pooling=pooling, backend="triton")
+    torch.testing.assert_close(got.double(), expected, atol=1e-5 * expected.max().item(), rtol=0)
+    assert launches == ["window_sums_kernel", "window_kernel"]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_window_attention_rotates_queries(batch):
+    query, *rest = window_inputs()
+    cos, sin = rotary(batch, 5, 24)
+    strided = torch.full((batch, 5, 48), torch.nan)[..., ::2].copy_(sin)
+    expected = window_attention(query, *rest, cos=cos, sin=sin, scaling=0.3, backend="reference")
+    for angles in (sin, strided):
+        got = window_attention(query, *rest, cos=cos, sin=angles, scaling=0.3, backend="triton")
+        torch.testing.assert_close(got, expected, atol=1e-5 * expected.max().item(), rtol=0)
+
+
+def test_window_attention_layouts_and_nan():
+    query, key, query_index, key_index = inputs = window_inputs(padding=(0, 0))
+    expected = window_attention(*inputs, scaling=0.3, pooling=7, backend="triton")
+    cache = torch.full((2, 2, 500, 24), torch.nan)
+    cache[:, :, :300] = key
+    layouts = [
+        (query, cache[:, :, :300], query_index, key_index),
+        (torch.full((2, 6, 5, 48), torch.nan)[..., ::2].copy_(query), key.mT.contiguous().mT, query_index, key_index),
+        (query.transpose(1, 2).contiguous().transpose(1, 2), key, *(t.t().contiguous().t() for t in inputs[2:])),
+    ]
+    for layout in layouts:
+        assert torch.equal(window_attention(*layout, scaling=0.3, pooling=7, backend="triton"), expected)
+    for spoilt in (query[1, 2, 3], key[1, 0, 40]):
+        right = spoilt.clone()
+        spoilt.fill_(torch.nan)
+        got = window_attention(*inputs, scaling=0.3, pooling=7, backend="triton")
+        assert got[1].isnan().all()
+        assert torch.equal(got[0], expected[0])
+        spoilt.copy_(right)
+
+
+def test_window_attention_of_queries_without_a_say():
+    query, key, query_index, key_index = window_inputs(keys=70, window=4)
+    query_index[0, 1] = -1
+    query_index[:, 2] = -1
+    query[:, :, 2] = torch.nan
+    key[1, :, :7] = torch.nan  # padding
+    for index in (query_index, torch.full_like(query_index, -1)):
+        got = window_attention(query, key, index, key_index, scaling=0.3, pooling=3, backend="triton")
+        expected = naive_window(query, key, index, key_index, 0.3, 3)
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+    nothing = window_attention(query[:, :, :0], key, query_index[:, :0], key_index, scaling=0.3, backend="triton")
+    assert not nothing.any()
+
+
+def test_window_attention_of_steep_logits():
+    query, key, *rest = window_inputs(keys=200, head_dim=8)
+    key[:, :, 100] *= 300
+    key[:, :, 150:] *= 30
+    expected = naive_window(query, key, *rest, 1.0, 1)
+    got = window_attention(query, key, *rest, scaling=1.0, backend="triton")
+    torch.testing.assert_close(got.double(), expected, atol=1e-4 * expected.max().item(), rtol=0)
+
+
+def test_window_offsets_beyond_32_bits():
+    key = far_apart(3, 8, 2**31, torch.float16).unsqueeze(1)
+    key.copy_(torch.randn(1, 1, 3, 8))
+    query, index = torch.randn(1, 2, 1, 8).half(), torch.arange(3)[None]
+    got, expected = (
+        window_attention(query, keys, index[:, -1:], index, scaling=0.3, backend=name)
+        for keys, name in ((key, "triton"), (key.contiguous(), "reference"))
+    )
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("what", ["query", "attention", "distance"])
+@pytest.mark.parametrize("keep_last", [0, 7])
+def test_prompt_bias(what, keep_last, launches):
+    inputs = prompt_inputs((300, 211, 9), keep_last, torch.float32)
+    names = ["window_sums_kernel", "window_kernel", "bias_kernel"]
+    if what != "query":
+        inputs = {name: value for name, value in inputs.items() if name not in ("query", "key", "cos", "sin")}
+        names = names[-1:]
+    if what == "attention":
+        inputs["attention"], names = torch.rand(3, 300) ** 9, ["logarithm_kernel", "bias_kernel"]
+    got = prompt_bias(**inputs, backend="triton")
+    assert launches == names
+    torch.testing.assert_close(got, prompt_bias(**inputs, backend="reference"), atol=1e-4, rtol=1e-5)
+
+
+def test_prompt_bias_of_a_long_prompt():
+    """Moments of more tiles than a program reads at once."""
+    index, attention = torch.arange(300_000)[None], torch.rand(1, 300_000) ** 9
+    arguments = {"attention": attention, "attention_weight": 2.0, "keep_last": 5}
+    got, expected = (prompt_bias(index, torch.ones(1), **arguments, backend=b) for b in ("triton", "reference"))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_prompt_bias_of_nothing(launches):
+    index = torch.arange(30).repeat(2, 1)
+    assert not prompt_bias(index, torch.ones(1), keep_last=30, backend="triton").any()
+    assert prompt_bias(index[:, :0], torch.ones(1), backend="triton").shape == (2, 0)
+    assert launches == ["bias_kernel"]
+
+
+@pytest.mark.parametrize("what", ["heads", "pooling"])
+def test_windows_too_large_for_a_program(what, launches):
+    inputs = window_inputs(keys=50, heads=4, key_heads=1, head_dim=300, padding=(0, 7))
+    pooling = 7 if what == "heads" else 101
+    if what == "pooling":
+        inputs = window_inputs(keys=50, padding=(0, 7))
+    got, expected = (
+        window_attention(*inputs, scaling=0.1, pooling=pooling, backend=name) for name in ("triton", "reference")
+    )
+    assert launches == []
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_programs_of_the_window_run_at_once(seed):
+    inputs = prompt_inputs((150, 90), 3, torch.bfloat16)
+    expected = prompt_bias(**inputs, backend="triton")
+    with concurrent_programs(seed):
+        assert torch.equal(prompt_bias(**inputs, backend="triton"), expected)
+
+
+def test_the_host_only_launches_for_the_bias(monkeypatch):
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *_, **__: None)
+    monkeypatch.setattr(configs, "device_of", lambda _: configs.Device("sm_90", 132))
+    inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), prompt_inputs(dtype=torch.bfloat16))
+    with OnlyMakesTensors():
+        assert backend.prompt_bias(PromptTerms(**inputs)).is_meta
+
+
 # -------------------------------------------------------------------------------------------------------- attention
 
 
@@ -807,6 +959,10 @@ def test_every_kernel_is_right_here(launches):
         inputs = (arguments[0], *arguments[2:])
         scores = score_tokens(*inputs, **scoring, backend="reference")
         torch.testing.assert_close(score_tokens(*inputs, **scoring, backend="triton"), scores, atol=1e-4, rtol=0)
+    inputs = prompt_inputs((30,), dtype=torch.float32)
+    for given in ({}, {"query": None, "key": None, "cos": None, "sin": None, "attention": torch.rand(1, 30)}):
+        got, expected = (prompt_bias(**inputs | given, backend=name) for name in ("triton", "reference"))
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
     inputs = make_inputs((40,), heads=1, key_heads=1, head_dim=16)
     assert_close(position_attention(*inputs, backend="triton"), position_attention(*inputs, backend="reference"))
     assert set(launches) == set(KERNELS) == kernel_names()

@@ -175,8 +175,8 @@ std::vector<Tensor> gather_tokens(const std::vector<Tensor>& tensors, const Tens
     return gather.outputs;
 }
 
-// Scores tensors[0], gathers all of `tensors`. Returns them, the indices, the kept means, and the indices of the dropped
-// tokens.
+// Scores tensors[0], gathers all of `tensors`. Returns them, the indices, the kept means, and the indices of the
+// dropped tokens.
 std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> prune_tokens(
     const std::vector<Tensor>& tensors, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
     const std::optional<Tensor>& mean_score, int64_t num_scores, const std::optional<Tensor>& score_bias,

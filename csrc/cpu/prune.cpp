@@ -52,13 +52,13 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> prune_tokens(
         select_tokens(with_bias(means, score_bias), num_keep, sink, recent, block_size, rows, pooling);
     const int64_t width = means.size(1);
     if (rows) {
-        const std::optional<Tensor> before = mean_score ? std::optional(make_contiguous(*mean_score)) : std::nullopt;
+        const Tensor before = mean_score ? make_contiguous(*mean_score) : means;
         for (int64_t row = 0; row < means.size(0); ++row) {
             const int64_t tail = *(rows->const_data_ptr<int64_t>() + row * rows->stride(0) + 2 * rows->stride(1));
             const int64_t first = (row + 1) * width - tail;
             float* values = means.mutable_data_ptr<float>() + first;
-            if (before) {
-                std::copy_n(before->const_data_ptr<float>() + first, tail, values);
+            if (mean_score) {
+                std::copy_n(before.const_data_ptr<float>() + first, tail, values);
             } else {
                 std::fill_n(values, tail, 0.0f);
             }

@@ -119,7 +119,8 @@ Tensor multiply(const Tensor& tile, const Tensor& w1) {
 void average(const ScoreCall& call, int64_t row, int64_t start, int64_t count, float* scores) {
     if (call.mean_score == nullptr) return;
     const float* mean = call.mean_score + row * call.num_tokens + start;
-    for (int64_t token = 0; token < count; ++token) scores[token] = mean[token] + call.share * (scores[token] - mean[token]);
+    for (int64_t token = 0; token < count; ++token)
+        scores[token] = mean[token] + call.share * (scores[token] - mean[token]);
 }
 
 // A pruner of at most so many units is narrow; wider ones gain nothing.

@@ -105,9 +105,9 @@ __global__ void __launch_bounds__(kThreads, kScoreCtas<T>)
     const Run slots{block.first_slot, block.first_slot + block.num_keep};
     const int64_t offset = select.offset(block);
     select_block([&](int i) { return select.scores.with_bias(shared.means[i], offset + i); },
-                 [&](int i) { return shared.means[i]; }, block, Run{0, block.size}, slots,
-                 select.selection.pooling / 2, Group{0, 1, nullptr, nullptr}, shared.ranking.keys,
-                 shared.ranking.select, Output(select.selection, true));
+                 [&](int i) { return shared.means[i]; }, block, Run{0, block.size}, slots, select.selection.pooling / 2,
+                 Group{0, 1, nullptr, nullptr}, shared.ranking.keys, shared.ranking.select,
+                 Output(select.selection, true));
     copy_chosen(select, row, slots, arguments.table);
 }
 

@@ -183,7 +183,8 @@ __device__ inline Threshold find_threshold(const uint32_t* keys, int count, int 
     return threshold;
 }
 
-// Calls emit(num_before, i, is_kept) for each of `count` keys, with how many of the block's kept tokens stand before it.
+// Calls emit(num_before, i, is_kept) for each of `count` keys, with how many of the block's kept tokens stand before
+// it.
 template <typename Emit>
 __device__ void compact(const uint32_t* keys, int count, Threshold threshold, uint32_t* warp_sums, const Emit& emit) {
     for (int first = 0; first < count; first += kThreads) {
@@ -258,8 +259,7 @@ struct Rest {
     __device__ Rest(const Selection& selection, const RowPlan& row)
         : padding(Run{0, selection.num_keep - row.keep}.part(blockIdx.x, gridDim.x)),
           tail(Run{selection.num_keep - row.tail, selection.num_keep}.part(blockIdx.x, gridDim.x)),
-          drop_padding(
-              Run{0, max(selection.num_dropped - (row.length - row.keep), 0)}.part(blockIdx.x, gridDim.x)) {}
+          drop_padding(Run{0, max(selection.num_dropped - (row.length - row.keep), 0)}.part(blockIdx.x, gridDim.x)) {}
 
     // The tail keeps the mean that it came with.
     __device__ void write(const Selection& selection, const float* mean_score) const {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -100,5 +100,8 @@ def ranked_blocks(scores: torch.Tensor, plan: StagePlan, pooling: int) -> torch.
 def in_one_dtype(stage: Stage) -> Stage:
     """The stage with everything in the dtype of the hidden states, as ``model.to(dtype)`` leaves it."""
     dtype = stage.hidden_states.dtype
-    fields = (t.to(dtype) if isinstance(t, torch.Tensor) else t for t in stage.scoring)
-    return stage._replace(scoring=type(stage.scoring)(*fields))
+    fields: dict[str, Any] = {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) else value
+        for name, value in stage.scoring._asdict().items()
+    }
+    return stage._replace(scoring=stage.scoring._replace(**fields))

@@ -7,7 +7,6 @@ compiler emits those. A backend named by the user runs its own kernels.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +32,8 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -
         return f"runs on cuda tensors, not on {device.type}"
     if dtype is not None and dtype not in _FLOATS:
         return f"computes in {', '.join(map(str, _FLOATS))}, not in {dtype}"
+    if error := _driver_error():
+        return error
     major, minor = torch.cuda.get_device_capability(device)
     if _has_code_for(10 * major + minor):
         return None
@@ -42,6 +43,21 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -
 
 def _build() -> dict[str, Any]:
     return build_info().get("cuda") or {"nvcc": "unknown", "targets": []}
+
+
+def _driver_error() -> str | None:
+    """Why this driver would refuse every launch: the library's CUDA runtime is its own, whichever torch has."""
+    get_version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    built_for = _build()["nvcc"].split(".")[0]
+    if get_version is None or not built_for.isdigit():
+        return None
+    major, minor = divmod(get_version() // 10, 100)
+    if major >= int(built_for):
+        return None
+    return (
+        f"libsdtp_cuda.so {_built()} and needs a driver for CUDA {built_for}; this one is for CUDA {major}.{minor}: update "
+        "the driver, or install triton"
+    )
 
 
 def _built() -> str:

@@ -109,7 +109,7 @@ Half rounded<Half>(float value) {  // truncated, within the range of normal numb
 struct Pruner {
     int batch, tokens, hidden, units;
     bool normalise;
-    bool has_terms;  // a mean of two earlier scores, and a bias
+    bool has_terms;   // a mean of two earlier scores, and a bias
     int64_t gap = 0;  // elements between the rows of hidden states: 8 keep them aligned, 1 does not
     bool is_transposed = false;
 };
@@ -417,7 +417,7 @@ void select_wrong_counts(uint64_t seed) {
             int64_t *kept = memory.copy(columns), *dropped = memory.copy(columns);
             float* means = memory.copy(std::vector<float>(60, -7.0f));
             const Selection selection{memory.copy(counts), kept + 20, means + 20, dropped + 20, 1, 40, 20, 20, 2, 0,
-                                      block_size, 7};
+                                      block_size,          7};
             check_launched(select_tokens(memory.copy(scores), selection, memory.allocator(), {}));
             for (int i = 0; i < 60; ++i) {
                 const bool is_ours = 20 <= i && i < 40;

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sdtp_kernels.backends import eager, limits
+from sdtp_kernels.backends import limits
 
 if TYPE_CHECKING:
-    from sdtp_kernels.arguments import Scoring, Selection
+    from sdtp_kernels.arguments import PromptTerms, Scoring, Selection
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_TRITON = (3, 6)
@@ -84,9 +84,29 @@ def prune_tokens(
         return fused.prune_tokens(hidden_states, tensors, scoring, selection, num_dropped)
 
 
-# No kernels of their own.
-window_attention = eager.window_attention
-prompt_bias = eager.prompt_bias
+def window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_index: torch.Tensor,
+    key_index: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    scaling: float,
+    pooling: int = 1,
+) -> torch.Tensor:
+    from . import window
+
+    limits.check_size("triton", key.shape[0], key.shape[2])
+    with torch.cuda.device_of(key):
+        return window.window_attention(query, key, query_index, key_index, cos, sin, scaling, pooling)
+
+
+def prompt_bias(terms: PromptTerms) -> torch.Tensor:
+    from . import window
+
+    limits.check_size("triton", *terms.token_index.shape)
+    with torch.cuda.device_of(terms.token_index):
+        return window.prompt_bias(terms)
 
 
 def position_attention(

@@ -47,7 +47,7 @@ def attend(
     return output, row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def attention_kernel(
     query_ptr, stride_q_b, stride_q_h, stride_q_n, key_ptr, stride_k_b, stride_k_h, stride_k_n,
     value_ptr, stride_v_b, stride_v_h, stride_v_n, output_ptr, stride_o_b, stride_o_h, stride_o_n,

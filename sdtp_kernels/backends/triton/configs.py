@@ -202,6 +202,16 @@ def select_options(tile: int, device: torch.device) -> dict[str, object]:
     return {"num_warps": SELECT_THREADS[tile] // warp_size, **registers(128, device), **EXACT}
 
 
+# Keys of a tile of the window's attention, by bytes of an element, and what its queries may take of shared memory.
+# With more of either, or fewer warps on NVIDIA, the kernels spill.
+WINDOW_KEYS = {2: 64, 4: 16}
+WINDOW_BYTES = 32 * 1024
+
+
+def window_warps(rows: int, device: torch.device) -> int:
+    return 4 if rows <= 64 and device_of(device).target.startswith("gfx") else 8
+
+
 GATHER_TOKENS = 16  # tokens of one program
 
 

@@ -96,7 +96,11 @@ def empty_outputs(tensors: list[torch.Tensor], num_keep: int) -> list[torch.Tens
 def copy_arguments(tensors: list[torch.Tensor], outputs: list[torch.Tensor]) -> dict[str, object]:
     """What :func:`copy_tokens` needs of the tensors, as one table of tuples."""
     sources = [_as_integers(tensor) for tensor in tensors]
-    strides = [source.stride() for source in sources]
+    # The stride of a single row or head is never used; it may be the prompt's length, which no kernel is to depend on.
+    strides = [
+        [0 if size == 1 else stride for size, stride in zip(source.shape, source.stride(), strict=True)]
+        for source in sources
+    ]
     return {
         "sources": tuple(sources),
         "outputs": tuple(_as_integers(output) for output in outputs),
