@@ -55,8 +55,8 @@ def _driver_error() -> str | None:
     if major >= int(built_for):
         return None
     return (
-        f"libsdtp_cuda.so {_built()} and needs a driver for CUDA {built_for}; this one is for CUDA {major}.{minor}: update "
-        "the driver, or install triton"
+        f"libsdtp_cuda.so {_built()} and needs a driver for CUDA {built_for}; this one is for CUDA {major}.{minor}: "
+        "update the driver, or install triton"
     )
 
 

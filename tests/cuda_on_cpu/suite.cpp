@@ -562,6 +562,7 @@ void prune_group() {
         prune<BFloat16>(seed, {2 * 40 + 9, 2 * 20 + 9, 9}, 40, 7, 1, 2);
         prune<BFloat16>(seed, {2 * 40 + 9, 2 * 20 + 9, 9}, 40, 3, 2, 60);
         prune<BFloat16>(seed, {90, 60, 9}, 0, 1, 3, 4);
+        prune<BFloat16>(seed, {130 + 9, 100 + 9, 9}, 130, 1, 2, 60);  // several CTAs share a block
         prune<float>(seed, {2 * 130 + 9, 2 * 100 + 9, 9, 130 + 5, 100 + 5, 5}, 130, 7, 1, 2, 8, 70);
         prune<BFloat16>(seed, {90, 60, 9, 50, 20, 9}, 0, 1, 3, 4, 8, 20, -5);  // too little room for what is dropped
         prune<BFloat16>(seed, {2 * 40, 0, 0}, 0, 1, 2, 4);                     // nothing is kept
