@@ -99,7 +99,7 @@ def test_near_ties_that_rounding_explains_are_right():
 
 def test_the_command_says_who_is_wrong_and_fails(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cpu, "prune_tokens", lambda *arguments: wrong_row(WRONG_FROM(*arguments), arguments))
-    arguments = ["--model", "tiny", "--tokens", "150", "--dtype", "fp32", "--seconds", "0", "--out", str(tmp_path)]
+    arguments = ["--model", "tiny", "--tokens", "150", "--dtype", "float32", "--seconds", "0", "--out", str(tmp_path)]
     assert cli.main(["bench", "op", *arguments, "--providers", "eager", "cpu"]) == 1
     assert "WRONG, no figure" in capsys.readouterr().out
     right, wrong = rows.read_rows(tmp_path, "op")
@@ -215,6 +215,6 @@ def test_no_such_revision(capsys):
 
 def test_every_combination_is_a_case():
     args = argparse.Namespace(
-        model=["tiny"], tokens=[10, 20], batch=[1], keep=[0.9, 0.8], dtype=["fp32"], budget=["global"], seconds=0.0
+        model=["tiny"], tokens=[10, 20], batch=[1], keep=[0.9, 0.8], dtype=["float32"], budget=["global"], seconds=0.0
     )
     assert [(case.keep, case.tokens) for case in op.cases_of(args)] == [(0.9, 10), (0.9, 20), (0.8, 10), (0.8, 20)]

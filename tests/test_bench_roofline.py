@@ -217,13 +217,11 @@ def test_everything_says_that_it_is_a_model(sdtp, tmp_path: Path, capsys: pytest
     [
         (("--gpu", "v100"), "gpu 'v100' is not known; known: h100, h200, a100, 4090, mi300x"),
         (("--model", "llama"), "model 'llama' is not known; known: qwen2-0.5b, qwen2-1.5b, qwen2-7b"),
-        (("--dtype", "int8"), "dtype 'int8' is not known; known: bf16, fp16"),
         (("--tokens", 0), "expected at least one"),
         (("--batch", 0), "expected at least one"),
         (("--pooling", 4), "pooling=4: expected an odd number"),
         (("--pooling", 257), "pools over at most 255 tokens"),
         (("--keep", 1.5), "keep_ratio=1.5"),
-        (("--budget", "magic"), "'global' or 'block'"),
         (("--budget", "block", "--block-size", 2), "block_size=2"),
         (("--json", "nowhere/rows.json"), "cannot be written"),
     ],
@@ -231,3 +229,8 @@ def test_everything_says_that_it_is_a_model(sdtp, tmp_path: Path, capsys: pytest
 def test_mistakes_get_one_message(sdtp, capsys: pytest.CaptureFixture[str], options: tuple, message: str) -> None:
     assert sdtp(*options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_dtype_without_tensor_cores_is_refused() -> None:
+    with pytest.raises(ValueError, match="dtype 'fp32' is not known; known: bf16, fp16"):
+        roofline.compute("h100", Case("qwen2-0.5b", 2048, dtype="fp32"))

@@ -102,7 +102,7 @@ def test_facts_are_hidden_and_asked_for(sdtp, tmp_path: Path, capsys: pytest.Cap
 
 def test_an_answer_is_what_generate_gives(byte_checkpoint: Path) -> None:
     from sdtp_eval.checkpoints import load_checkpoint
-    from sdtp_eval.quality import greedy
+    from sdtp_eval.reader import greedy
     from sdtp_kernels import apply_sdtp
 
     model, _ = load_checkpoint(byte_checkpoint)
@@ -226,7 +226,6 @@ def test_short_prompt_runs_unpruned_and_says_so(sdtp, tmp_path: Path, capsys: py
         (("--keep", 0), "keep_ratio=0"),
         (("--scorer", "magic"), "known: random, recent, norm, attention"),
         (("--backend", "magic"), "backend='magic' does not exist"),
-        (("--budget", "magic"), "'global' or 'block'"),
         (("--tokens", 30), "ask for more"),
         (("--tokens", -1), "--tokens -1"),
         (("--rounds", 0), "at least 1"),

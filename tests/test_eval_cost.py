@@ -9,7 +9,8 @@ import torch
 from test_demo import one_thread  # noqa: F401 - fixture
 from test_eval_quality import sdtp  # noqa: F401 - fixture
 
-from sdtp_eval import baselines, cost, quality
+from sdtp_eval import baselines, cost
+from sdtp_eval.methods import Method
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp, save_pruners
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def test_what_is_timed_is_the_score(tiny_model) -> None:
     for pruner in pruners.values():
         pruner.distance_bias.uniform_()
         pruner.attention_weight.fill_(0.7)
-    timed = cost._scorers(quality.Method("pruner", pruners), tuple(pruners), tiny_model, "auto")
+    timed = cost._scorers(Method("pruner", pruners), tuple(pruners), tiny_model, "auto")
     seen, mlp = [], []
 
     def compare(layer: int):

@@ -8,8 +8,8 @@ from importlib import metadata
 import pytest
 import torch
 
-from sdtp_eval import quality
 from sdtp_eval.checkpoints import load_checkpoint
+from sdtp_eval.reader import greedy
 from sdtp_kernels import apply_sdtp, cli
 
 
@@ -49,12 +49,26 @@ def test_the_worst_prompt_stands_first(sdtp, byte_checkpoint, tmp_path, capsys):
     ids = tokenizer(long).input_ids
     assert by_line[2]["tokens"] == len(ids)
     with torch.no_grad(), apply_sdtp(model, "norm", 0.5):
-        pruned = quality.greedy(model, ids, [], 6)
+        pruned = greedy(model, ids, [], 6)
     assert by_line[2]["pruned_answer"] == tokenizer.decode(pruned, skip_special_tokens=True).strip()
     assert by_line[3]["tokens"] == len(f"[user] {long}[bold]Why?\n[assistant]")
     printed = capsys.readouterr().out
     assert "answers are the same, token by token" in printed
     assert printed.index(f"{rows[0]['kl']:.3f}") <= printed.rindex(f"{rows[-1]['kl']:.3f}")
+
+
+def test_cutters_answer_from_the_short_prompt(sdtp, byte_checkpoint, tmp_path):
+    long, out = "The quick brown fox jumps over the lazy dog. " * 8, tmp_path / "rows.jsonl"
+    options = ["--methods", "cut-head", "--keep", 0.5, "--new-tokens", 6, "--out", out]
+    assert sdtp(prompts_file(tmp_path, {"prompt": long}), *options) == 0
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    model, tokenizer = load_checkpoint(byte_checkpoint)
+    ids = tokenizer(long).input_ids
+    kept = round(row["mean_keep"] * len(ids))
+    assert 0.5 < row["mean_keep"] < 0.8
+    with torch.no_grad():
+        expected = greedy(model, [*ids[:4], *ids[len(ids) - kept + 4 :]], [], 6)
+    assert row["pruned_answer"] == tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize(

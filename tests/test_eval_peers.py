@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdtp_eval import peers, quality
+from sdtp_eval import methods, peers
+from sdtp_eval.reader import Reader
 from sdtp_eval.tasks import AFTER, INSIDE, Sample
 from sdtp_kernels import PruningSchedule
 
@@ -65,7 +66,7 @@ def kvpress(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("protocol", [INSIDE, AFTER])
 def test_keeping_all_is_dense(tiny_model: Any, protocol: str) -> None:
-    reader = quality.Reader(tiny_model, make_sample())
+    reader = Reader(tiny_model, make_sample())
     logits, cache = peers.compressed_forward(
         tiny_model, KeepFirstPress, 1.0, reader.input_ids, reader.sample.prompt_length(protocol), 3
     )
@@ -96,10 +97,10 @@ def test_layers_of_different_lengths(tiny_model: Any) -> None:
 
 
 def test_a_press_gets_the_budget_of_the_schedule(tiny_model: Any) -> None:
-    method = quality.find_method("kvpress:KeepFirst")
+    method = methods.find_method("kvpress:KeepFirst")
     schedule = PruningSchedule(layers=(1, 3), keep_ratio=0.7, min_prompt=1)
     sample = make_sample()
-    result = quality.Reader(tiny_model, sample).result(INSIDE, method, schedule)
+    result = Reader(tiny_model, sample).result(INSIDE, method, schedule)
     length = sample.prompt_length(INSIDE)
     wanted = schedule.mean_keep(length, tiny_model.config.num_hidden_layers)
     assert result["mean_keep"] == pytest.approx(wanted, abs=1 / length)
@@ -108,9 +109,9 @@ def test_a_press_gets_the_budget_of_the_schedule(tiny_model: Any) -> None:
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"no method 'kvpress:Snap'; kvpress .* has KeepFirst, Pyramid"):
-        quality.find_method("kvpress:Snap")
-    with pytest.raises(ValueError, match="only 'sdtp eval run' can use the presses"):
-        quality.find_methods(["kvpress:KeepFirst"], oracles=False)
+        methods.find_method("kvpress:Snap")
+    with pytest.raises(ValueError, match="the cache has to be compressed by kvpress"):
+        methods.find_methods(["kvpress:KeepFirst"], methods.FROM_PROMPTS)
     monkeypatch.setitem(sys.modules, "kvpress", None)
     with pytest.raises(ValueError, match="pip install --no-deps kvpress"):
-        quality.find_method("kvpress:KeepFirst")
+        methods.find_method("kvpress:KeepFirst")

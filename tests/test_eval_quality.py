@@ -19,8 +19,10 @@ from oracle import MaskedDense
 from test_demo import one_thread  # noqa: F401 - fixture
 from transformers import DynamicCache
 
-from sdtp_eval import baselines, compare, parallel, quality
+from sdtp_eval import baselines, compare, parallel, schedules
 from sdtp_eval.checkpoints import identify
+from sdtp_eval.methods import Method, find_method
+from sdtp_eval.reader import Reader
 from sdtp_eval.tasks import AFTER, INSIDE, Sample
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp, cli, front_loaded, save_pruners
 
@@ -61,8 +63,8 @@ def read(path: Path) -> list[dict]:
 @torch.no_grad()
 def test_result_equals_the_masked_dense_model(tiny_model, sample: Sample, protocol: str) -> None:
     pruners = {layer: TokenPruner(64) for layer in LAYERS}
-    reader = quality.Reader(tiny_model, sample)
-    result = reader.result(protocol, quality.Method("pruner", pruners), SCHEDULE)
+    reader = Reader(tiny_model, sample)
+    result = reader.result(protocol, Method("pruner", pruners), SCHEDULE)
     length = 130 if protocol == INSIDE else 120
     logits, _ = MaskedDense.of(tiny_model, pruners, SCHEDULE, length).row(torch.tensor(sample.ids), length)
     answer = torch.tensor(sample.answer)
@@ -79,7 +81,7 @@ def test_result_equals_the_masked_dense_model(tiny_model, sample: Sample, protoc
 def test_mean_keep_is_that_of_the_cache(tiny_model, sample: Sample, budget: str) -> None:
     schedule = PruningSchedule(layers=LAYERS, keep_ratio=0.7, budget=budget, block_size=32)
     for protocol in (INSIDE, AFTER):
-        result = quality.Reader(tiny_model, sample).result(protocol, quality.find_method("norm"), schedule)
+        result = Reader(tiny_model, sample).result(protocol, find_method("norm"), schedule)
         ids = torch.tensor([[*sample.context, *sample.question][: result["prompt_tokens"]]])
         with apply_sdtp(tiny_model, "norm", schedule):
             cache = tiny_model(ids, logits_to_keep=1).cache
@@ -90,7 +92,7 @@ def test_mean_keep_is_that_of_the_cache(tiny_model, sample: Sample, budget: str)
 
 @torch.no_grad()
 def test_a_question_after_the_pruned_context_equals_a_second_call(tiny_model, sample: Sample) -> None:
-    result = quality.Reader(tiny_model, sample).result(AFTER, quality.find_method("attention"), SCHEDULE)
+    result = Reader(tiny_model, sample).result(AFTER, find_method("attention"), SCHEDULE)
     with apply_sdtp(tiny_model, "attention", SCHEDULE):
         cache = DynamicCache(config=tiny_model.config)
         tiny_model(torch.tensor([sample.context]), cache=cache, logits_to_keep=1)
@@ -102,14 +104,13 @@ def test_a_question_after_the_pruned_context_equals_a_second_call(tiny_model, sa
 @pytest.mark.parametrize("protocol", [INSIDE, AFTER])
 @torch.no_grad()
 def test_greedy_answers_are_exact_where_teacher_forcing_says_so(tiny_model, sample: Sample, protocol: str) -> None:
-    method = quality.find_method("attention")
-    reader = quality.Reader(tiny_model, sample)
-    with reader.patched(protocol, method, SCHEDULE):
-        answer = reader.greedy(protocol, extra=0)
+    method = find_method("attention")
+    reader = Reader(tiny_model, sample)
+    answer = reader.greedy(protocol, method, SCHEDULE, extra=0)
     own = Sample(sample.task, sample.kind, sample.context, sample.question, tuple(answer))
-    assert quality.Reader(tiny_model, own).result(protocol, method, SCHEDULE)["exact"] == 1.0
+    assert Reader(tiny_model, own).result(protocol, method, SCHEDULE)["exact"] == 1.0
     other = Sample(sample.task, sample.kind, sample.context, sample.question, (*answer[:-1], answer[-1] ^ 1))
-    assert quality.Reader(tiny_model, other).result(protocol, method, SCHEDULE)["exact"] == 0.0
+    assert Reader(tiny_model, other).result(protocol, method, SCHEDULE)["exact"] == 0.0
 
 
 # -------------------------------------------------------------------------------------------------------- baselines
@@ -266,30 +267,29 @@ def test_only_questions_that_the_dense_model_answers() -> None:
 
 def arguments(*options: str):
     parser = ArgumentParser()
-    quality.add_schedule_options(parser)
+    schedules.add_options(parser)
     return parser.parse_args(options)
 
 
 def test_schedules_and_their_labels() -> None:
-    method = quality.Method("any")
-    found = quality.make_schedules(
+    found = schedules.make_schedules(
         arguments("--keep", "0.9", "1,0.5", "--layers", "2,4", "--budget", "global", "block", "--block-size", "64"),
-        method, 6, 1000,
+        None, 6, 1000,
     )  # fmt: skip
     assert list(found) == ["0.9 @2,4", "1,0.5 @2,4", "0.9 @2,4 block 64", "1,0.5 @2,4 block 64"]
     assert found["1,0.5 @2,4 block 64"] == PruningSchedule((2, 4), (1.0, 0.5), budget="block", block_size=64)
-    assert list(quality.make_schedules(arguments(), method._replace(layers=(3, 5)), 6, 1000)) == [
+    assert list(schedules.make_schedules(arguments(), (3, 5), 6, 1000)) == [
         "0.9 @3,5",
         "0.8 @3,5",
     ]
-    assert list(quality.make_schedules(arguments(), method, 12, 1000)) == ["0.9 @4:3", "0.8 @4:3"]
+    assert list(schedules.make_schedules(arguments(), None, 12, 1000)) == ["0.9 @4:3", "0.8 @4:3"]
     # A list that begins like a pattern is another schedule, and has another label.
-    both = quality.make_schedules(arguments("--keep", "0.9", "--layers", "4:3", "4,7,10"), method, 16, 1000)
+    both = schedules.make_schedules(arguments("--keep", "0.9", "--layers", "4:3", "4,7,10"), None, 16, 1000)
     assert {label: schedule.layers for label, schedule in both.items()} == {
         "0.9 @4:3": (4, 7, 10, 13),
         "0.9 @4,7,10": (4, 7, 10),
     }
-    shapes = quality.make_schedules(arguments("--keep", "0.8", "--shape", "even", "early"), method, 12, 1000)
+    shapes = schedules.make_schedules(arguments("--keep", "0.8", "--shape", "even", "early"), None, 12, 1000)
     assert {label: schedule.keep_ratio for label, schedule in shapes.items()} == {
         "0.8 @4:3": 0.8,
         "0.8 @4:3 early": front_loaded(0.8, 3),
@@ -299,17 +299,17 @@ def test_schedules_and_their_labels() -> None:
         (["--layers", "a:b"], "FIRST:STEP"), (["--mean-keep", "0.1"], "keep between"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            quality.make_schedules(arguments(*options), method, 12, 1000)
+            schedules.make_schedules(arguments(*options), None, 12, 1000)
 
 
 @pytest.mark.parametrize("budget", ["global", "block"])
 @pytest.mark.parametrize("layers", ["4:3", "10:3", "13"])
-@pytest.mark.parametrize("shape", quality.SHAPES)
+@pytest.mark.parametrize("shape", schedules.SHAPES)
 def test_a_ratio_is_found_for_every_budget(budget: str, layers: str, shape: str) -> None:
     args = arguments(
         "--mean-keep", "0.673", "--layers", layers, "--budget", budget, "--block-size", "256", "--shape", shape
     )
-    ((label, schedule),) = quality.make_schedules(args, quality.Method("any"), 30, 1024).items()
+    ((label, schedule),) = schedules.make_schedules(args, None, 30, 1024).items()
     assert schedule.mean_keep(1024, 30) == pytest.approx(0.673, abs=0.002)
     assert isinstance(schedule.keep_ratio, tuple) == (shape == "early")
     assert label.startswith("B 0.673 @")

@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval", reason="the extra 'ruler' is not installed")
 
 from lm_eval.api.instance import Instance
 
-from sdtp_eval import ruler
+from sdtp_eval import rivals, ruler
 from sdtp_eval.checkpoints import load_checkpoint
 from sdtp_eval.lm_eval_adapter import SdtpLM
 
@@ -105,17 +105,32 @@ def test_ruler_runs_offline_and_resumes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "run"
-    options = ["--out", out, "--tasks", "niah_single_1", "--methods", "recent", "--keep", 0.9, "--samples", 2]
+    options = [
+        "--out",
+        out,
+        "--tasks",
+        "niah_single_1",
+        "--methods",
+        "recent",
+        "cut-head",
+        "--keep",
+        0.9,
+        "--samples",
+        2,
+    ]
     options += ["--tokens", 700, "--new-tokens", 4]
     assert sdtp("ruler", *options) == 0
     rows = read(out)
-    assert len(rows) == 2 * 2 * 2  # samples, methods with dense, protocols
+    assert len(rows) == 2 * 3 * 2  # samples, methods with dense, protocols
     for row in rows:
         assert row["task"] == "ruler niah_single_1"
         assert row["exact"] in (0.0, 1.0)
         assert 200 < row["prompt_tokens"] <= 750
         if row["method"] == "recent":
             assert row["mean_keep"] == pytest.approx(PruningSchedule((4, 7), 0.9).mean_keep(row["prompt_tokens"], 8))
+        if row["method"] == "cut-head":
+            schedule = PruningSchedule((4, 7), 0.9)
+            assert row["mean_keep"] == pytest.approx(schedule.mean_keep(row["prompt_tokens"], 8), abs=0.002)
     ids = [{row["id"] for row in rows if row["method"] == method} for method in ("dense", "recent")]
     assert ids[0] == ids[1]  # paired
     assert len(ids[0]) == 2
@@ -128,3 +143,18 @@ def test_ruler_runs_offline_and_resumes(
     streams = capsys.readouterr()
     assert "no RULER task 'niah_singel_1'" in streams.err
     assert "ruler niah_single_1, 700 tokens, question after" in streams.out
+
+
+@pytest.mark.slow
+def test_ruler_refuses_another_budget(
+    sdtp,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(rivals.CUTTERS, "cut-head", lambda ids, num_keep, schedule: torch.arange(num_keep + 9))
+    options = ["--out", tmp_path / "run", "--tasks", "niah_single_1", "--methods", "cut-head", "--keep", 0.9]
+    assert sdtp("ruler", *options, "--samples", 1, "--tokens", 700, "--new-tokens", 2, "--protocols", "inside") == 2
+    streams = capsys.readouterr()
+    assert "no figures: cut-head computed B=" in streams.err
+    assert "exact" not in streams.out

@@ -1,20 +1,32 @@
 """The house: which way the arrows run, and what an import costs."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-RUNTIME = Path(__file__).resolve().parent.parent / "sdtp_kernels"
+ROOT = Path(__file__).resolve().parent.parent
+RUNTIME, TOOLS = ROOT / "sdtp_kernels", ROOT / "python"
+# What each package of python/ may import of the others: benchmarks and training use evaluation.
+BELOW = {"sdtp_eval": set(), "sdtp_train": {"sdtp_eval"}, "sdtp_bench": {"sdtp_eval"}}
 
 
 def imported_modules(path):
+    """What is imported anywhere in the file, also for types alone; of ``from a import b``, ``a.b``."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules_of_the_tools():
+    """Files by the names that they are imported by."""
+    paths = sorted(TOOLS.rglob("*.py"))
+    names = [".".join(path.relative_to(TOOLS).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    return dict(zip(names, paths, strict=True))
 
 
 def test_the_runtime_knows_nothing_of_what_stands_on_it():
@@ -24,6 +36,24 @@ def test_the_runtime_knows_nothing_of_what_stands_on_it():
             for name in imported_modules(path)
             if name.split(".")[0] in ("sdtp_bench", "sdtp_eval", "sdtp_train", "tests")
         ]
+
+
+def test_the_tools_import_in_no_circle():
+    modules = modules_of_the_tools()
+    assert "sdtp_eval.reader" in modules
+    graph = {}
+    for name, path in modules.items():
+        # `a.b` is a module, or something in the module `a`.
+        found = [other if other in modules else other.rpartition(".")[0] for other in imported_modules(path)]
+        graph[name] = modules.keys() & set(found)
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises where there is a circle, and names it
+
+
+def test_the_tools_import_one_way():
+    for name, path in modules_of_the_tools().items():
+        own = name.partition(".")[0]
+        others = {imported.partition(".")[0] for imported in imported_modules(path)} & BELOW.keys() - {own}
+        assert others <= BELOW[own], f"{name} imports {others - BELOW[own]}"
 
 
 def test_importing_the_package_imports_torch_alone():

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtp_bench.rows import append_rows, summary
+from sdtp_eval import command
 from sdtp_eval.paired import in_turns
 
 if TYPE_CHECKING:
@@ -52,13 +53,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """``sdtp bench compare``."""
     from sdtp_bench.op import cases_of
-    from sdtp_kernels.cli import CommandError
 
-    try:
-        with built_tree(args.base) as base:
-            rows = list(measure({"base": base, "here": ROOT}, cases_of(args), args.seconds))
-    except (SideError, ValueError, OSError) as error:
-        raise CommandError(str(error)) from error
+    with command.user_errors(SideError), built_tree(args.base) as base:
+        rows = list(measure({"base": base, "here": ROOT}, cases_of(args), args.seconds))
     for row in rows:
         row["base"] = args.base
         low, high = row["interval"]

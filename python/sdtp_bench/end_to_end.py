@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_bench import memory, processes, prompts
 from sdtp_bench.breakdown import BUCKETS, where_time_goes
+from sdtp_eval import command
 from sdtp_eval.paired import GateError, Pair, cache_bytes, cache_of, cached_tokens, in_turns, timed
-from sdtp_eval.quality import KEEP_ALL
+from sdtp_eval.schedules import KEEP_ALL
 
 if TYPE_CHECKING:
     import argparse
@@ -59,11 +60,8 @@ def _add_options(parser: argparse.ArgumentParser, tokens: list[int], repeats: in
 def run(args: argparse.Namespace, rows_of: Callable[[argparse.Namespace, Setting], list[dict[str, Any]]]) -> int:
     """Measure every dtype and length, and print and write the rows of each as they come."""
     from sdtp_bench.rows import append_rows
-    from sdtp_kernels import BackendUnavailableError
-    from sdtp_kernels.cli import CommandError
 
-    expected = (ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError, processes.TrialError)
-    try:
+    with command.user_errors(processes.TrialError):
         for name in ("repeats", "new_tokens"):
             if getattr(args, name, 1) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
@@ -73,8 +71,6 @@ def run(args: argparse.Namespace, rows_of: Callable[[argparse.Namespace, Setting
             print_rows(rows)
             if args.out:
                 append_rows(args.out, rows, args.device)
-    except expected as error:
-        raise CommandError(str(error)) from error
     return 0
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdtp_bench import processes, prompts
 from sdtp_bench.prompts import Way
+from sdtp_eval import command
 from sdtp_eval.paired import cache_bytes, cache_of
 
 if TYPE_CHECKING:
@@ -67,9 +68,8 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """``sdtp bench memory``: search and print, and write a row as it is found."""
     from sdtp_bench.rows import append_rows
-    from sdtp_kernels.cli import CommandError
 
-    try:
+    with command.user_errors(processes.TrialError):
         if args.step < 1 or not args.step <= args.start <= args.longest:
             raise ValueError(
                 f"--step {args.step} --start {args.start} --longest {args.longest}: expected 1 <= step <= start <= "
@@ -92,8 +92,6 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{dtype}, {name}: {row['tokens']} tokens{ratio}", flush=True)
                 if args.out:
                     append_rows(args.out, [row], args.device)
-    except (ValueError, OSError, ImportError, processes.TrialError) as error:
-        raise CommandError(str(error)) from error
     return 0
 
 

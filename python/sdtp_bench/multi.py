@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_bench import processes
 from sdtp_bench.rows import append_rows
+from sdtp_eval import command
 
 if TYPE_CHECKING:
     import argparse
@@ -48,14 +49,10 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure with these arguments; see :func:`add_parser`."""
-    from sdtp_kernels.cli import CommandError
-
-    try:
+    with command.user_errors(processes.TrialError):
         rows = measure(processes.complete(args))
         if args.out:
             append_rows(args.out, rows, args.device)
-    except (ValueError, OSError, ImportError, processes.TrialError) as error:
-        raise CommandError(str(error)) from error
     for row in rows:
         threads = "" if args.device == "cuda" else f" x {row['threads']} threads"
         print(

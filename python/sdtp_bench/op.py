@@ -14,8 +14,10 @@ import torch
 
 from sdtp_bench.providers import find_providers, make_check
 from sdtp_bench.rows import append_rows, summary
-from sdtp_bench.shapes import DTYPES, MODELS, Case, Stage, make_stage
+from sdtp_bench.shapes import MODELS, SHORT, Case, Stage, make_stage
 from sdtp_bench.timing import CpuDevice, CudaDevice, Device, extra_bytes, interleave
+from sdtp_eval import command
+from sdtp_eval.schedules import BUDGETS
 
 if TYPE_CHECKING:
     import argparse
@@ -54,8 +56,8 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, metavar="N", help="prompt lengths")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="B", help="prompts at once (1)")
     parser.add_argument("--keep", nargs="+", type=float, default=[0.9], metavar="R", help="keep ratios (0.9)")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"], help="(fp32 bf16)")
-    parser.add_argument("--budget", nargs="+", choices=("global", "block"), default=["global"], help="(global)")
+    command.add_dtype_option(parser, ["float32", "bfloat16"])
+    parser.add_argument("--budget", nargs="+", choices=BUDGETS, default=["global"], help="(global)")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S",
                         help=f"for the rounds of a case, at least {MIN_REPEATS} (%(default)g)")  # fmt: skip
 
@@ -75,7 +77,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
         )
     combinations = itertools.product(args.model, args.dtype, args.budget, args.keep, args.batch, args.tokens)
     return [
-        Case(model, tokens, dtype=dtype, batch=batch, keep=keep, budget=budget)
+        Case(model, tokens, dtype=SHORT[dtype], batch=batch, keep=keep, budget=budget)
         for model, dtype, budget, keep, batch, tokens in combinations
     ]
 
@@ -84,13 +86,11 @@ def run(args: argparse.Namespace) -> int:
     """``sdtp bench op`` and ``sdtp bench scaling``: 0 where all is right, 1 where a provider is not."""
     from rich.console import Console
 
-    from sdtp_kernels.cli import CommandError
-
     device = CudaDevice() if args.bench == "op" and torch.cuda.is_available() else CpuDevice()
     console = Console(highlight=False)
     threads = args.threads or [torch.get_num_threads()]
     is_right = True
-    try:
+    with command.user_errors():
         if min(threads) < 1:
             raise ValueError(f"--threads {args.threads}: expected at least 1")
         for case in cases_of(args):
@@ -101,8 +101,6 @@ def run(args: argparse.Namespace) -> int:
             print_rows(rows, console)
             if args.out:
                 append_rows(args.out, rows, device.torch_device)
-    except (ValueError, OSError) as error:
-        raise CommandError(str(error)) from error
     return 0 if is_right else 1
 
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_bench import llama_cpp, processes
+from sdtp_eval import command
+from sdtp_eval.methods import Method, find_method, find_methods
 from sdtp_eval.paired import GateError, Pair, cache_bytes, cache_of, cached_tokens, in_turns, timed
-from sdtp_eval.quality import KEEP_ALL
+from sdtp_eval.schedules import KEEP_ALL, schedule_for
 
 if TYPE_CHECKING:
     import argparse
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from sdtp_eval.quality import Method
     from sdtp_eval.tasks import Sample
     from sdtp_kernels import PruningSchedule
 
@@ -38,7 +39,7 @@ TASKS = ("nll", "passkey")
 def add_parser(commands: Any) -> None:
     """Add ``peers`` to the parsers of ``sdtp bench``."""
     parser = commands.add_parser("peers", help="kvpress, llama.cpp and others on the same prompt at the same budget")
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: SmolLM2-135M-Instruct)")
+    command.add_model_option(parser)
     parser.add_argument(
         "--method", metavar="METHOD",
         help="ours: a pruner file or a scorer (default: the pruners that the default model comes with, else attention)",
@@ -48,9 +49,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--keep", nargs="+", type=float, default=[0.8], help="share that each stage keeps (0.8)")
     parser.add_argument("--presses", nargs="*", default=list(PRESSES), metavar="NAME", help="of kvpress")
     parser.add_argument("--samples", type=int, default=8, help="texts and pass keys for the quality (%(default)s)")
-    parser.add_argument("--dtype", choices=processes.DTYPES, default="bfloat16", help="of the model (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--backend", default="auto", help="backend of the ops; see 'sdtp doctor' (%(default)s)")
+    command.add_dtype_option(parser, "bfloat16")
+    command.add_device_option(parser)
+    command.add_backend_option(parser)
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds (%(default)s)")
     parser.add_argument("--out", metavar="DIR", help="append the rows to a file of their own there, as JSON lines")
     parser.set_defaults(run=run)
@@ -59,16 +60,12 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """``sdtp bench peers``."""
     from sdtp_bench.rows import append_rows
-    from sdtp_kernels import BackendUnavailableError
-    from sdtp_kernels.cli import CommandError
 
-    try:
+    with command.user_errors():
         for rows in measure(args):
             print_rows(rows)
             if args.out:
                 append_rows(args.out, rows, args.device)
-    except (ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError) as error:
-        raise CommandError(str(error)) from error
     return 0
 
 
@@ -125,7 +122,7 @@ class Contest(NamedTuple):
 
     def reader(self, sample: Sample) -> Any:
         """A sample in front of the dense model."""
-        from sdtp_eval.quality import Reader
+        from sdtp_eval.reader import Reader
 
         if sample.id not in self.readers:
             self.readers[sample.id] = Reader(self.model, sample, self.args.backend)
@@ -150,7 +147,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """
     import torch
 
-    from sdtp_eval import quality, tasks
+    from sdtp_eval import tasks
     from sdtp_eval.checkpoints import DEFAULT_PRUNERS, default_gguf, load_checkpoint
     from sdtp_kernels import PruningSchedule
 
@@ -164,7 +161,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     processes.complete(args)
     model, tokenizer = load_checkpoint(args.model, getattr(torch, args.dtype))
     model = model.to(args.device)
-    (method,) = quality.find_methods([args.method], oracles=False)
+    (method,) = find_methods([args.method], ("pruners",))
     layers = method.layers or PruningSchedule.every(model.config.num_hidden_layers).layers
     pool = tasks.TextPool(tokenizer, [], "held-out")
     for tokens in args.tokens:
@@ -186,7 +183,6 @@ def peers_of(contest: Contest, resources: contextlib.ExitStack) -> list[Peer | t
     """The peers that can take part, and name and reason of those that cannot."""
     from sdtp_eval.baselines import BASELINES
     from sdtp_eval.peers import PREFIX
-    from sdtp_eval.quality import Method
 
     attention = Method(ATTENTION, BASELINES[ATTENTION])
     # GemFilter and FastKV let all tokens through the first layers, and then drop once; a third is their choice too.
@@ -246,7 +242,6 @@ def of_schedule(contest: Contest, name: str, method: Method, schedule: PruningSc
 
 def of_single_drop(contest: Contest, layer: int, method: Method) -> Peer:
     """All tokens up to one layer, then so few that B is that of the contest: the class of GemFilter and FastKV."""
-    from sdtp_eval.quality import schedule_for
     from sdtp_kernels import PruningSchedule
 
     schedule = schedule_for(PruningSchedule((layer,)), contest.budget, contest.num_layers, contest.tokens)
@@ -256,7 +251,6 @@ def of_single_drop(contest: Contest, layer: int, method: Method) -> Peer:
 def of_press(contest: Contest, word: str) -> Peer:
     """A press of kvpress: a dense prefill whose cache is cut layer by layer."""
     from sdtp_eval import peers
-    from sdtp_eval.quality import find_method
 
     method, ids = find_method(word), contest.input_ids
     prefill = functools.partial(

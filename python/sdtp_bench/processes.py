@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+from sdtp_eval import command
 from sdtp_eval.paired import cache_of
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 METHODS = ("dense", "pruned")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class TrialError(RuntimeError):
@@ -27,13 +27,13 @@ class TrialError(RuntimeError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is prefilled, and how it is pruned."""
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: SmolLM2-135M-Instruct)")
+    command.add_model_option(parser)
     parser.add_argument("--pruner", metavar="FILE", help="pruners of this model (default: the paper's form, untrained)")
     parser.add_argument("--keep", type=float, default=0.9, help="share of tokens that each stage keeps (%(default)s)")
     parser.add_argument("--first", type=int, default=4, help="first layer with a stage (%(default)s)")
     parser.add_argument("--step", type=int, default=3, help="layers from a stage to the next (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    command.add_dtype_option(parser)
+    command.add_device_option(parser)
     parser.add_argument("--out", metavar="DIR", help="append the rows to a file there, as JSON lines")
 
 
@@ -45,11 +45,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     ValueError
         If a GPU is asked for and torch finds none.
     """
-    import torch
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; 'sdtp doctor' tells more")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = command.choose_device(args.device).type
     if args.model is None:
         from sdtp_eval.checkpoints import default_checkpoint
 

@@ -7,8 +7,10 @@ import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 from sdtp_bench import processes
+from sdtp_eval import command
+from sdtp_eval.methods import add_dropped_kv_options, find_methods, with_dropped_kv
 from sdtp_eval.paired import Pair
-from sdtp_eval.quality import DROPPED_KV
+from sdtp_eval.schedules import BUDGETS
 
 if TYPE_CHECKING:
     import argparse
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
 
     from sdtp_kernels import SdtpHandle
 
-BUDGETS = ("global", "block")
 QUESTION = "Which programming language does this text describe?"
 
 
@@ -30,7 +31,7 @@ class Way(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Which model and text, and how it is pruned."""
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: SmolLM2-135M-Instruct)")
+    command.add_model_option(parser)
     parser.add_argument(
         "--method", metavar="METHOD",
         help="a pruner file or a scorer (default: the pruners that the default model comes with, else attention)",
@@ -40,16 +41,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--budget", nargs="+", choices=BUDGETS, default=["global"], help="default: global")
     parser.add_argument("--block-size", type=int, default=512, help="tokens of a block (%(default)s)")
-    parser.add_argument(
-        "--dropped-kv", nargs="+", choices=DROPPED_KV, default=["none"],
-        help="what later layers keep of a dropped token (default: none)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--kv-predictor", metavar="FILE", help="a pruner file that predicts keys and values (default: the method's)"
-    )
-    parser.add_argument("--dtype", nargs="+", choices=processes.DTYPES, default=["float32"], help="default: float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--backend", default="auto", help="backend of the ops; see 'sdtp doctor' (%(default)s)")
+    add_dropped_kv_options(parser, ["none"])
+    command.add_dtype_option(parser, ["float32"])
+    command.add_device_option(parser)
+    command.add_backend_option(parser)
     parser.add_argument("--text", metavar="FILE", help="the text to read (default: Python's language reference)")
     parser.add_argument("--out", metavar="DIR", help="append the rows to a file of their own there, as JSON lines")
 
@@ -95,13 +90,13 @@ def settings_of(args: argparse.Namespace) -> Iterator[Setting]:
     """
     import torch
 
-    from sdtp_eval import quality, texts
+    from sdtp_eval import texts
     from sdtp_eval.checkpoints import load_checkpoint
     from sdtp_kernels import PruningSchedule
 
     text = texts.read_text(args.text) if args.text else texts.language_reference()
-    (method,) = quality.find_methods([args.method], oracles=False)
-    forms = quality.with_dropped_kv(args, method)
+    (method,) = find_methods([args.method], ("pruners",))
+    forms = with_dropped_kv(args, method)
     for dtype in args.dtype:
         model, tokenizer = load_checkpoint(args.model, getattr(torch, dtype))
         model = model.to(args.device)

@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sdtp_bench import eager
-from sdtp_bench.shapes import GPUS, MODELS, Case, Gpu, Stage, lookup, make_stage
+from sdtp_bench.shapes import GPUS, MODELS, SHORT, Case, Gpu, Stage, lookup, make_stage
+from sdtp_eval import command
+from sdtp_eval.schedules import BUDGETS
 from sdtp_kernels.arguments import Selection
 
 if TYPE_CHECKING:
@@ -297,10 +299,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--model", required=True, metavar="NAME", help=", ".join(MODELS))
     parser.add_argument("--tokens", required=True, type=int, help="length of the prompt")
     parser.add_argument("--keep", type=float, default=0.9, help="share of the tokens that stays (%(default)s)")
-    parser.add_argument("--budget", default="global", help="global or block (%(default)s)")
+    parser.add_argument("--budget", choices=BUDGETS, default="global", help="default: %(default)s")
     parser.add_argument("--block-size", type=int, default=512, help="tokens of a block (%(default)s)")
     parser.add_argument("--pooling", type=int, default=7, help="tokens that a score is pooled over (%(default)s)")
-    parser.add_argument("--dtype", default="bf16", help=f"{', '.join(DTYPES)} (%(default)s)")
+    command.add_dtype_option(parser, "bfloat16", [name for name, short in SHORT.items() if short in DTYPES])
     parser.add_argument("--batch", type=int, default=1, help="prompts of that length (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
     parser.set_defaults(run=run)
@@ -311,7 +313,8 @@ def run(args: argparse.Namespace) -> int:
     from sdtp_kernels.cli import CommandError
 
     try:
-        result = compute(args.gpu, Case(**{field: getattr(args, field) for field in Case._fields}))
+        case = Case(**{field: getattr(args, field) for field in Case._fields})
+        result = compute(args.gpu, case._replace(dtype=SHORT[args.dtype]))
     except ValueError as error:
         raise CommandError(str(error)) from error
     except ImportError as error:

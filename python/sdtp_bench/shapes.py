@@ -71,6 +71,8 @@ GPUS = {
 }
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Rows name dtypes by these, options by torch's own names.
+SHORT = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 
 
 def lookup(table: Mapping[str, Entry], name: str, what: str) -> Entry:

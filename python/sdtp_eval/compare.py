@@ -8,7 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sdtp_eval.command import user_errors
+
 if TYPE_CHECKING:
+    import argparse
     import os
     from collections.abc import Iterable, Sequence
 
@@ -19,7 +22,28 @@ KEY = ("task", "protocol", "tokens", "id", "method", "schedule")
 METRICS = {"nll": ("nll_increase", "kl"), "ranks": ("spearman",)}
 ANSWERS = ("exact", "nll")
 RESAMPLES = 9999
+AGAINST = ("random", "recent", "attention")
+ANY_LENGTH = 0  # as the tokens of a task whose prompts have lengths of their own
 SAME_BUDGET = 0.01  # two methods are compared where their B differs by no more
+
+
+def add_against_option(parser: argparse.ArgumentParser, default: Sequence[str] = AGAINST) -> None:
+    """Whom to compare with."""
+    parser.add_argument(
+        "--against", nargs="*", default=list(default), metavar="METHOD",
+        help=f"paired differences to these, at equal B, or to dense (default: {' '.join(default)})",
+    )  # fmt: skip
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``compare`` to the parsers of ``sdtp eval``."""
+    parser = commands.add_parser("compare", help="tables and pictures of runs")
+    parser.add_argument("files", nargs="+", metavar="DIR_OR_FILE", help="what 'run' has written")
+    add_against_option(parser)
+    parser.add_argument("--by", metavar="FIELD", help="break down by a field of the samples: kind, depth, wording")
+    parser.add_argument("--solved", action="store_true", help="only questions that the dense model answers")
+    parser.add_argument("--plot", metavar="PNG", help="draw quality against B and against time")
+    parser.set_defaults(run=run)
 
 
 class Interval(NamedTuple):
@@ -161,9 +185,12 @@ def solved_by_dense(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def rival_of(one: Group, groups: Iterable[Group], method: str) -> Group | None:
-    """The group of `method` on the same task with the same budget: the same schedule, or else the nearest B."""
+    """The group of `method` on the same task with the same budget: the same schedule, or else the nearest B.
+
+    The dense model has but one budget, and is everybody's rival.
+    """
     same = [g for g in groups if g.method == method and (g[:3], g.part) == (one[:3], one.part)]
-    near = [g for g in same if abs(g.mean_keep - one.mean_keep) <= SAME_BUDGET]
+    near = [g for g in same if method == DENSE or abs(g.mean_keep - one.mean_keep) <= SAME_BUDGET]
     return min(near, key=lambda g: (g.schedule != one.schedule, abs(g.mean_keep - one.mean_keep)), default=None)
 
 
@@ -207,7 +234,8 @@ def print_table(rows: Sequence[dict[str, Any]], against: Sequence[str] = ()) -> 
         tables[row["task"], row["protocol"], row["tokens"]].append(row)
     for (task, protocol, tokens), members in tables.items():
         question = "" if task in METRICS else f", question {protocol} the pruned prompt"
-        table = Table(box=box.SIMPLE_HEAD, title=f"{task}, {tokens} tokens{question}", title_justify="left")
+        length = "" if tokens == ANY_LENGTH else f", {tokens} tokens"
+        table = Table(box=box.SIMPLE_HEAD, title=f"{task}{length}{question}", title_justify="left")
         has_parts = any(row["part"] for row in members)
         metrics = [name for name in METRICS.get(task, ANSWERS) if name in members[0]]
         names = ["method", "schedule", *(["part"] if has_parts else []), "B", "n", *metrics]
@@ -277,9 +305,7 @@ def _shape(row: dict[str, Any]) -> str:
 
 def run(args: Any) -> int:
     """``sdtp eval compare``."""
-    from sdtp_kernels.cli import CommandError
-
-    try:
+    with user_errors():
         samples = read_samples(args.files)
         if args.solved:
             samples = solved_by_dense(samples)
@@ -287,6 +313,4 @@ def run(args: Any) -> int:
         print_table(rows, args.against)
         if args.plot:
             draw(summarize(group(samples)), args.plot)
-    except (ValueError, OSError) as error:
-        raise CommandError(str(error)) from error
     return 0

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtp_eval import quality, tasks
+from sdtp_eval import command, tasks
+from sdtp_eval.methods import Method, add_methods_option, find_methods
+from sdtp_eval.paired import now
 from sdtp_eval.provenance import describe_run
+from sdtp_eval.schedules import KEEP_ALL
 
 if TYPE_CHECKING:
     import argparse
@@ -23,19 +25,17 @@ if TYPE_CHECKING:
 
     import torch
 
-    from sdtp_eval.quality import Method
     from sdtp_kernels.scorers import StageInput
 
 
 def add_parser(commands: Any) -> None:
     """Add ``cost`` to the parsers of ``sdtp eval``."""
     parser = commands.add_parser("cost", help="time of scoring, in per cent of a decoder layer")
-    parser.add_argument("--methods", nargs="+", default=["smollm2-135m", "attention"], metavar="METHOD",
-                        help="pruner files and scorers (smollm2-135m attention)")  # fmt: skip
+    add_methods_option(parser, ["smollm2-135m", "attention"], "pruner files and scorers")
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048], help="prompt lengths (default: 2048)")
     parser.add_argument("--runs", type=int, default=5, help="forward passes that are timed, after one that is not (5)")
     parser.add_argument("--json", metavar="FILE", help="append the rows to it")
-    quality.add_model_options(parser)
+    command.add_model_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -45,16 +45,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from sdtp_kernels import BackendUnavailableError
-    from sdtp_kernels.cli import CommandError
-
-    try:
+    with command.user_errors():
         rows = measure(args)
         if args.json:
             with Path(args.json).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-    except (ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError) as error:
-        raise CommandError(str(error)) from error
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("method", "tokens", "layer, ms", "scoring, ms", "scoring / layer"):
         table.add_column(name, justify="left" if name == "method" else "right")
@@ -87,9 +82,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     if args.runs < 1:
         raise ValueError(f"--runs {args.runs}: expected at least 1")
-    model, tokenizer = quality.load_model(args)
+    model, tokenizer = command.load_model(args)
     num_layers = model.config.num_hidden_layers
-    methods = quality.find_methods(args.methods, oracles=False)
+    methods = find_methods(args.methods, ("pruners",))
     pool = tasks.TextPool(tokenizer, [], "all")
     rows = []
     for tokens in args.tokens:
@@ -97,7 +92,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         input_ids = torch.tensor([sample.context], device=model.device)
         for method in methods:
             layers = method.layers or PruningSchedule.every(num_layers).layers
-            schedule = PruningSchedule(layers=layers, keep_ratio=quality.KEEP_ALL)
+            schedule = PruningSchedule(layers=layers, keep_ratio=KEEP_ALL)
             watch = _Watch(model.device)
             pruners = {
                 layer: watch.timed(score) for layer, score in _scorers(method, layers, model, args.backend).items()
@@ -160,18 +155,11 @@ class _Watch:
     def clear(self) -> None:
         self.of_layers, self.of_scoring = [], []
 
-    def now(self) -> float:
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
     def timed(self, scorer: Callable[[StageInput], torch.Tensor]) -> Callable[[StageInput], torch.Tensor]:
         def score(stage: StageInput) -> torch.Tensor:
-            begin = self.now()
+            begin = now(self.device)
             scores = scorer(stage)
-            self.of_scoring.append(self.now() - begin)
+            self.of_scoring.append(now(self.device) - begin)
             return scores
 
         return score
@@ -183,10 +171,10 @@ class _Watch:
 
         def enter(*_: Any) -> None:
             nonlocal begin
-            begin = self.now()
+            begin = now(self.device)
 
         def leave(*_: Any) -> None:
-            self.of_layers.append(self.now() - begin)
+            self.of_layers.append(now(self.device) - begin)
 
         with contextlib.ExitStack() as stack:
             for layer in decoder.layers:

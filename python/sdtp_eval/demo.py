@@ -8,15 +8,14 @@ import html
 import json
 import os
 import random
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdtp_eval import tasks, texts
+from sdtp_eval import command, tasks, texts
 from sdtp_eval.paired import Pair, cache_bytes, cache_of, in_turns, timed
 from sdtp_eval.provenance import describe_run
-from sdtp_eval.quality import DTYPES, KEEP_ALL, SHAPES, shaped
+from sdtp_eval.schedules import BUDGETS, KEEP_ALL, SHAPES, shaped
 
 if TYPE_CHECKING:
     import argparse
@@ -48,7 +47,7 @@ class Asked(NamedTuple):
 def add_command(subparsers: Any) -> None:
     """Add ``demo`` to the parsers of ``sdtp``."""
     parser = subparsers.add_parser("demo", help="a model reads a long text dense and pruned, and is asked about it")
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: SmolLM2-135M-Instruct)")
+    command.add_model_options(parser)
     method = parser.add_mutually_exclusive_group()
     method.add_argument(
         "--pruner", metavar="FILE_OR_ID", help="trained pruners of this model (default: those it comes with)"
@@ -65,11 +64,8 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument(
         "--question", nargs="+", help="ask this about the text (default: three facts that the demo hides in it)"
     )
-    parser.add_argument("--budget", default="global", help="global or block (%(default)s)")
+    parser.add_argument("--budget", choices=BUDGETS, default="global", help="default: %(default)s")
     parser.add_argument("--block-size", type=int, default=512, help="tokens of a block (%(default)s)")
-    parser.add_argument("--backend", default="auto", help="who runs the ops; see 'sdtp doctor' (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=24, help="longest answer (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="timed prefills, at least one a question (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the results there as well")
@@ -81,13 +77,10 @@ def add_command(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo with these arguments; see :func:`add_command`."""
-    from sdtp_kernels import BackendUnavailableError
     from sdtp_kernels.cli import CommandError
 
-    try:
+    with command.user_errors():
         result = measure(args)
-    except (ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError) as error:
-        raise CommandError(str(error)) from error
     _print(result)
     wanted = [("--json", args.json, _json), ("--html", args.html, _page)]
     for option, path, write in wanted:
@@ -131,15 +124,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     _check_settings(args)
     import torch
 
-    from sdtp_eval.checkpoints import DEFAULT_NAME, DEFAULT_PRUNERS, default_checkpoint, load_checkpoint
+    from sdtp_eval.checkpoints import DEFAULT_NAME, DEFAULT_PRUNERS
 
     text = texts.read_text(args.text) if args.text else texts.language_reference()
-    has_gpu = torch.cuda.is_available()
-    if args.device == "cuda" and not has_gpu:
-        raise ValueError("--device cuda: torch finds no GPU here; 'sdtp doctor' tells more")
-    device = torch.device(args.device or ("cuda" if has_gpu else "cpu"))
-    model, tokenizer = load_checkpoint(args.model or default_checkpoint(), getattr(torch, args.dtype))
-    model = model.to(device)
+    model, tokenizer = command.load_model(args)
+    device = model.device
     asked, notes = _ask(args, tokenizer, text)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and len(asked[0].prompt) > longest:
@@ -247,7 +236,6 @@ def _run(
 ) -> dict[str, Any]:
     """Check, measure and answer; each prefill is reported on stderr as it ends."""
     import torch
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     first = pairs[DENSE]
     device = first.input_ids.device
@@ -256,24 +244,19 @@ def _run(
     for answer in answers:
         del answer["prompt"]
     about: dict[str, Any] = {"backend": first.backend, "note": "", "dropped_at": [None] * first.tokens}
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    # Without a refreshing thread: nothing else runs while a prefill is timed.
-    with Progress(*columns, TimeElapsedColumn(), console=_console(stderr=True), auto_refresh=False) as progress:
-        # Every question is asked, in more rounds than were asked for if need be.
-        rounds = max(rounds, len(asked))
-        task = progress.add_task("check: all kept is dense", total=1 + rounds * len(pairs))
-        progress.refresh()
+    rounds = max(rounds, len(asked))  # every question is asked, in more rounds than were asked for if need be
+    with command.progress_bar(1 + rounds * len(pairs)) as bar:
+        bar.show("check: all kept is dense")
         start = {kind: pair._replace(input_ids=pair.input_ids[:, -CHECKED:]) for kind, pair in pairs.items()}
         dense = start[DENSE].prefill().logits
         for kind in list(pairs)[1:]:
             for keep_ratio in (1.0, KEEP_ALL):
                 start[kind].check_keeping_all(dense, keep_ratio)
-        progress.advance(task)
+        bar.advance()
         gc.collect()  # a collection costs more than many a prefill: not while the clock runs
         for i, kind in enumerate(in_turns(list(pairs), rounds)):
             number = i // len(pairs) % len(asked)
-            progress.update(task, description=f"{kind}, prefill {i // len(pairs) + 1}")
-            progress.refresh()
+            bar.show(f"{kind}, prefill {i // len(pairs) + 1}")
             pair = pairs[kind]._replace(input_ids=torch.tensor([asked[number].prompt], device=device))
             with pair.patched() if kind != DENSE else contextlib.nullcontext() as handle:
                 output, seconds = timed(pair.prefill, device)
@@ -293,8 +276,8 @@ def _run(
                     tokens = _continue(pair.model, output, most)
                     answers[number]["by_kind"][kind] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
             del output, cache
-            progress.console.print(f"{kind:<10}{seconds:8.2f} s")
-            progress.advance(task)
+            bar.progress.console.print(f"{kind:<10}{seconds:8.2f} s")
+            bar.advance()
     return {"kinds": kinds, "answers": answers, **about}
 
 
@@ -330,12 +313,6 @@ def _dropped_at(cache: Any, tokens: int) -> list[int | None]:
 
 
 # ----------------------------------------------------------------------------------------------------- reporting
-
-
-def _console(*, stderr: bool = False) -> Any:
-    from rich.console import Console
-
-    return Console(file=sys.stderr if stderr else sys.stdout, highlight=False)
 
 
 def _table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -389,10 +366,11 @@ def _verdict(answer: Mapping[str, Any], kind: str) -> str:
 
 def _print(result: Mapping[str, Any]) -> None:
     from rich import box
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = _console()
+    console = Console(highlight=False)
     head, *rows = _table(result)
     table = Table(box=box.SIMPLE_HEAD)
     for name in head:

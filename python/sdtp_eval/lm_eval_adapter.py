@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.api.model import LM
-from tqdm import tqdm
 
-from sdtp_eval.quality import greedy
+from sdtp_eval.command import progress_bar
+from sdtp_eval.reader import greedy, prefilled_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 DEFAULT_NEW_TOKENS = 256  # where a task does not say; lm-eval's own default
 
@@ -32,9 +32,17 @@ class SdtpLM(LM):
     split : function of str to (str, str), optional
         Divides a prompt of ``generate_until`` into a context to prune and a question that follows it, unpruned (patch
         the model with ``later_turns=False``); without it the whole prompt is pruned.
+    shorten : function of list of int to list of int, optional
+        What the model is given of a context, by token ids; without it all of it.
     max_new_tokens : int, optional
         Upper limit for every task, whatever it asks for.
     progress : bool, default True
+
+    Attributes
+    ----------
+    mean_keep : dict of str to float
+        By prompt of ``generate_until``: B, the mean of the tokens that a layer has computed of what is pruned, over all
+        of them. Counted in the layers.
 
     Examples
     --------
@@ -48,12 +56,15 @@ class SdtpLM(LM):
         tokenizer: Any,
         *,
         split: Callable[[str], tuple[str, str]] | None = None,
+        shorten: Callable[[list[int]], list[int]] = list,
         max_new_tokens: int | None = None,
         progress: bool = True,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
-        self.split, self.max_new_tokens, self.progress = split, max_new_tokens, progress
+        self.split, self.shorten = split, shorten
+        self.max_new_tokens, self.progress = max_new_tokens, progress
+        self.mean_keep: dict[str, float] = {}
 
     @property
     def tokenizer_name(self) -> str:
@@ -79,6 +90,7 @@ class SdtpLM(LM):
         for request in self._bar(requests, "loglikelihood", disable_tqdm):
             context, continuation = request.args
             ids, count = self._encode_pair(context, continuation)
+            ids = [*self.shorten(ids[:-count]), *ids[-count:]]
             output = self.model(self._tensor(ids[:-1]), logits_to_keep=count)
             logits = output.logits[0, -count:].float().log_softmax(-1)
             answer = torch.tensor(ids[-count:], device=logits.device)
@@ -112,7 +124,10 @@ class SdtpLM(LM):
         """Greedy continuation of a prompt."""
         context, question = self.split(prompt) if self.split else (prompt, "")
         follows = list(self.tokenizer(question, add_special_tokens=False).input_ids) if question else []
-        new = greedy(self.model, self._encode(context), follows, max_new_tokens)
+        ids = self._encode(context)
+        with prefilled_tokens(self.model) as computed:
+            new = greedy(self.model, self.shorten(ids), follows, max_new_tokens)
+        self.mean_keep[prompt] = sum(computed) / (len(computed) * len(ids))
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
@@ -131,6 +146,8 @@ class SdtpLM(LM):
     def _tensor(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor([ids], device=self.model.device)
 
-    def _bar(self, requests: Sequence[Any], what: str, disable: bool) -> Iterable[Any]:
-        bar: Iterable[Any] = tqdm(requests, desc=what, disable=disable or not self.progress)
-        return bar
+    def _bar(self, requests: Sequence[Any], what: str, disable: bool) -> Iterator[Any]:
+        with progress_bar(len(requests), what, shown=self.progress and not disable) as bar:
+            for request in requests:
+                yield request
+                bar.advance()

@@ -1,81 +1,50 @@
 """``sdtp eval longbench``: LongBench v1 (arXiv 2308.14508), where its files are.
 
 The files are the ``<dataset>.jsonl`` of the benchmark, with ``input``, ``context``, ``answers`` and ``all_classes``;
-they are not part of this package. Prompts, answer lengths and measures are those of the benchmark. A context that is
-too long is cut in its middle, as there.
+they are not part of this package. Prompts, answer lengths and measures are those of lm-evaluation-harness, which took
+them from the benchmark. What it changed on the way: a prompt ends without white space (the benchmark has a line break
+after "Next line of code:" and a space after "The final answer is:"), and the similarity of code is that of the first
+line that is not blank. A context that is too long is cut in its middle, as in the benchmark.
 """
 
 from __future__ import annotations
 
-import difflib
+import functools
 import hashlib
 import itertools
 import json
-import re
-import string
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdtp_eval import compare, tasks
-from sdtp_eval.tasks import AFTER, INSIDE, PROTOCOLS
+from sdtp_eval import command, compare, records, schedules, tasks
+from sdtp_eval.methods import (
+    FROM_PROMPTS,
+    add_dropped_kv_options,
+    add_methods_option,
+    check_budget,
+    find_methods,
+    name_of,
+    patch,
+    plan,
+    shorten,
+)
+from sdtp_eval.reader import greedy, prefilled_tokens
+from sdtp_eval.tasks import INSIDE, PROTOCOLS
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from sdtp_eval.methods import Method
 
 FIELDS = ("input", "context", "answers", "all_classes")
-
-
-# --------------------------------------------------------------------------------------------------------- measures
-
-
-def normalize(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous spaces."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def word_f1(answer: str, expected: str, classes: list[str]) -> float:
-    """F1 over the words of both."""
-    found, wanted = normalize(answer).split(), normalize(expected).split()
-    shared = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * shared / (len(found) + len(wanted)) if shared else 0.0
-
-
-def rouge_l(answer: str, expected: str, classes: list[str]) -> float:
-    """F1 of the longest common subsequence of words."""
-    found, wanted = answer.split(), expected.split()
-    row = [0] * (len(wanted) + 1)
-    for word in found:
-        diagonal = 0
-        for j, other in enumerate(wanted, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
-    return 2 * row[-1] / (len(found) + len(wanted)) if row[-1] else 0.0
-
-
-def class_share(answer: str, expected: str, classes: list[str]) -> float:
-    """1 over the number of class names in the answer, if the right one is among them."""
-    named = [name for name in classes if name in answer]
-    named = [name for name in named if name == expected or name not in expected]
-    return 1 / len(named) if expected in named else 0.0
-
-
-def number_share(answer: str, expected: str, classes: list[str]) -> float:
-    """Share of the numbers in the answer that are the right one."""
-    right = re.findall(r"\d+", expected)[-1:]
-    numbers = re.findall(r"\d+", answer)
-    return sum(number in right for number in numbers) / len(numbers) if numbers else 0.0
-
-
-def code_similarity(answer: str, expected: str, classes: list[str]) -> float:
-    """Edit similarity of the first line of code, 0 to 1."""
-    lines = (line for line in answer.lstrip("\n").split("\n") if not any(mark in line for mark in ("`", "#", "//")))
-    return difflib.SequenceMatcher(None, next(lines, answer), expected).ratio()
-
-
-# --------------------------------------------------------------------------------------------------------- datasets
+DATASETS = (
+    "narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "gov_report", "qmsum", "multi_news",
+    "trec", "triviaqa", "samsum", "passage_count", "passage_retrieval_en", "lcc", "repobench-p",
+)  # fmt: skip
+# Examples or code to be continued: the benchmark asks these without a chat template. lm-eval leaves that to its caller.
+NO_CHAT = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")
 
 
 class Dataset(NamedTuple):
@@ -84,122 +53,47 @@ class Dataset(NamedTuple):
     before: str
     """The prompt before the context."""
     after: str
-    """And after it; ``{input}`` is the question."""
+    """And after it; ``{{question}}`` is the question."""
     new_tokens: int
-    measure: Callable[[str, str, list[str]], float]
-    chat: bool = True
-    """Whether the chat template is used: not where the prompt is examples or code to be continued."""
-    first_line: bool = False
-    """Whether only the first line of the answer counts."""
+    until: Sequence[str]
+    """What ends an answer."""
+    measure: Callable[[dict[str, Any], list[str]], dict[str, float]]
+    """Of lm-eval: a sample and its answer to the measure, 0 to 1."""
+    chat: bool
+    """Whether the chat template is used."""
 
 
-_ONLY = "Only give me the answer and do not output any other words."
-_SINGLE = "Answer the question as concisely as you can, using a single phrase or sentence if possible. "
-_BASED = _SINGLE.replace("question as", "question based on the above article as")
-_UNKNOWN = (
-    'If the question cannot be answered based on the information in the article, write "unanswerable". If the question '
-    'is a yes/no question, answer "yes", "no", or "unanswerable". Do not provide any explanation.\n\n'
-)
-_STORY = "using a single phrase if possible. Do not provide any explanation.\n\n"
-_PASSAGES = Dataset(
-    f"Answer the question based on the given passages. {_ONLY}\n\nThe following are given passages.\n",
-    f"\n\nAnswer the question based on the given passages. {_ONLY}\n\nQuestion: {{input}}\nAnswer:",
-    32,
-    word_f1,
-)
+@functools.cache
+def find_dataset(name: str) -> Dataset:
+    """The dataset as lm-eval describes it.
 
-DATASETS: dict[str, Dataset] = {
-    # "asconcisely" is how the benchmark writes it.
-    "narrativeqa": Dataset(
-        "You are given a story, which can be either a novel or a movie script, and a question. Answer the question "
-        f"asconcisely as you can, {_STORY}Story: ",
-        f"\n\nNow, answer the question based on the story asconcisely as you can, {_STORY}Question: {{input}}\n\n"
-        "Answer:",
-        128,
-        word_f1,
-    ),
-    "qasper": Dataset(
-        f"You are given a scientific article and a question. {_SINGLE}{_UNKNOWN}Article: ",
-        f"\n\n {_BASED}{_UNKNOWN}Question: {{input}}\n\nAnswer:",
-        128,
-        word_f1,
-    ),
-    "multifieldqa_en": Dataset(
-        "Read the following text and answer briefly.\n\n",
-        "\n\nNow, answer the following question based on the above text, only give me the answer and do not output any "
-        "other words.\n\nQuestion: {input}\nAnswer:",
-        64,
-        word_f1,
-    ),
-    "hotpotqa": _PASSAGES,
-    "2wikimqa": _PASSAGES,
-    "musique": _PASSAGES,
-    "gov_report": Dataset(
-        "You are given a report by a government agency. Write a one-page summary of the report.\n\nReport:\n",
-        "\n\nNow, write a one-page summary of the report.\n\nSummary:",
-        512,
-        rouge_l,
-    ),
-    "qmsum": Dataset(
-        "You are given a meeting transcript and a query containing a question or instruction. Answer the query in one "
-        "or more sentences.\n\nTranscript:\n",
-        "\n\nNow, answer the query based on the above meeting transcript in one or more sentences.\n\nQuery: {input}\n"
-        "Answer:",
-        512,
-        rouge_l,
-    ),
-    "multi_news": Dataset(
-        "You are given several news passages. Write a one-page summary of all news. \n\nNews:\n",
-        "\n\nNow, write a one-page summary of all the news.\n\nSummary:",
-        512,
-        rouge_l,
-    ),
-    "trec": Dataset(
-        "Please determine the type of the question below. Here are some examples of questions.\n\n",
-        "\n{input}",
-        64,
-        class_share,
-        chat=False,
-        first_line=True,
-    ),
-    "triviaqa": Dataset(
-        f"Answer the question based on the given passage. {_ONLY} The following are some examples.\n\n",
-        "\n\n{input}",
-        32,
-        word_f1,
-        chat=False,
-        first_line=True,
-    ),
-    "samsum": Dataset(
-        "Summarize the dialogue into a few short sentences. The following are some examples.\n\n",
-        "\n\n{input}",
-        128,
-        rouge_l,
-        chat=False,
-        first_line=True,
-    ),
-    "passage_count": Dataset(
-        "There are some paragraphs below sourced from Wikipedia. Some of them may be duplicates. Please carefully read "
-        "these paragraphs and determine how many unique paragraphs there are after removing duplicates. In other "
-        "words, how many non-repeating paragraphs are there in total?\n\n",
-        "\n\nPlease enter the final count of unique paragraphs after removing duplicates. The output format should "
-        "only contain the number, such as 1, 2, 3, and so on.\n\nThe final answer is: ",
-        32,
-        number_share,
-    ),
-    "passage_retrieval_en": Dataset(
-        "Here are 30 paragraphs from Wikipedia, along with an abstract. Please determine which paragraph the abstract "
-        "is from.\n\n",
-        "\n\nThe following is an abstract.\n\n{input}\n\nPlease enter the number of the paragraph that the abstract is "
-        'from. The answer format must be like "Paragraph 1", "Paragraph 2", etc.\n\nThe answer is: ',
-        32,
-        number_share,
-    ),
-    "lcc": Dataset("Please complete the code given below. \n", "Next line of code:\n", 64, code_similarity, chat=False),
-    "repobench-p": Dataset(
-        "Please complete the code given below. \n", "{input}Next line of code:\n", 64, code_similarity, chat=False
-    ),
-}
+    Raises
+    ------
+    ValueError
+        If it is not one of :data:`DATASETS`.
+    ImportError
+        If lm-eval, or what its measures need, is not installed.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"no LongBench dataset {name!r}; known: {', '.join(DATASETS)}")
+    try:
+        import yaml
+        from lm_eval.tasks.longbench import metrics
+    except ImportError as error:
+        raise ImportError(
+            f"LongBench's prompts and measures are those of lm-eval ({error}): pip install 'sdtp-kernels[ruler]'"
+        ) from None
+
+    class Loader(yaml.SafeLoader):
+        """Names of functions as what they name."""
+
+    Loader.add_constructor("!function", lambda _, node: getattr(metrics, node.value.removeprefix("metrics.")))
+    described = yaml.load(Path(metrics.__file__).with_name(f"{name}.yaml").read_text(encoding="utf-8"), Loader)
+    before, _, after = described["doc_to_text"].partition("{{context}}")
+    settings = described["generation_kwargs"]
+    return Dataset(
+        before, after, settings["max_gen_toks"], settings["until"], described["process_results"], name not in NO_CHAT
+    )
 
 
 def read_dataset(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -208,10 +102,8 @@ def read_dataset(folder: Path, name: str) -> list[dict[str, Any]]:
     Raises
     ------
     ValueError
-        If the dataset is unknown, its file is missing or not of LongBench's form, or its contexts are empty.
+        If its file is missing or not of LongBench's form, or its contexts are empty.
     """
-    if name not in DATASETS:
-        raise ValueError(f"no LongBench dataset {name!r}; known: {', '.join(DATASETS)}")
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         raise ValueError(
@@ -232,17 +124,18 @@ def read_dataset(folder: Path, name: str) -> list[dict[str, Any]]:
     return samples
 
 
-def judge(name: str, answer: str, sample: dict[str, Any]) -> float:
+def judge(dataset: Dataset, answer: str, sample: dict[str, Any]) -> float:
     """The benchmark's measure of one answer, 0 to 1: the best over the accepted answers.
 
-    ROUGE-L is computed over the words of the whole text, the benchmark's own by sentences: for summaries compare
-    figures of this program with each other only.
+    Examples
+    --------
+    >>> judge(find_dataset("hotpotqa"), "The Eiffel Tower!", {"answers": ["eiffel tower"]})
+    1.0
     """
-    dataset = DATASETS[name]
-    if dataset.first_line:
-        answer = answer.lstrip("\n").split("\n")[0]
-    classes = sample["all_classes"] or []
-    return max((dataset.measure(answer, expected, classes) for expected in sample["answers"]), default=0.0)
+    for stop in dataset.until:  # the benchmark, unlike lm-eval, forgives a break at the beginning
+        answer = answer.lstrip(stop).split(stop)[0]
+    score, *_ = dataset.measure(sample, [answer]).values()
+    return float(score)
 
 
 def build_prompt(
@@ -258,8 +151,8 @@ def build_prompt(
     head, tail = tasks.chat_template(tokenizer, dataset.chat)
     if not dataset.chat:
         tail = ""
-    # Not str.format: a question may hold braces.
-    question = tasks.encode(tokenizer, dataset.after.replace("{input}", sample["input"]) + tail)
+    # Not a template any more: a question may hold braces.
+    question = tasks.encode(tokenizer, dataset.after.replace("{{question}}", sample["input"]) + tail)
     before = [*head, *tasks.encode(tokenizer, dataset.before)]
     context = tasks.encode(tokenizer, sample["context"])
     room = num_tokens - len(before) - len(question)
@@ -275,74 +168,140 @@ def build_prompt(
 
 def add_parser(commands: Any) -> None:
     """Add ``longbench`` to the parsers of ``sdtp eval``."""
-    from sdtp_eval import quality
-
     parser = commands.add_parser("longbench", help="LongBench v1, from its files")
     parser.add_argument("--data", metavar="DIR", required=True, help="folder with the <dataset>.jsonl of LongBench v1")
-    parser.add_argument("--out", metavar="DIR", required=True, help="results; a run that is there is continued")
+    records.add_options(parser)
     parser.add_argument("--tasks", nargs="+", default=list(DATASETS), metavar="DATASET", help="default: all in English")
-    parser.add_argument(
-        "--methods", nargs="+", default=["random", "recent", "attention"], metavar="METHOD",
-        help="pruner files and scorers; dense always runs too (default: random recent attention)",
-    )  # fmt: skip
+    add_methods_option(
+        parser, ["random", "recent", "attention"], "pruner files, scorers and cutters; dense always runs too"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="longest prompt (%(default)s)")
     parser.add_argument("--samples", type=int, help="samples a dataset (default: all)")
     parser.add_argument(
         "--protocols", nargs="+", choices=PROTOCOLS, default=[INSIDE], help="see 'run' (default: inside)"
     )
-    quality.add_model_options(parser)
-    quality.add_schedule_options(parser)
-    quality.add_against_option(parser)
+    command.add_model_options(parser)
+    schedules.add_options(parser)
+    add_dropped_kv_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """``sdtp eval longbench``."""
-    from sdtp_eval import quality
-
-    return quality.report(args, evaluate)
+    return records.report(args, evaluate)
 
 
 def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Answer what the directory ``args.out`` does not hold yet; ``exact`` is the benchmark's measure, 0 to 1."""
-    import torch
-    from tqdm import tqdm
-
-    from sdtp_eval import quality
-
+    samples = {name: (find_dataset(name), read_dataset(Path(args.data), name)[: args.samples]) for name in args.tasks}
+    methods = find_methods(args.methods, FROM_PROMPTS)
+    model, tokenizer = command.load_model(args)
     questions = [
-        (name, sample) for name in args.tasks for sample in read_dataset(Path(args.data), name)[: args.samples]
+        Question(
+            "longbench", name, str(number), dataset, *build_prompt(tokenizer, dataset, sample, args.tokens), sample
+        )
+        for name, (dataset, found) in samples.items()
+        for number, sample in enumerate(found)
     ]
-    methods = quality.find_methods(args.methods, oracles=False)
-    model, tokenizer = quality.load_model(args)
+    return ask(args, model, tokenizer, methods, questions)
+
+
+# ---------------------------------------------------------------------------------------------------------- asking
+
+
+class Question(NamedTuple):
+    """One sample of a benchmark, as it is asked."""
+
+    benchmark: str
+    name: str
+    """Of the dataset."""
+    number: str
+    """In its file."""
+    dataset: Dataset
+    context: list[int]
+    """Token ids; what the protocol ``after`` prunes."""
+    question: list[int]
+    """And those that follow."""
+    sample: dict[str, Any]
+    """With ``answers``, and ``all_classes`` where the dataset has classes."""
+
+    @property
+    def id(self) -> str:
+        """By everything that decides the score of an answer."""
+        about = [self.name, self.context, self.question, self.sample["answers"]]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def ask(
+    args: argparse.Namespace, model: Any, tokenizer: Any, methods: Sequence[Method], questions: Sequence[Question]
+) -> list[dict[str, Any]]:
+    """Let every method answer what the directory ``args.out`` does not hold yet.
+
+    Parameters
+    ----------
+    args : Namespace
+        ``out``, ``tokens``, ``protocols``, and the options of models and schedules. Where ``tokens`` is
+        :data:`sdtp_eval.compare.ANY_LENGTH`, a budget is sought for the length of each prompt.
+    model, tokenizer
+    methods : sequence of Method
+        Of the kinds :data:`sdtp_eval.methods.FROM_PROMPTS`; dense is added.
+    questions : sequence of Question
+
+    Returns
+    -------
+    list of dict
+        All per-sample results of the directory.
+
+    Raises
+    ------
+    GateError
+        If the layers have not computed as many tokens of a prompt as the schedule says, or the dense model not all of
+        them; the answer is not written then.
+    """
+    import torch
+
     num_layers = model.config.num_hidden_layers
-    entries = quality.plan(args, methods, num_layers, args.tokens)
-    path = quality.open_results(Path(args.out), args, model)
-    done = {tuple(result[key] for key in compare.KEY) for result in compare.read_samples([path])}
-    with path.open("a", encoding="utf-8") as file, torch.no_grad():
-        for name, sample in tqdm(questions, desc="longbench"):
-            context, question = build_prompt(tokenizer, DATASETS[name], sample, args.tokens)
-            sample_id = hashlib.sha256(json.dumps([name, context, question]).encode()).hexdigest()[:16]
+    path = records.open_results(Path(args.out), args, model)
+    done = {records.key_of(result) for result in compare.read_samples([path])}
+    is_recorded = False
+    with (
+        command.progress_bar(len(questions)) as bar,
+        path.open("a", encoding="utf-8") as file,
+        torch.no_grad(),
+    ):
+        for asked in questions:
+            bar.show(f"{asked.benchmark} {asked.name}")
+            entries = plan(args, methods, num_layers, args.tokens or len(asked.context) + len(asked.question))
             for (method, label, schedule), protocol in itertools.product(entries, args.protocols):
-                method_name = method.name if method else compare.DENSE
-                key = (f"longbench {name}", protocol, args.tokens, sample_id, method_name, label)
+                key = (f"{asked.benchmark} {asked.name}", protocol, args.tokens, asked.id, name_of(method), label)
                 if key in done:
                     continue
-                pruned, after = (context, question) if protocol == AFTER else ([*context, *question], [])
+                if not is_recorded:
+                    records.record_run(args, model)
+                    is_recorded = True
+                prompt, after = asked.context, asked.question
+                if protocol == INSIDE:
+                    prompt, after = [*prompt, *after], []
                 begin = time.perf_counter()
-                with quality.patch(model, method, schedule, args.backend):
-                    new = quality.greedy(model, pruned, after, DATASETS[name].new_tokens)
+                short = shorten(method, schedule, prompt, num_layers)
+                with patch(model, method, schedule, args.backend), prefilled_tokens(model) as computed:
+                    new = greedy(model, short, after, asked.dataset.new_tokens)
+                seconds = time.perf_counter() - begin
+                kept = sum(computed) / (num_layers * len(prompt))
+                check_budget(kept, method, schedule, len(prompt), num_layers)
                 answer = str(tokenizer.decode(new, skip_special_tokens=True))
                 result = {
                     **dict(zip(compare.KEY, key, strict=True)),
-                    "kind": name,
-                    "exact": judge(name, answer, sample),
+                    "kind": asked.name,
+                    "number": asked.number,
+                    "exact": judge(asked.dataset, answer, asked.sample),
                     "answer": answer,
-                    "expected": sample["answers"],
-                    "mean_keep": schedule.mean_keep(len(pruned), num_layers) if schedule else 1.0,
-                    "prompt_tokens": len(pruned),
-                    "seconds_with_answer": time.perf_counter() - begin,
+                    "expected": asked.sample["answers"],
+                    "mean_keep": kept,
+                    "prompt_tokens": len(prompt),
+                    "seconds_with_answer": seconds,
                 }
                 file.write(json.dumps(result) + "\n")
                 file.flush()
+            bar.advance()
     return compare.read_samples([path])

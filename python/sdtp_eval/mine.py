@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtp_eval import quality, texts
+from sdtp_eval import command, methods, schedules, texts
+from sdtp_eval.reader import Reader, greedy
 from sdtp_eval.tasks import INSIDE, Sample, encode
 
 if TYPE_CHECKING:
@@ -24,29 +25,23 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "prompts", metavar="PROMPTS.jsonl", help='one JSON object a line: {"prompt": TEXT} or {"messages": [...]}'
     )
-    parser.add_argument(
-        "--methods", nargs="+", default=["attention"], metavar="METHOD", help="pruner files and scorers (attention)"
-    )
+    methods.add_methods_option(parser, ["attention"], "pruner files and scorers")
     parser.add_argument("--new-tokens", type=int, default=48, help="longest answer (%(default)s)")
     parser.add_argument("--out", metavar="FILE", help="write one JSON object a prompt, method and schedule there")
-    quality.add_model_options(parser)
-    quality.add_schedule_options(parser)
+    command.add_model_options(parser)
+    schedules.add_options(parser)
+    methods.add_dropped_kv_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """``sdtp eval mine``."""
-    from sdtp_kernels import BackendUnavailableError
-    from sdtp_kernels.cli import CommandError
-
-    try:
+    with command.user_errors():
         rows = sorted(measure(args), key=lambda row: -row["kl"])
         _print(rows)
         if args.out:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             Path(args.out).write_text(lines, encoding="utf-8")
-    except (ValueError, NotImplementedError, BackendUnavailableError, OSError, ImportError) as error:
-        raise CommandError(str(error)) from error
     return 0
 
 
@@ -76,23 +71,22 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise ValueError(f"--new-tokens {args.new_tokens}: expected at least 1")
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: there is no such directory")
-    methods = quality.find_methods(args.methods, oracles=False)
-    model, tokenizer = quality.load_model(args)
+    found = methods.find_methods(args.methods, methods.FROM_PROMPTS)
+    model, tokenizer = command.load_model(args)
     prompts = list(read_prompts(tokenizer, args.prompts))
     with torch.no_grad():
         for line, ids in prompts:
-            dense = quality.greedy(model, ids, [], args.new_tokens)
+            dense = greedy(model, ids, [], args.new_tokens)
             if not dense:
                 raise ValueError(
                     f"{args.prompts}:{line}: the dense model answers nothing, so there is nothing to compare"
                 )
-            reader = quality.Reader(model, Sample("mine", "own", tuple(ids), (), tuple(dense)), args.backend)
-            for method, label, schedule in quality.plan(args, methods, model.config.num_hidden_layers, len(ids)):
+            reader = Reader(model, Sample("mine", "own", tuple(ids), (), tuple(dense)), args.backend)
+            for method, label, schedule in methods.plan(args, found, model.config.num_hidden_layers, len(ids)):
                 if method is None or schedule is None:
                     continue
                 read = reader.result(INSIDE, method, schedule)
-                with reader.patched(INSIDE, method, schedule):
-                    pruned = quality.greedy(model, ids, [], args.new_tokens)
+                pruned = reader.greedy(INSIDE, method, schedule, extra=args.new_tokens - len(dense))
                 answers = [
                     str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in (dense, pruned)
                 ]

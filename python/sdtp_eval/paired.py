@@ -87,7 +87,7 @@ class Pair(NamedTuple):
             The dense model's logits.
         keep_ratio : float
             At exactly 1 the patch hands the prompt to the original forward, which proves little. A little less, such as
-            :data:`sdtp_eval.quality.KEEP_ALL`, goes through scoring, selection, gather and the pruned loop, and keeps
+            :data:`sdtp_eval.schedules.KEEP_ALL`, goes through scoring, selection, gather and the pruned loop, and keeps
             every token all the same.
 
         Raises
@@ -171,15 +171,17 @@ def in_turns(names: Sequence[Result], rounds: int) -> Iterator[Result]:
         yield from names[:first]
 
 
-def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """What `work` returns, and the seconds that it took, on a GPU until that is done."""
+def now(device: torch.device) -> float:
+    """Seconds on a clock of the host, once all work given to the device is done."""
     import torch
 
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
-    begin = now()
+
+def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """What `work` returns, and the seconds that it took, on a GPU until that is done."""
+    begin = now(device)
     result = work()
-    return result, now() - begin
+    return result, now(device) - begin

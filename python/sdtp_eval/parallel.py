@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sdtp_eval.command import choose_device
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -38,17 +40,13 @@ def join_workers(device: str | None) -> Workers:
     ValueError
         If a GPU is asked for and torch finds none.
     """
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; 'sdtp doctor' tells more")
+    chosen = choose_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return Workers(0, 1, chosen, lambda: None, lambda tensors: None)
     from accelerate import PartialState
     from accelerate.utils import reduce
 
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    state = PartialState(cpu=chosen.type == "cpu")
 
     def add_up(tensors: Sequence[torch.Tensor]) -> None:
         for tensor in tensors:

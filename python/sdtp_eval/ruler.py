@@ -10,13 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from sdtp_eval import compare
+from sdtp_eval import command, compare, records, schedules
+from sdtp_eval.methods import (
+    FROM_PROMPTS,
+    add_dropped_kv_options,
+    add_methods_option,
+    check_budget,
+    find_methods,
+    name_of,
+    patch,
+    plan,
+    shorten,
+)
 from sdtp_eval.tasks import AFTER, PROTOCOLS
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
+    from sdtp_eval.methods import Method
     from sdtp_kernels import PruningSchedule
 
 TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_fwe")  # the others fetch essays or questions
@@ -24,39 +36,35 @@ TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_fwe")  # 
 
 def add_parser(commands: Any) -> None:
     """Add ``ruler`` to the parsers of ``sdtp eval``."""
-    from sdtp_eval import quality
-
     parser = commands.add_parser("ruler", help="RULER tasks through lm-eval (extra: ruler)")
-    parser.add_argument("--out", metavar="DIR", required=True, help="results; a run that is there is continued")
+    records.add_options(parser)
     parser.add_argument(
         "--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}, which run offline"
     )
-    parser.add_argument(
-        "--methods", nargs="+", default=["random", "recent", "attention"], metavar="METHOD",
-        help="pruner files and scorers; dense always runs too (default: random recent attention)",
-    )  # fmt: skip
+    add_methods_option(
+        parser, ["random", "recent", "attention"], "pruner files, scorers and cutters; dense always runs too"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024], help="prompt lengths (default: 1024)")
     parser.add_argument("--samples", type=int, default=20, help="samples a task and length (%(default)s)")
     parser.add_argument("--new-tokens", type=int, help="longest answer (default: the task's own, 50 to 128)")
     parser.add_argument(
         "--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS), help="see 'run' (default: both)"
     )
-    quality.add_model_options(parser)
-    quality.add_schedule_options(parser)
-    quality.add_against_option(parser)
+    command.add_model_options(parser)
+    schedules.add_options(parser)
+    add_dropped_kv_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """``sdtp eval ruler``."""
-    from sdtp_eval import quality
     from sdtp_kernels.cli import CommandError
 
     try:
         import lm_eval  # noqa: F401 - said here, before a model is loaded
     except ImportError as error:
         raise CommandError(f"RULER runs through lm-eval ({error}): pip install 'sdtp-kernels[ruler]'") from error
-    return quality.report(args, evaluate)
+    return records.report(args, evaluate)
 
 
 def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -70,11 +78,9 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     ValueError
         If a method is an oracle, which needs the answer's tokens, or a task does not exist.
     """
-    from sdtp_eval import quality
-
-    methods = quality.find_methods(args.methods, oracles=False)
-    model, tokenizer = quality.load_model(args)
-    file = quality.open_results(Path(args.out), args, model)
+    methods = find_methods(args.methods, FROM_PROMPTS)
+    model, tokenizer = command.load_model(args)
+    file = records.open_results(Path(args.out), args, model)
     # By sample ids that lm-eval knows only once it has run: whole evaluations are what is resumed.
     done = {
         (result["task"], result["protocol"], result["tokens"], result["method"], result["schedule"])
@@ -83,19 +89,19 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     asked_for = [
         (task, protocol, tokens, entry)
         for tokens in args.tokens
-        for entry in quality.plan(args, methods, model.config.num_hidden_layers, tokens)
+        for entry in plan(args, methods, model.config.num_hidden_layers, tokens)
         for protocol in args.protocols
         for task in args.tasks
     ]
     is_recorded = False
     for task, protocol, tokens, (method, label, schedule) in asked_for:
-        name = method.name if method else compare.DENSE
+        name = name_of(method)
         if (f"ruler {task}", protocol, tokens, name, label) in done:
             continue
-        with quality.patch(model, method, schedule, args.backend):
-            results = list(_evaluate(args, model, tokenizer, task, tokens, protocol, schedule))
+        with patch(model, method, schedule, args.backend):
+            results = list(_evaluate(args, model, tokenizer, task, tokens, protocol, method, schedule))
         if not is_recorded:
-            quality.record_run(args, model)
+            records.record_run(args, model)
             is_recorded = True
         # In one piece, so that what is in the file is complete.
         lines = [json.dumps({**result, "method": name, "schedule": label}) + "\n" for result in results]
@@ -111,6 +117,7 @@ def _evaluate(
     name: str,
     tokens: int,
     protocol: str,
+    method: Method | None,
     schedule: PruningSchedule | None,
 ) -> Iterator[dict[str, Any]]:
     import lm_eval
@@ -119,8 +126,13 @@ def _evaluate(
 
     from sdtp_eval.lm_eval_adapter import SdtpLM
 
+    num_layers = model.config.num_hidden_layers
     adapter = SdtpLM(
-        model, tokenizer, split=split_last_line if protocol == AFTER else None, max_new_tokens=args.new_tokens
+        model,
+        tokenizer,
+        split=split_last_line if protocol == AFTER else None,
+        shorten=lambda ids: shorten(method, schedule, ids, num_layers),
+        max_new_tokens=args.new_tokens,
     )
     begin = time.perf_counter()
     # RULER makes its samples to measure, with the tokenizer of this name.
@@ -146,6 +158,7 @@ def _evaluate(
         prompt, answer = sample["arguments"][0][0], sample["filtered_resps"][0]
         context = split_last_line(prompt)[0] if protocol == AFTER else prompt
         length = len(tokenizer(context).input_ids)
+        check_budget(adapter.mean_keep[prompt], method, schedule, length, num_layers)
         expected = sample["doc"]["outputs"]
         yield {
             "task": f"ruler {name}",
@@ -156,7 +169,7 @@ def _evaluate(
             "exact": sum(word.lower() in answer.lower() for word in expected) / len(expected),
             "answer": answer,
             "expected": expected,
-            "mean_keep": schedule.mean_keep(length, model.config.num_hidden_layers) if schedule else 1.0,
+            "mean_keep": adapter.mean_keep[prompt],
             "prompt_tokens": length,
             "seconds_with_answer": seconds / len(evaluation["samples"][name]),
         }

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+DTYPES = ("float32", "bfloat16")  # the range of float16 is too small for gradients and massive activations
+
 
 def load_frozen(path: str | None, dtype: str, device: torch.device) -> tuple[Any, PreTrainedTokenizerBase, str]:
     """A model whose weights take no gradient, its tokenizer, and its name for humans.
@@ -18,7 +20,7 @@ def load_frozen(path: str | None, dtype: str, device: torch.device) -> tuple[Any
     path : str, optional
         A checkpoint of a supported family; SmolLM2-135M-Instruct by default.
     dtype : str
-        ``float32`` or ``bfloat16``; the range of float16 is too small for gradients and massive activations.
+        One of :data:`DTYPES`.
     device : torch.device
 
     Raises

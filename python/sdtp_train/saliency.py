@@ -10,7 +10,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtp_eval import command
 from sdtp_train import kv, shards
+from sdtp_train.checkpoint import DTYPES
 from sdtp_train.data import PYTHON, build_samples
 
 if TYPE_CHECKING:
@@ -21,14 +23,13 @@ if TYPE_CHECKING:
 
     from sdtp_train.targets import DensePass
 
-DTYPES = ("float32", "bfloat16")
 DEFAULT_TARGET = "future_attention"
 
 
 def add_command(subparsers: Any) -> None:
     """Add ``saliency`` to the parsers of ``sdtp``."""
     parser = subparsers.add_parser("saliency", help="stage 1 of training: mark which tokens of many prompts mattered")
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: SmolLM2-135M-Instruct)")
+    command.add_model_option(parser)
     parser.add_argument(
         "--data",
         nargs="+",
@@ -52,24 +53,20 @@ def add_command(subparsers: Any) -> None:
         "--lookup-share", type=float, default=0.4, help="share of synthetic prompts that ask for a fact (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="decides every choice (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
+    command.add_dtype_option(parser, choices=DTYPES)
     parser.add_argument("--hidden-dtype", choices=DTYPES, default="bfloat16", help="of what is kept (%(default)s)")
     parser.add_argument(
         "--kv-statistics", action="store_true", help="also add up what 'sdtp train --kv-rank' makes a KV predictor from"
     )
     parser.add_argument("--shard-size", type=int, default=16, help="prompts in a shard (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    command.add_device_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run stage 1 with these arguments; see :func:`add_command`."""
-    from sdtp_kernels.cli import CommandError
-
-    try:
+    with command.user_errors():
         mark(args)
-    except (ValueError, NotImplementedError, OSError, ImportError) as error:
-        raise CommandError(str(error)) from error
     return 0
 
 
@@ -88,8 +85,6 @@ def mark(args: argparse.Namespace) -> None:
     ValueError, OSError, ImportError
         For settings, files and models that cannot work.
     """
-    from tqdm import tqdm
-
     from sdtp_eval.checkpoints import identify
     from sdtp_eval.parallel import join_workers
     from sdtp_kernels import PruningSchedule
@@ -140,7 +135,7 @@ def mark(args: argparse.Namespace) -> None:
     todo = sorted(missing | uncounted)
     graph_from = layers[0] if need_graph(settings["targets"]) else None
     total = sum(len(samples[slices[i]]) for i in todo)
-    with _deterministic(), tqdm(total=total, unit="prompt", disable=workers.index > 0) as progress:
+    with _deterministic(), command.progress_bar(total, "prompts", shown=workers.index == 0) as bar:
         for i in todo:
             found = []
             for sample in samples[slices[i]]:
@@ -152,7 +147,7 @@ def mark(args: argparse.Namespace) -> None:
                         recorder.statistics.add(dense, sample.is_validation)
                 except ValueError as error:
                     raise ValueError(f"sample {sample.id} of {sample.source}: {error}") from None
-                progress.update()
+                bar.advance()
             if i in missing:
                 shards.write_shard(folder, i, shards.join_samples(found), infos[slices[i]], run_id)
             if recorder and i in uncounted:

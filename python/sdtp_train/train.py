@@ -12,7 +12,10 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sdtp_eval import command
+from sdtp_eval.methods import DROPPED_KV
 from sdtp_train import kv, shards
+from sdtp_train.checkpoint import DTYPES
 from sdtp_train.shards import Marked, Saliency
 
 if TYPE_CHECKING:
@@ -42,9 +45,7 @@ END_TO_END_VALIDATION = 16  # prompts: a forward of the whole model each
 def add_command(subparsers: Any) -> None:
     """Add ``train`` to the parsers of ``sdtp``."""
     parser = subparsers.add_parser("train", help="stage 2 of training: make pruners from the output of 'sdtp saliency'")
-    parser.add_argument(
-        "--model", metavar="DIR_OR_ID", help="the checkpoint of stage 1 (default: SmolLM2-135M-Instruct)"
-    )
+    command.add_model_option(parser, "the checkpoint of stage 1")
     parser.add_argument("--saliency", required=True, metavar="DIR", help="what 'sdtp saliency' wrote")
     parser.add_argument(
         "--out",
@@ -106,7 +107,7 @@ def add_command(subparsers: Any) -> None:
         help="what learns: kv is the KV predictor of --init, by lm or kl (default: pruners)",
     )  # fmt: skip
     parser.add_argument(
-        "--dropped-kv", choices=("none", "predicted"),
+        "--dropped-kv", choices=DROPPED_KV,
         help="how lm and kl prune: what later layers keep of dropped tokens (default: predicted where --init can)",
     )  # fmt: skip
     parser.add_argument("--kv-lr", type=float, default=KV_LR, help="largest rate of kv, relative (%(default)s)")
@@ -114,23 +115,17 @@ def add_command(subparsers: Any) -> None:
         "--keep", nargs="+", type=float, default=[0.9, 0.8], help="keep ratios of lm and kl, drawn at random (0.9 0.8)"
     )
     parser.add_argument("--gumbel", action="store_true", help="lm and kl: sample the kept tokens (Gumbel noise)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (%(default)s)"
-    )
+    command.add_dtype_option(parser, choices=DTYPES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on where a killed run stopped, if there was one")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    command.add_device_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run stage 2 with these arguments; see :func:`add_command`."""
-    from sdtp_kernels.cli import CommandError
-
-    try:
+    with command.user_errors():
         train(args)
-    except (ValueError, NotImplementedError, OSError, ImportError) as error:
-        raise CommandError(str(error)) from error
     return 0
 
 
@@ -404,20 +399,19 @@ class _Run:
             The evaluations.
         """
         import torch
-        from tqdm import tqdm
 
         state = _state_path(self.out)
         if self.args.resume and state.is_file():
             self._load(state)
-        with tqdm(total=self.num_steps, initial=self.step, unit="step", disable=self.workers.index > 0) as progress:
+        with command.progress_bar(self.num_steps, "steps", done=self.step, shown=self.workers.index == 0) as bar:
             if not self.history:
                 self._evaluate()  # what the beginning was worth, above all that of --init
             while self.step < self.num_steps and not self._is_stale():
                 self._advance()
-                progress.update()
+                bar.advance()
                 if self.step % self.eval_every == 0 or self.step == self.num_steps:
                     self._evaluate()
-                    progress.set_postfix_str(f"held-out loss {self.history[-1]['validation']['loss']:.4f}")
+                    bar.show(f"held-out loss {self.history[-1]['validation']['loss']:.4f}")
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(self.best[name])
