@@ -722,6 +722,13 @@ MUTANTS = [
         "triton_interpreter_suite.py::test_prompt_bias_of_a_long_prompt",
     ),
     Mutant(
+        "a bias that the host does not pay for",
+        "python/sdtp_bench/host.py",
+        "whole(score_bias=bias())",
+        "whole()",
+        "test_bench_host.py::test_a_stage_of_the_shipped_form",
+    ),
+    Mutant(
         "a driver too old for the CUDA library",
         "sdtp_kernels/backends/cuda.py",
         "if major >= int(built_for):",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdtp_bench import compare, end_to_end, gpu_check, memory, multi, op, peers, report, roofline
+from sdtp_bench import compare, end_to_end, gpu_check, host, memory, multi, op, peers, report, roofline
 
 
 def add_command(subparsers: Any) -> None:
@@ -16,6 +16,7 @@ def add_command(subparsers: Any) -> None:
     roofline.add_parser(commands)
     end_to_end.add_parsers(commands)
     gpu_check.add_parser(commands)
+    host.add_parser(commands)
     memory.add_parser(commands)
     multi.add_parser(commands)
     peers.add_parser(commands)
