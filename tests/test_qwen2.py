@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
 from sdtp_kernels.backends import cpu
-from sdtp_kernels.models import decoder
+from sdtp_kernels.models import decoder, stage
 from sdtp_kernels.models.cache import PrunedState
 from sdtp_kernels.models.stage import LastQueries
 from sdtp_kernels.scorers import SCORERS
@@ -94,6 +94,19 @@ def test_a_stage_of_the_shipped_form_is_one_op(budget, expected, padded, monkeyp
         assert [name.removeprefix("sdtp::") for name in names if name.startswith("sdtp::")] == expected
         computed = {name.removeprefix("aten::").rstrip("_") for name in names}
         assert not computed & {"mm", "bmm", "addmm", "_softmax", "softmax", "sort", "topk", "argsort", "lerp", "log"}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("budget", ["global", "block"])
+@torch.no_grad()
+def test_a_stage_in_steps_computes_the_same(budget, padded, monkeypatch):
+    """Where rows are not all alike a stage scores, selects and gathers in turn: here all of them do."""
+    pruners = {n: TokenPruner(64, distance=True, attention=True, averaging=True, pooling=7) for n in LAYERS}
+    model, inputs = make_qwen2(), padded_batch() if padded else {"input_ids": prompt()}
+    with apply_sdtp(model, pruners, SCHEDULES[budget]):
+        expected = model(**inputs).logits
+        monkeypatch.setattr(stage, "Fused", type(None))
+        assert torch.equal(model(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("averaging", [False, True], ids=["stage alone", "mean of stages"])
