@@ -476,7 +476,7 @@ void check_rows(const std::vector<TokenRows>& tensors, int64_t batch, const int6
         for (int64_t b = 0; b < batch; ++b) {
             sdtp::gather_rows(expected, b, indices + b * num_keep, num_keep, 0, num_keep);
         }
-        check(std::memcmp(memory.data(), tensors[t].destination, memory.size()) == 0,
+        check(memory.empty() || std::memcmp(memory.data(), tensors[t].destination, memory.size()) == 0,
               "tensor " + std::to_string(t) + " is not the rows that its indices name");
     }
 }
@@ -763,7 +763,7 @@ void check_close(const float* got, const std::vector<double>& expected, double t
 }
 
 void check_equal(const float* got, const float* expected, size_t count, const std::string& message) {
-    check(std::memcmp(got, expected, count * sizeof(float)) == 0, message);
+    check(count == 0 || std::memcmp(got, expected, count * sizeof(float)) == 0, message);
 }
 
 std::string describe(const std::string& name, size_t bytes, const Prompts& size) {
@@ -786,10 +786,12 @@ void window(uint64_t seed, const Prompts& size) {
         const std::vector<double> expected = prompts.exact(b, window);
         for (double value : expected) most = std::max(most, value);
         check_close(&got[int64_t{b} * width], expected, 1e-5 * most);
+        if (is_small) continue;
         const std::vector<float> alone = attention_of(prompts.alone(b, window));
         const size_t end = int64_t{b + 1} * width;
         check_equal(&got[end - alone.size()], alone.data(), alone.size(), "a row depends on the batch or on padding");
     }
+    if (is_small) return;  // what follows launches the same
     cuda_on_cpu::configure(seed + 1, 1, 4);
     check_equal(attention_of(window).data(), got.data(), got.size(), "another order of threads gives other bits");
 
@@ -848,16 +850,17 @@ void window_far() {
 void window_group() {
     for (uint64_t seed = 0; seed < (is_small ? 1 : 3); ++seed) {
         window<BFloat16>(seed, {{70, 33}, 3, 3, 1, 5, 16, 7, Rotary::kByRow});
-        window<float>(seed, {{530}, 1, 2, 2, 17, 12, 3, Rotary::kShared, 4});  // two tiles, two passes
+        window<float>(seed, {{90}, 1, 2, 2, 17, 12, 3, Rotary::kShared, 4});  // two passes
         window<Half>(seed, {{1}, 0, 1, 1, 1, 7, 1});
         if (is_small) continue;
         window<BFloat16>(seed, {{40, 0, 1}, 2, 5, 5, 16, 24, 5, Rotary::kShared, 3});  // nothing is aligned
-        window<Half>(seed, {{700, 300}, 330, 6, 2, 8, 64, 13, Rotary::kByRow});
-        window<float>(seed, {{1100, 1029}, 0, 3, 3, 33, 10, 1});
-        window<float>(seed, {{90}, 0, 7, 1, 64, 256, 255});
         window<BFloat16>(seed, {{20, 9}, 0, 2, 1, 3, 8, 1000001});
     }
     if (is_small) return;
+    window<Half>(0, {{700, 300}, 330, 6, 2, 8, 64, 13, Rotary::kByRow});  // three tiles
+    window<float>(0, {{1025, 1020}, 0, 3, 3, 33, 10, 1});
+    window<float>(0, {{90}, 0, 7, 1, 64, 256, 255});
+    window<float>(0, {{17000}, 0, 1, 1, 1, 1, 3});  // more tiles than a warp has lanes
     Memory memory;
     begin("window of nothing", 0, 2, 4);
     Attended<float> prompts(memory, {{30}, 2, 2, 1, 4, 8, 3});
@@ -891,6 +894,7 @@ void bias(uint64_t seed, const Prompts& size) {
             const int64_t first = int64_t{b} * width;
             check_close(&got[first],
                         oracle::prompt_bias(prompts.row_of_index(b), size.keep_last, table, attention(b), 0.7), 2e-4);
+            if (is_small) continue;
             Window own_window;
             if (window != nullptr) own_window = prompts.alone(b, *window);
             if (window != nullptr && size.lengths[b] < size.queries + size.keep_last) continue;
@@ -928,10 +932,11 @@ void bias_group() {
         if (is_small) continue;
         bias<Half>(seed, {{40, 0, 12}, 2, 2, 2, 3, 16, 1, Rotary::kNone, 1, 11});
         bias<BFloat16>(seed, {{20, 9}, 0, 2, 1, 0, 8, 1, Rotary::kNone, 0, 20});  // all stand after the prompt
-        bias<float>(seed, {{700, 520}, 300, 4, 2, 16, 24, 5, Rotary::kByRow, 0, 1, 300, int64_t{1} << 33});
-        bias<float>(seed, {{66000}, 1, 1, 1, 1, 1, 1, Rotary::kNone, 0, 5});  // more CTAs than a CTA has threads
         bias<float>(seed, {{1}, 0, 1, 1, 1, 4, 1, Rotary::kShared, 0, 0, 1});
     }
+    if (is_small) return;
+    bias<float>(0, {{700, 520}, 300, 4, 2, 16, 24, 5, Rotary::kByRow, 0, 1, 300, int64_t{1} << 33});  // far apart
+    bias<float>(0, {{66000}, 1, 1, 1, 1, 1, 1, Rotary::kNone, 0, 5});  // more CTAs than a CTA has threads
 }
 
 }  // namespace
