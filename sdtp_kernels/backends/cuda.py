@@ -7,7 +7,6 @@ compiler emits those. A backend named by the user runs its own kernels.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
