@@ -217,9 +217,9 @@ def test_limits_are_those_of_the_kernels():
     with pytest.raises(ValueError, match="backend 'cuda' takes at most"):
         backend.gather_tokens([], torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**24 + 1))
     wide, index = torch.zeros(1, 1, 1, 257), torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="backend 'cuda' takes heads of at most 256 elements, got queries of 257"):
+    with pytest.raises(ValueError, match="backend 'cuda' takes at most 256 elements a head, got queries of 257"):
         backend.window_attention(wide, wide, index, index, None, None, 1.0)
-    with pytest.raises(ValueError, match="heads of at most 256 elements"):
+    with pytest.raises(ValueError, match="at most 256 elements a head"):
         backend.prompt_bias(PromptTerms(index, torch.zeros(1), query=wide, key=wide))
     with pytest.raises(ValueError, match="backend 'cuda' takes at most"):
         backend.prompt_bias(PromptTerms(index.expand(65536, 1), torch.zeros(1)))

@@ -31,6 +31,6 @@ def check_pooling(backend: str, pooling: int) -> None:
 def check_head_dim(backend: str, head_dim: int) -> None:
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(
-            f"backend {backend!r} takes heads of at most {MAX_HEAD_DIM} elements, got queries of {head_dim}: name "
+            f"backend {backend!r} takes at most {MAX_HEAD_DIM} elements a head, got queries of {head_dim}: name "
             "backend='reference'"
         )
