@@ -27,6 +27,10 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "gather_kernel": ("64 tensors", "584 tensors"),
     "select_and_gather_kernel": ("",),
     "prune_kernel": FLOATS,
+    "window_statistics_kernel": FLOATS,
+    "window_sum_kernel": FLOATS,
+    "pool_kernel": ("",),
+    "bias_kernel": ("",),
 }
 _VARIANTS = {  # as their names are mangled
     "NS_8BFloat16E": "bf16",

@@ -18,11 +18,12 @@ import torch
 from cuda_on_cpu import build
 
 from sdtp_kernels import BackendUnavailableError, backends, explain_backends, select_tokens
+from sdtp_kernels.arguments import PromptTerms
 from sdtp_kernels.backends import _native, limits
 from sdtp_kernels.backends import cuda as backend
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS = ("score", "select", "gather", "prune")
+GROUPS = ("score", "select", "gather", "prune", "window", "bias")
 SMALL = {"race": ("--small",)}  # ThreadSanitizer pays for every thread there is at once
 
 
@@ -140,7 +141,8 @@ def test_without_a_gpu():
     assert "is built by nvcc" in text
     assert "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, compute_120" in text
     assert "reference: can run" in text
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("sdtp_native::prune_tokens", "CUDA")
+    for op in ("prune_tokens", "window_attention", "prompt_bias"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sdtp_native::{op}", "CUDA")
 
 
 @pytest.fixture
@@ -216,9 +218,19 @@ def test_limits_are_those_of_the_kernels():
     assert f"kMaxBatch = {limits.MAX_BATCH};" in header
     assert f"kMaxTokens = int64_t{{1}} << {limits.MAX_TOKENS.bit_length() - 1};" in header
     assert f"kMaxPooling = {limits.MAX_POOLING};" in header
+    assert f"kMaxHeadDim = {limits.MAX_HEAD_DIM};" in header
     with pytest.raises(ValueError, match=r"backend 'cuda' takes at most 65535 rows .* got 65536 rows of 3: split"):
         backend.select_tokens(torch.zeros(1, 1).expand(65536, 3), 2)
     with pytest.raises(ValueError, match=r"backend 'cuda' pools over at most 255 tokens, got pooling=257"):
         backend.select_tokens(torch.zeros(1, 3), 2, pooling=257)
     with pytest.raises(ValueError, match="backend 'cuda' takes at most"):
         backend.gather_tokens([], torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**24 + 1))
+    wide, index = torch.zeros(1, 1, 1, 257), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="backend 'cuda' takes at most 256 elements a head, got queries of 257"):
+        backend.window_attention(wide, wide, index, index, None, None, 1.0)
+    with pytest.raises(ValueError, match="at most 256 elements a head"):
+        backend.prompt_bias(PromptTerms(index, torch.zeros(1), query=wide, key=wide))
+    with pytest.raises(ValueError, match="backend 'cuda' takes at most"):
+        backend.prompt_bias(PromptTerms(index.expand(65536, 1), torch.zeros(1)))
+    with pytest.raises(ValueError, match="backend 'cuda' takes at most"):
+        backend.window_attention(*[wide[..., :8].expand(65536, 1, 1, 8)] * 2, index, index, None, None, 1.0)

@@ -19,9 +19,11 @@ namespace {
 
 using cuda::Allocate;
 using cuda::Element;
+using cuda::PromptBias;
 using cuda::Scoring;
 using cuda::Selection;
 using cuda::Stream;
+using cuda::Window;
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
@@ -73,10 +75,14 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
     return tensor ? std::optional(stable::contiguous(*tensor)) : std::nullopt;
 }
 
-Element element_of(const Tensor& tensor) {
+Tensor with_contiguous_heads(const Tensor& tensor) {
+    return tensor.stride(3) == 1 ? tensor : stable::contiguous(tensor);
+}
+
+Element element_of(const char* name, const Tensor& tensor) {
     const ScalarType dtype = tensor.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                    "hidden_states: expected float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype),
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
+                    ": expected float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype),
                     "; cast it, or pass backend='reference'");
     if (dtype == ScalarType::Float) return Element::kFloat32;
     return dtype == ScalarType::BFloat16 ? Element::kBFloat16 : Element::kFloat16;
@@ -98,7 +104,7 @@ struct Pruner {
           b2(b2),
           mean_score(contiguous(mean_score)),
           score_bias(contiguous(score_bias)) {
-        scoring.element = element_of(hidden_states);
+        scoring.element = element_of("hidden_states", hidden_states);
         scoring.hidden_states = hidden_states.const_data_ptr();
         scoring.batch_stride = hidden_states.stride(0);
         scoring.token_stride = hidden_states.stride(1);
@@ -140,6 +146,52 @@ struct Chosen {
         selection.recent = static_cast<int>(std::min(recent, num_tokens));
         selection.block_size = static_cast<int>(std::min(block_size.value_or(0), num_tokens + 1));
         selection.pooling = static_cast<int>(pooling);
+    }
+};
+
+// A Window and what its pointers refer to. cos and sin hold tokens before the window, `first_rotary` of them.
+struct Attended {
+    Tensor query, key, query_index, key_index;
+    std::optional<Tensor> cos, sin;
+    Window window;
+
+    Attended(const Tensor& query, const Tensor& key, const Tensor& query_index, const Tensor& key_index,
+             const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, int64_t first_rotary, double scaling,
+             int64_t pooling)
+        : query(with_contiguous_heads(query)),
+          key(with_contiguous_heads(key)),
+          query_index(stable::contiguous(query_index)),
+          key_index(stable::contiguous(key_index)),
+          cos(contiguous(cos)),
+          sin(contiguous(sin)) {
+        constexpr double kLog2E = 1.4426950408889634;
+        window = {};
+        window.element = element_of("query", query);
+        window.query = this->query.const_data_ptr();
+        window.key = this->key.const_data_ptr();
+        for (int i = 0; i < 3; ++i) {
+            window.query_strides[i] = this->query.stride(i);
+            window.key_strides[i] = this->key.stride(i);
+        }
+        window.query_index = this->query_index.const_data_ptr<int64_t>();
+        window.query_index_stride = this->query_index.stride(0);
+        window.key_index = this->key_index.const_data_ptr<int64_t>();
+        if (this->cos && this->sin) {
+            const int64_t head_dim = query.size(3);
+            const int64_t skipped = first_rotary * head_dim * static_cast<int64_t>(query.element_size());
+            window.cos = static_cast<const char*>(this->cos->const_data_ptr()) + skipped;
+            window.sin = static_cast<const char*>(this->sin->const_data_ptr()) + skipped;
+            window.rotary_strides[0] = this->cos->size(0) == 1 ? 0 : this->cos->size(1) * head_dim;
+            window.rotary_strides[1] = head_dim;
+        }
+        window.scale = static_cast<float>(scaling * kLog2E);
+        window.batch_size = static_cast<int>(query.size(0));
+        window.num_heads = static_cast<int>(query.size(1));
+        window.num_key_heads = static_cast<int>(key.size(1));
+        window.num_queries = static_cast<int>(query.size(2));
+        window.num_keys = static_cast<int>(key.size(2));
+        window.head_dim = static_cast<int>(query.size(3));
+        window.pooling = static_cast<int>(std::min<int64_t>(pooling, 2 * cuda::kMaxTokens + 1));
     }
 };
 
@@ -200,6 +252,47 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> prune_tokens(
     return {gather.outputs, chosen.indices, kept_mean, dropped};
 }
 
+Tensor window_attention(const Tensor& query, const Tensor& key, const Tensor& query_index, const Tensor& key_index,
+                        const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, double scaling,
+                        int64_t pooling) {
+    const DeviceGuard guard(query.get_device_index());
+    const Attended attended(query, key, query_index, key_index, cos, sin, 0, scaling, pooling);
+    Tensor attention = empty(query, query.size(0), key.size(2), ScalarType::Float);
+    Scratch scratch(query);
+    check_launched(cuda::window_attention(attended.window, attention.mutable_data_ptr<float>(), scratch.allocator(),
+                                          current_stream(query)));
+    return attention;
+}
+
+Tensor prompt_bias(const Tensor& token_index, const Tensor& distance_table, int64_t keep_last,
+                   const std::optional<Tensor>& attention, double attention_weight, const std::optional<Tensor>& query,
+                   const std::optional<Tensor>& key, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                   double scaling, int64_t pooling) {
+    const DeviceGuard guard(token_index.get_device_index());
+    const Tensor indices = stable::contiguous(token_index);
+    const Tensor table = stable::contiguous(distance_table);
+    const std::optional<Tensor> given = contiguous(attention);
+    const PromptBias prompt{indices.const_data_ptr<int64_t>(),
+                            table.const_data_ptr<float>(),
+                            table.size(0),
+                            given ? given->const_data_ptr<float>() : nullptr,
+                            static_cast<float>(attention_weight),
+                            static_cast<int>(indices.size(0)),
+                            static_cast<int>(indices.size(1)),
+                            static_cast<int>(keep_last)};
+    std::optional<Attended> attended;
+    if (query) {
+        const int64_t first = indices.size(1) - keep_last - query->size(2);
+        attended.emplace(*query, *key, indices, indices, cos, sin, first, scaling, pooling);
+        attended->window.query_index += first;
+    }
+    Tensor bias = empty(indices, indices.size(0), indices.size(1), ScalarType::Float);
+    Scratch scratch(indices);
+    check_launched(cuda::prompt_bias(prompt, attended ? &attended->window : nullptr, bias.mutable_data_ptr<float>(),
+                                     scratch.allocator(), current_stream(indices)));
+    return bias;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sdtp_native, CUDA, m) {
@@ -207,6 +300,8 @@ STABLE_TORCH_LIBRARY_IMPL(sdtp_native, CUDA, m) {
     m.impl("select_tokens", TORCH_BOX(&select_tokens));
     m.impl("gather_tokens", TORCH_BOX(&gather_tokens));
     m.impl("prune_tokens", TORCH_BOX(&prune_tokens));
+    m.impl("window_attention", TORCH_BOX(&window_attention));
+    m.impl("prompt_bias", TORCH_BOX(&prompt_bias));
 }
 
 }  // namespace sdtp

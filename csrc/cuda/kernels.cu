@@ -1,8 +1,10 @@
 // The launches: how many, and how large.
 #include <algorithm>
 
+#include "prompt_bias.cuh"
 #include "prune.cuh"
 #include "sdtp/cuda.h"
+#include "window.cuh"
 
 namespace sdtp::cuda {
 namespace {
@@ -137,6 +139,36 @@ const char* gather(const std::vector<TokenRows>& tensors, const int64_t* indices
     return nullptr;
 }
 
+bool is_aligned(const Window& window) {
+    int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(window.key));
+    for (const int64_t step :
+         {window.key_strides[0], window.key_strides[1], window.key_strides[2], int64_t{window.head_dim}}) {
+        bits |= step * element_bytes(window.element);
+    }
+    return bits % kChunkBytes == 0;
+}
+
+// Two launches: what each head's window sums up to for each key.
+const char* sum_window(const Window& window, const Allocate& allocate, Stream stream, HeadSums& heads) {
+    const int64_t num_rows = int64_t{window.batch_size} * window.num_heads,
+                  num_tiles = ceil_divide(window.num_keys, kTileKeys);
+    auto* sums = allocate_array<float>(allocate, num_rows * window.num_keys);
+    heads = {sums, window.num_heads, window.num_keys, std::min(window.pooling / 2, window.num_keys)};
+    const WindowArguments arguments{window, is_aligned(window), static_cast<int>(num_tiles),
+                                    allocate_array<Softmax>(allocate, num_rows * window.num_queries * num_tiles), sums};
+    const Grid grid{window.num_heads * num_tiles, window.batch_size, kThreads, sizeof(WindowShared), false};
+    return for_element(window.element, [&](auto element) {
+        using T = decltype(element);
+        const char* error = launch(window_statistics_kernel<T>, grid, stream, arguments);
+        return error != nullptr ? error : launch(window_sum_kernel<T>, grid, stream, arguments);
+    });
+}
+
+// For kernels that have a thread for each token.
+Grid grid_of_tokens(int num_tokens, int batch_size) {
+    return {ceil_divide(num_tokens, kThreads), batch_size, kThreads, kWarps * sizeof(Moments), false};
+}
+
 }  // namespace
 
 const char* score_tokens(const Scoring& scoring, float* scores, const Allocate& allocate, Stream stream) {
@@ -192,6 +224,31 @@ const char* prune_tokens(const Scoring& scoring, const Selection& selection, con
     const size_t shared = rank_with(arguments.select, selection.block_size, allocate);
     return launch(select_and_gather_kernel,
                   {ctas_of_row(selection, shares), selection.batch_size, kThreads, shared, false}, stream, arguments);
+}
+
+const char* window_attention(const Window& window, float* attention, const Allocate& allocate, Stream stream) {
+    const Grid grid = grid_of_tokens(window.num_keys, window.batch_size);
+    if (grid.x * grid.y == 0) return nullptr;
+    PoolArguments arguments{{}, attention, nullptr, {}};
+    if (const char* error = sum_window(window, allocate, stream, arguments.heads)) return error;
+    return launch(pool_kernel, grid, stream, arguments);
+}
+
+const char* prompt_bias(const PromptBias& prompt, const Window* window, float* bias, const Allocate& allocate,
+                        Stream stream) {
+    const Grid grid = grid_of_tokens(prompt.num_tokens, prompt.batch_size);
+    if (grid.x * grid.y == 0) return nullptr;
+    Moments* moments = nullptr;
+    if (window != nullptr || prompt.attention != nullptr) {
+        moments = allocate_array<Moments>(allocate, grid.x * grid.y);
+        // An attention that is given is that of one head, pooled over nothing.
+        PoolArguments arguments{{prompt.attention, 1, prompt.num_tokens, 0}, bias, moments, prompt};
+        if (window != nullptr) {
+            if (const char* error = sum_window(*window, allocate, stream, arguments.heads)) return error;
+        }
+        if (const char* error = launch(pool_kernel, grid, stream, arguments)) return error;
+    }
+    return launch(bias_kernel, grid, stream, BiasArguments{prompt, moments, bias});
 }
 
 }  // namespace sdtp::cuda

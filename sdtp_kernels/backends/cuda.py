@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import reference
-from . import eager, limits
+from . import limits
 from ._native import build_info, load_error
 
 if TYPE_CHECKING:
-    from ..arguments import Scoring, Selection
+    from ..arguments import PromptTerms, Scoring, Selection
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,7 +100,29 @@ def prune_tokens(
     return kept[0], kept[1:], *others
 
 
-# No kernels of their own.
-window_attention = eager.window_attention
-prompt_bias = eager.prompt_bias
+def window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_index: torch.Tensor,
+    key_index: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    scaling: float,
+    pooling: int = 1,
+) -> torch.Tensor:
+    limits.check_size("cuda", key.shape[0], key.shape[2])
+    limits.check_head_dim("cuda", query.shape[3])
+    return torch.ops.sdtp_native.window_attention.default(  # type: ignore[no-any-return]
+        query, key, query_index, key_index, cos, sin, scaling, pooling
+    )
+
+
+def prompt_bias(terms: PromptTerms) -> torch.Tensor:
+    limits.check_size("cuda", terms.token_index.shape[0], terms.token_index.shape[1])
+    if terms.query is not None:
+        limits.check_head_dim("cuda", terms.query.shape[3])
+    return torch.ops.sdtp_native.prompt_bias.default(*terms)  # type: ignore[no-any-return]
+
+
+# No kernel of its own.
 position_attention = reference.position_attention

@@ -8,6 +8,8 @@ MAX_BATCH = 65535
 MAX_TOKENS = 2**24
 # A tile holds the neighbours of its tokens too, and most of a tile should be its own.
 MAX_POOLING = 255
+# Queries of the last window stand in shared memory.
+MAX_HEAD_DIM = 256
 
 
 def check_size(backend: str, batch_size: int, num_tokens: int) -> None:
@@ -22,5 +24,13 @@ def check_pooling(backend: str, pooling: int) -> None:
     if pooling > MAX_POOLING:
         raise ValueError(
             f"backend {backend!r} pools over at most {MAX_POOLING} tokens, got pooling={pooling}: pool less, or name "
+            "backend='reference'"
+        )
+
+
+def check_head_dim(backend: str, head_dim: int) -> None:
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"backend {backend!r} takes at most {MAX_HEAD_DIM} elements a head, got queries of {head_dim}: name "
             "backend='reference'"
         )

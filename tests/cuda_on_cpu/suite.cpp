@@ -1,6 +1,7 @@
 // The CUDA kernels on the CPU, through the entry points that the binding calls, against the oracle.
 //
-//     suite GROUP... [--small]    groups: score select gather prune; --small: few threads at once, for ThreadSanitizer
+//     suite GROUP... [--small]    groups: score select gather prune window bias; --small: few threads at once, for
+//     ThreadSanitizer
 #include <sys/mman.h>
 
 #include <cstdio>
@@ -475,7 +476,7 @@ void check_rows(const std::vector<TokenRows>& tensors, int64_t batch, const int6
         for (int64_t b = 0; b < batch; ++b) {
             sdtp::gather_rows(expected, b, indices + b * num_keep, num_keep, 0, num_keep);
         }
-        check(std::memcmp(memory.data(), tensors[t].destination, memory.size()) == 0,
+        check(memory.empty() || std::memcmp(memory.data(), tensors[t].destination, memory.size()) == 0,
               "tensor " + std::to_string(t) + " is not the rows that its indices name");
     }
 }
@@ -577,6 +578,368 @@ void prune_group() {
     }
 }
 
+// ---------------------------------------------------------------------------------------------------- window, bias
+
+enum class Rotary { kNone, kShared, kByRow };
+
+struct Prompts {
+    std::vector<int> lengths;  // of the rows, which are left-padded to the longest and `padding` more
+    int padding, heads, key_heads, queries, head_dim, pooling;
+    Rotary rotary = Rotary::kNone;
+    int64_t gap = 0;  // elements between keys
+    int keep_last = 0;
+    int num_distances = 40;
+    int64_t stretch = 1;  // of the distances between tokens
+
+    int width() const { return *std::max_element(lengths.begin(), lengths.end()) + padding; }
+    int batch() const { return static_cast<int>(lengths.size()); }
+};
+
+template <typename T>
+T not_a_number() {
+    if constexpr (sizeof(T) == 4) return NAN;
+    if constexpr (sizeof(T) == 2) return {0x7fff};
+}
+
+// Arguments of both ops: padded prompts of which some tokens dropped, and queries that see all, some or none of them.
+template <typename T>
+struct Attended {
+    Prompts size;
+    Window window{};
+    PromptBias bias{};
+    T *query, *key;
+    int64_t *index, *query_index;
+
+    Attended(Memory& memory, const Prompts& size) : size(size) {
+        const int batch = size.batch(), width = size.width();
+        const int first = width - size.keep_last - size.queries;  // the window's first token
+        const auto values = [&](int64_t count, float scale) {
+            T* to = memory.array<T>(count);
+            for (int64_t i = 0; i < count; ++i) to[i] = rounded<T>(scale * normal());
+            return to;
+        };
+        const int64_t step = size.head_dim + size.gap;
+        query = values(int64_t{batch} * size.heads * size.queries * step, 1);
+        key = values(int64_t{batch} * size.key_heads * width * step, 2);
+        index = memory.array<int64_t>(int64_t{batch} * width);
+        for (int b = 0; b < batch; ++b) {
+            int64_t next = 0;
+            for (int j = 0; j < width; ++j) {
+                const bool is_padding = j < width - size.lengths[b];
+                index[int64_t{b} * width + j] = is_padding ? -1 : next;
+                if (!is_padding) next += size.stretch * integer(1, 3);
+            }
+        }
+        query_index = memory.array<int64_t>(int64_t{batch} * size.queries);
+        for (int b = 0; b < batch; ++b) {
+            for (int i = 0; i < size.queries; ++i) {
+                const int64_t choices[] = {-1, 0, integer(0, 2 * width), 4 * size.stretch * width};
+                query_index[int64_t{b} * size.queries + i] = choices[integer(0, 3)];
+            }
+        }
+        const int64_t row = int64_t{width} * size.head_dim;
+        const int64_t rotary = size.rotary == Rotary::kByRow ? batch * row : row;
+        const T *cos = values(rotary, 1), *sin = values(rotary, 1);
+        const bool is_rotated = size.rotary == Rotary::kNone;
+        // Queries as a projection leaves them, [B, w, H, d]; keys as a cache does.
+        window = {kElement<T>,
+                  query,
+                  {size.queries * size.heads * step, step, size.heads * step},
+                  key,
+                  {size.key_heads * width * step, width * step, step},
+                  query_index,
+                  size.queries,
+                  index,
+                  is_rotated ? nullptr : cos + int64_t{first} * size.head_dim,
+                  is_rotated ? nullptr : sin + int64_t{first} * size.head_dim,
+                  {size.rotary == Rotary::kByRow ? row : 0, size.head_dim},
+                  static_cast<float>(0.3 * 1.4426950408889634),
+                  batch,
+                  size.heads,
+                  size.key_heads,
+                  size.queries,
+                  width,
+                  size.head_dim,
+                  size.pooling};
+        std::vector<float> table(size.num_distances);
+        for (float& value : table) value = normal();
+        bias = {index, memory.copy(table), size.num_distances, nullptr, 0.7f, batch, width, size.keep_last};
+    }
+
+    // The window of prompt_bias: the prompt's last tokens.
+    Window of_prompt() const {
+        Window last = window;
+        last.query_index = index + size.width() - size.keep_last - size.queries;
+        last.query_index_stride = size.width();
+        return last;
+    }
+
+    std::vector<int64_t> row_of_index(int b) const {
+        return {index + int64_t{b} * size.width(), index + int64_t{b + 1} * size.width()};
+    }
+
+    std::vector<double> exact(int b, const Window& window) const {
+        const int half = size.head_dim / 2;
+        const auto rotated = [&](int head, int i, int d) {
+            const T* from =
+                query + b * window.query_strides[0] + head * window.query_strides[1] + i * window.query_strides[2];
+            if (window.cos == nullptr) return double{sdtp::to_float(from[d])};
+            const int64_t place = b * window.rotary_strides[0] + i * window.rotary_strides[1] + d;
+            const double cos = sdtp::to_float(static_cast<const T*>(window.cos)[place]);
+            const double sin = sdtp::to_float(static_cast<const T*>(window.sin)[place]);
+            const double other = d < half ? -sdtp::to_float(from[d + half]) : sdtp::to_float(from[d - half]);
+            return sdtp::to_float(from[d]) * cos + other * sin;
+        };
+        const auto logit = [&](int head, int i, int j) {
+            const T* to = key + b * window.key_strides[0] + head * size.key_heads / size.heads * window.key_strides[1] +
+                          j * window.key_strides[2];
+            double sum = 0;
+            for (int d = 0; d < size.head_dim; ++d) sum += rotated(head, i, d) * sdtp::to_float(to[d]);
+            return 0.3 * sum;
+        };
+        const int64_t* indices = window.query_index + b * window.query_index_stride;
+        return oracle::window_attention(size.heads, {indices, indices + size.queries}, row_of_index(b), size.pooling,
+                                        logit);
+    }
+
+    // Row b alone, without its padding.
+    Window alone(int b, const Window& window) const {
+        Window own = window;
+        const int padding = size.width() - size.lengths[b];
+        own.batch_size = 1;
+        own.query = query + b * window.query_strides[0];
+        own.key = key + b * window.key_strides[0] + padding * window.key_strides[2];
+        own.query_index += b * window.query_index_stride;
+        own.key_index += int64_t{b} * size.width() + padding;
+        own.num_keys = size.lengths[b];
+        if (window.cos != nullptr) {
+            own.cos = static_cast<const T*>(window.cos) + b * window.rotary_strides[0];
+            own.sin = static_cast<const T*>(window.sin) + b * window.rotary_strides[0];
+        }
+        return own;
+    }
+    PromptBias alone(int b, const PromptBias& bias) const {
+        PromptBias own = bias;
+        const int64_t first = int64_t{b} * size.width() + size.width() - size.lengths[b];
+        own.batch_size = 1;
+        own.token_index += first;
+        if (own.attention != nullptr) own.attention += first;
+        own.num_tokens = size.lengths[b];
+        return own;
+    }
+};
+
+void check_num_launches(int before, int expected) {
+    const int launches = cuda_on_cpu::num_launches() - before;
+    check(launches == expected, std::to_string(launches) + " launches, not " + std::to_string(expected));
+}
+
+std::vector<float> attention_of(const Window& window) {
+    Memory own;
+    const int64_t count = int64_t{window.batch_size} * window.num_keys;
+    float* attention = own.array<float>(count);
+    const int before = cuda_on_cpu::num_launches();
+    check_launched(window_attention(window, attention, own.allocator(), {}));
+    check_num_launches(before, count > 0 ? 3 : 0);
+    return {attention, attention + count};
+}
+
+std::vector<float> bias_of(const PromptBias& bias, const Window* window) {
+    Memory own;
+    const int64_t count = int64_t{bias.batch_size} * bias.num_tokens;
+    float* result = own.array<float>(count);
+    const int before = cuda_on_cpu::num_launches();
+    check_launched(prompt_bias(bias, window, result, own.allocator(), {}));
+    check_num_launches(before, count == 0 ? 0 : window != nullptr ? 4 : bias.attention != nullptr ? 2 : 1);
+    return {result, result + count};
+}
+
+void check_close(const float* got, const std::vector<double>& expected, double tolerance) {
+    for (size_t i = 0; i < expected.size(); ++i) {
+        // NaN fails the comparison too.
+        check(std::fabs(got[i] - expected[i]) <= tolerance, "token " + std::to_string(i) + " has " +
+                                                                std::to_string(got[i]) + ", expected " +
+                                                                std::to_string(expected[i]));
+    }
+}
+
+void check_equal(const float* got, const float* expected, size_t count, const std::string& message) {
+    check(count == 0 || std::memcmp(got, expected, count * sizeof(float)) == 0, message);
+}
+
+std::string describe(const std::string& name, size_t bytes, const Prompts& size) {
+    return name + " of " + std::to_string(size.batch()) + " x " + std::to_string(size.heads) + " x " +
+           std::to_string(size.queries) + " queries, " + std::to_string(size.key_heads) + " x " +
+           std::to_string(size.width()) + " keys of " + std::to_string(size.head_dim) + " x " + std::to_string(bytes) +
+           " bytes";
+}
+
+template <typename T>
+void window(uint64_t seed, const Prompts& size) {
+    begin(describe("window", sizeof(T), size), seed, 2, 4);
+    Memory memory;
+    Attended<T> prompts(memory, size);
+    const Window& window = prompts.window;
+    const int width = size.width();
+    const std::vector<float> got = attention_of(window);
+    double most = 1;
+    for (int b = 0; b < size.batch(); ++b) {
+        const std::vector<double> expected = prompts.exact(b, window);
+        for (double value : expected) most = std::max(most, value);
+        check_close(&got[int64_t{b} * width], expected, 1e-5 * most);
+        if (is_small) continue;
+        const std::vector<float> alone = attention_of(prompts.alone(b, window));
+        const size_t end = int64_t{b + 1} * width;
+        check_equal(&got[end - alone.size()], alone.data(), alone.size(), "a row depends on the batch or on padding");
+    }
+    if (is_small) return;  // what follows launches the same
+    cuda_on_cpu::configure(seed + 1, 1, 4);
+    check_equal(attention_of(window).data(), got.data(), got.size(), "another order of threads gives other bits");
+
+    const auto spoil = [&](T& value, bool counts) {
+        const T right = value;
+        value = not_a_number<T>();
+        const std::vector<float> spoilt = attention_of(window);
+        value = right;
+        for (int j = 0; j < width; ++j) {
+            check(counts ? std::isnan(spoilt[j]) : spoilt[j] == got[j], "NaN in a row is not as it should be");
+        }
+        check_equal(&spoilt[width], &got[width], got.size() - width, "NaN of one row in another");
+    };
+    int64_t* index = prompts.query_index;  // of the first row
+    const bool is_seen = size.lengths[0] > 0 && *std::max_element(index, index + size.queries) >= 0;
+    spoil(prompts.key[int64_t{width - 1} * window.key_strides[2]],
+          is_seen && prompts.index[width - 1] <= *std::max_element(index, index + size.queries));
+    if (size.lengths[0] < width) spoil(prompts.key[0], false);
+    spoil(prompts.query[0], index[0] >= 0 && size.lengths[0] > 0);
+}
+
+// Keys so far apart that their offsets need 64 bits; what lies between them does not exist.
+void window_far() {
+    begin("window of keys far apart", 0, 1, 1);
+    const int64_t step = (int64_t{1} << 31) + 8;
+    const size_t bytes = 2 * step * sizeof(BFloat16);
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    check(memory != MAP_FAILED, "no address space");
+    auto* key = static_cast<BFloat16*>(memory);
+    const BFloat16 query[2] = {rounded<BFloat16>(1.0f), rounded<BFloat16>(2.0f)};
+    key[step] = rounded<BFloat16>(1.0f);
+    const int64_t query_index = 1, key_index[] = {0, 1};
+    const Window window{Element::kBFloat16,
+                        query,
+                        {0, 0, 0},
+                        key,
+                        {0, 0, step},
+                        &query_index,
+                        1,
+                        key_index,
+                        nullptr,
+                        nullptr,
+                        {0, 0},
+                        1.0f,
+                        1,
+                        1,
+                        1,
+                        1,
+                        2,
+                        2,
+                        1};
+    check_close(attention_of(window).data(), {1.0 / 3, 2.0 / 3}, 1e-6);
+    munmap(memory, bytes);
+}
+
+void window_group() {
+    for (uint64_t seed = 0; seed < (is_small ? 1 : 3); ++seed) {
+        window<BFloat16>(seed, {{70, 33}, 3, 3, 1, 5, 16, 7, Rotary::kByRow});
+        window<float>(seed, {{90}, 1, 2, 2, 17, 12, 3, Rotary::kShared, 4});  // two passes
+        window<Half>(seed, {{1}, 0, 1, 1, 1, 7, 1});
+        if (is_small) continue;
+        window<BFloat16>(seed, {{40, 0, 1}, 2, 5, 5, 16, 24, 5, Rotary::kShared, 3});  // nothing is aligned
+        window<BFloat16>(seed, {{20, 9}, 0, 2, 1, 3, 8, 1000001});
+    }
+    if (is_small) return;
+    window<Half>(0, {{700, 300}, 330, 6, 2, 8, 64, 13, Rotary::kByRow});  // three tiles
+    window<float>(0, {{1025, 1020}, 0, 3, 3, 33, 10, 1});
+    window<float>(0, {{90}, 0, 7, 1, 64, 256, 255});
+    window<float>(0, {{17000}, 0, 1, 1, 1, 1, 3});  // more tiles than a warp has lanes
+    Memory memory;
+    begin("window of nothing", 0, 2, 4);
+    Attended<float> prompts(memory, {{30}, 2, 2, 1, 4, 8, 3});
+    Window nothing = prompts.window;
+    nothing.num_queries = 0;
+    for (float value : attention_of(nothing)) check(value == 0.0f, "attention of no query");
+    nothing.num_keys = 0;
+    attention_of(nothing);
+    window_far();
+}
+
+template <typename T>
+void bias(uint64_t seed, const Prompts& size) {
+    begin(describe("bias", sizeof(T), size), seed, 2, 4);
+    Memory memory;
+    Attended<T> prompts(memory, size);
+    const Window window = prompts.of_prompt();
+    const int width = size.width();
+    const std::vector<float> table(prompts.bias.distance_table, prompts.bias.distance_table + size.num_distances);
+    std::vector<float> given(int64_t{size.batch()} * width);
+    for (float& value : given) value = integer(0, 9) == 0 ? 0.0f : std::fabs(normal());
+    for (int b = 0; b < size.batch(); ++b) {  // what stands in padding counts for nothing
+        std::fill_n(&given[int64_t{b} * width], width - size.lengths[b], NAN);
+    }
+    PromptBias with_given = prompts.bias;
+    float* attention = memory.copy(given);
+    with_given.attention = attention;
+    const auto check_rows = [&](const PromptBias& bias, const Window* window, const auto& attention) {
+        const std::vector<float> got = bias_of(bias, window);
+        for (int b = 0; b < size.batch(); ++b) {
+            const int64_t first = int64_t{b} * width;
+            check_close(&got[first],
+                        oracle::prompt_bias(prompts.row_of_index(b), size.keep_last, table, attention(b), 0.7), 2e-4);
+            if (is_small) continue;
+            Window own_window;
+            if (window != nullptr) own_window = prompts.alone(b, *window);
+            if (window != nullptr && size.lengths[b] < size.queries + size.keep_last) continue;
+            if (size.lengths[b] < size.keep_last) continue;
+            const std::vector<float> alone = bias_of(prompts.alone(b, bias), window != nullptr ? &own_window : nullptr);
+            check_equal(&got[first + width - alone.size()], alone.data(), alone.size(),
+                        "a row depends on the batch or on padding");
+        }
+        return got;
+    };
+    check_rows(prompts.bias, &window, [&](int b) { return prompts.exact(b, window); });
+    check_rows(prompts.bias, nullptr, [&](int) { return std::vector<double>(); });
+    const std::vector<float> got = check_rows(with_given, nullptr, [&](int b) {
+        return std::vector<double>(&given[int64_t{b} * width], &given[int64_t{b} * width] + width);
+    });
+    cuda_on_cpu::configure(seed + 1, 1, 4);
+    check_equal(bias_of(with_given, nullptr).data(), got.data(), got.size(),
+                "another order of threads gives other bits");
+
+    const int valid = width - size.keep_last - 1;  // the last one of the first row
+    if (size.lengths[0] <= size.keep_last) return;
+    attention[valid] = NAN;
+    const std::vector<float> spoilt = bias_of(with_given, nullptr);
+    for (int i = 0; i < width; ++i) {
+        const bool counts = width - size.lengths[0] <= i && i <= valid;
+        check(counts ? std::isnan(spoilt[i]) : spoilt[i] == 0.0f, "NaN in a row is not as it should be");
+    }
+    check_equal(&spoilt[width], &got[width], got.size() - width, "NaN of one row in another");
+}
+
+void bias_group() {
+    for (uint64_t seed = 0; seed < (is_small ? 1 : 3); ++seed) {
+        bias<BFloat16>(seed, {{70, 33}, 3, 3, 1, 5, 16, 3, Rotary::kByRow, 0, 7});
+        bias<float>(seed, {{300}, 0, 2, 1, 4, 8, 7, Rotary::kShared});
+        if (is_small) continue;
+        bias<Half>(seed, {{40, 0, 12}, 2, 2, 2, 3, 16, 1, Rotary::kNone, 1, 11});
+        bias<BFloat16>(seed, {{20, 9}, 0, 2, 1, 0, 8, 1, Rotary::kNone, 0, 20});  // all stand after the prompt
+        bias<float>(seed, {{1}, 0, 1, 1, 1, 4, 1, Rotary::kShared, 0, 0, 1});
+    }
+    if (is_small) return;
+    bias<float>(0, {{700, 520}, 300, 4, 2, 16, 24, 5, Rotary::kByRow, 0, 1, 300, int64_t{1} << 33});  // far apart
+    bias<float>(0, {{66000}, 1, 1, 1, 1, 1, 1, Rotary::kNone, 0, 5});  // more CTAs than a CTA has threads
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -587,6 +950,8 @@ int main(int argc, char** argv) {
         if (group == "select") select_group();
         if (group == "gather") gather_group();
         if (group == "prune") prune_group();
+        if (group == "window") window_group();
+        if (group == "bias") bias_group();
     }
     std::printf("all right, %d launches\n", cuda_on_cpu::num_launches());
     return 0;

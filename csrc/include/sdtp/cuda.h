@@ -32,6 +32,8 @@ inline constexpr int kMaxPooling = 255;
 // (CUDA 12.1, compute capability 7.0).
 inline constexpr int kFewTensors = 64;
 inline constexpr int kMaxTensors = 584;
+// Queries of the last window stand in shared memory, heads of this size.
+inline constexpr int kMaxHeadDim = 256;
 
 enum class Element { kFloat32, kBFloat16, kFloat16 };
 
@@ -72,6 +74,40 @@ struct Selection {
     int pooling;
 };
 
+// The last queries and all keys. Strides in elements; along the head they are 1.
+struct Window {
+    Element element;
+    const void* query;  // [B, H, w, d]
+    int64_t query_strides[3];
+    const void* key;  // [B, KV, n, d]
+    int64_t key_strides[3];
+    const int64_t* query_index;  // [B, w]
+    int64_t query_index_stride;  // from row to row
+    const int64_t* key_index;    // [B, n], contiguous
+    const void* cos;             // [B, w, d]; null where the queries are rotated already
+    const void* sin;
+    int64_t rotary_strides[2];
+    float scale;  // of the logits, in powers of two
+    int batch_size;
+    int num_heads;
+    int num_key_heads;
+    int num_queries;  // of a head
+    int num_keys;
+    int head_dim;
+    int pooling;
+};
+
+struct PromptBias {
+    const int64_t* token_index;   // [B, N], contiguous, as all of the following
+    const float* distance_table;  // [num_distances]
+    int64_t num_distances;
+    const float* attention;  // [B, N]; may be null
+    float attention_weight;
+    int batch_size;
+    int num_tokens;
+    int keep_last;  // tokens after the prompt
+};
+
 // scores: [B, N], contiguous. Two launches.
 const char* score_tokens(const Scoring& scoring, float* scores, const Allocate& allocate, Stream stream);
 
@@ -86,5 +122,12 @@ const char* gather_tokens(const std::vector<TokenRows>& tensors, const int64_t* 
 // three under the global budget. More than kFewTensors tensors take three, and more than kMaxTensors more.
 const char* prune_tokens(const Scoring& scoring, const Selection& selection, const std::vector<TokenRows>& tensors,
                          const Allocate& allocate, Stream stream);
+
+// attention: [B, n], contiguous. Three launches.
+const char* window_attention(const Window& window, float* attention, const Allocate& allocate, Stream stream);
+
+// bias: [B, N], contiguous. One launch; two with an attention; four with a window to compute it from, null without.
+const char* prompt_bias(const PromptBias& prompt, const Window* window, float* bias, const Allocate& allocate,
+                        Stream stream);
 
 }  // namespace sdtp::cuda
