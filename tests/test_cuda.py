@@ -18,7 +18,7 @@ import torch
 from cuda_on_cpu import build
 
 from sdtp_kernels import BackendUnavailableError, backends, explain_backends, select_tokens
-from sdtp_kernels.arguments import PromptTerms
+from sdtp_kernels.arguments import PromptTerms, Selection
 from sdtp_kernels.backends import _native, limits
 from sdtp_kernels.backends import cuda as backend
 
@@ -220,9 +220,9 @@ def test_limits_are_those_of_the_kernels():
     assert f"kMaxPooling = {limits.MAX_POOLING};" in header
     assert f"kMaxHeadDim = {limits.MAX_HEAD_DIM};" in header
     with pytest.raises(ValueError, match=r"backend 'cuda' takes at most 65535 rows .* got 65536 rows of 3: split"):
-        backend.select_tokens(torch.zeros(1, 1).expand(65536, 3), 2)
+        backend.select_tokens(torch.zeros(1, 1).expand(65536, 3), Selection(2))
     with pytest.raises(ValueError, match=r"backend 'cuda' pools over at most 255 tokens, got pooling=257"):
-        backend.select_tokens(torch.zeros(1, 3), 2, pooling=257)
+        backend.select_tokens(torch.zeros(1, 3), Selection(2, pooling=257))
     with pytest.raises(ValueError, match="backend 'cuda' takes at most"):
         backend.gather_tokens([], torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**24 + 1))
     wide, index = torch.zeros(1, 1, 1, 257), torch.zeros(1, 1, dtype=torch.int64)

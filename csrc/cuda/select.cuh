@@ -19,8 +19,8 @@ namespace sdtp::cuda {
 // Digits of 8 bits: a bin for each thread.
 inline constexpr int kDigits = 4;
 inline constexpr int kBins = kThreads;
-// CTAs for whose registers a multiprocessor has room. Left to itself, ptxas spills for more of them than needed.
-inline constexpr int kSelectCtas = 4;
+// CTAs for whose registers a multiprocessor has room: four spill on some targets, and ptxas left to itself spills too.
+inline constexpr int kSelectCtas = 3;
 inline constexpr int kMaxReach = kMaxPooling / 2;
 
 // Keys that a CTA holds in shared memory. More wait in device memory; a group's CTAs take no more than these where
