@@ -96,7 +96,7 @@ def stages(model: str) -> dict[str, Callable[[], object]]:
 
 
 def measure(model: str, calls: int = CALLS, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Time both stages by turns.
+    """Time both stages, interleaved.
 
     Parameters
     ----------
