@@ -12,7 +12,7 @@ MACHINE ?= $(shell uname -m)-$(shell nproc)core
 RESULTS = benchmarks/results/$(MACHINE)
 BENCH = $(BIN)/sdtp bench
 
-.PHONY: help demo bench peers report docs train train-kl gpu-check test test-compat test-mutants lint format wheel dist clean
+.PHONY: help demo bench peers report docs train train-kl gpu-check gpu-bundle test test-compat test-mutants lint format wheel dist clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -91,6 +91,10 @@ peers: $(VENV)/install.done $(VENV)/kvpress $(VENV)/peers ## kvpress, llama.cpp 
 
 gpu-check: $(VENV)/install.done ## on a machine with a GPU: prove the kernels there, then time them; exits 2 without one
 	$(BIN)/sdtp bench gpu-check --out benchmarks/results/gpu-check
+
+gpu-bundle: $(VENV)/nvcc.done ## build/gpu-bundle: the same for a machine without network, in one directory
+	rm -rf build/gpu-bundle
+	PYTHON=$(BIN)/python sh benchmarks/gpu_bundle.sh build/gpu-bundle
 
 report: $(VENV)/install.done ## docs/report and the README's tables, made again from the rows in benchmarks/results
 	$(BIN)/sdtp bench report

@@ -6,15 +6,10 @@ them. Everything here is tensor arithmetic, so it runs on any device without a h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 
 from .arguments import PromptTerms, Scoring, Selection, token_dim
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 ATTENTION_FLOOR = 1e-9  # below every probability that matters, so that a logarithm of 0 stays finite
 
@@ -147,11 +142,11 @@ def window_attention(
     return pooled.mean(1).float()
 
 
-def prompt_bias(terms: PromptTerms, window_attention: Callable[..., torch.Tensor] = window_attention) -> torch.Tensor:
+def prompt_bias(terms: PromptTerms) -> torch.Tensor:
     """The distance term, and the standardised logarithm of the last queries' attention."""
     index, attention = terms.token_index, terms.attention
     end = index.shape[1] - terms.keep_last
-    if terms.query is not None:
+    if terms.query is not None and terms.key is not None:
         last = slice(end - terms.query.shape[2], end)
         cos, sin = (None if t is None else t[:, last] for t in (terms.cos, terms.sin))
         attention = window_attention(

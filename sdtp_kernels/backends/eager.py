@@ -1,8 +1,6 @@
-"""Last-window attention in a few fast steps of torch, for backends that have no kernel of their own for it."""
+"""Last-window attention in a few fast steps of torch, for windows that are too large for a kernel."""
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +32,6 @@ def window_attention(
     has_a_say = is_seen.any(-1)[:, None, :, None]
     per_head = logits.softmax(-1).where(has_a_say, 0).sum(2)
     return _max_pool(per_head, pooling).mean(1)
-
-
-prompt_bias = functools.partial(reference.prompt_bias, window_attention=window_attention)
 
 
 def _max_pool(values: torch.Tensor, width: int) -> torch.Tensor:
