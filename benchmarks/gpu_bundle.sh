@@ -18,12 +18,11 @@ cat > "$1/run.sh" <<'RUN'
 #!/bin/sh
 # sh run.sh [OPTIONS OF 'sdtp bench gpu-check']: rows and a picture in rows/, beside this file. --dry-run says the plan.
 set -eu
-here=$(cd "$(dirname "$0")" && pwd)
-[ -x "$here/env/bin/sdtp" ] || {
-    "${PYTHON:-python3}" -m venv --system-site-packages "$here/env"
-    "$here/env/bin/python" -m pip install --quiet --no-index --no-deps "$here"/wheels/*.whl
-}
-exec "$here/env/bin/sdtp" bench gpu-check --out "$here/rows" "$@"
+here=$(cd "$(dirname "$0")" && pwd) python=${PYTHON:-python3}
+# Beside what the machine's Python has, not into it.
+[ -d "$here/site" ] || "$python" -m pip install --quiet --no-index --no-deps --target "$here/site" "$here"/wheels/*.whl
+export PYTHONPATH="$here/site${PYTHONPATH:+:$PYTHONPATH}"
+exec "$python" -m sdtp_kernels bench gpu-check --out "$here/rows" "$@"
 RUN
 megabytes=$(du -sm "$1" | cut -f 1)
 [ "$megabytes" -lt 60 ] || { echo "$1 has $megabytes MB, expected less than 60" >&2; exit 1; }

@@ -160,9 +160,9 @@ def _select_cost(a: dict[str, Any]) -> Cost:
     read, written = first + _tail_bytes(a), batch * num_keep * (_COLUMN + _FLOAT32)
     if a["finished_ptr"] is None:
         return Cost("select_kernel", 0, read, passes * _score_bytes(a) - first, written)
-    # Summed once; the bias is added in every pass.
+    # Summed once; the bias is added in every pass. Then the columns that were chosen, and their means.
     bias = _FLOAT32 if a["bias_ptr"] is not None else 0
-    again = passes * (_FLOAT32 + bias) - blocks * size * bias
+    again = passes * (_FLOAT32 + bias) - blocks * size * bias + _chosen(a) * (_COLUMN + _FLOAT32)
     return Cost("select_kernel", 0, read, again, written + blocks * size * _FLOAT32)
 
 
@@ -178,7 +178,8 @@ def _select_and_gather_cost(a: dict[str, Any]) -> Cost:
     blocks = a["num_blocks"] * a["indices_ptr"].shape[0]
     passes = _RANKING_PASSES * blocks * a["shares"] * _window_tokens(a["block_size"], a) * _score_bytes(a)
     first = blocks * a["block_size"] * _score_bytes(a)
-    again = passes - first + columns * len(a["sources"])
+    means = _chosen(a) * (_COLUMN + _score_bytes(a) - _FLOAT32 * (a["bias_ptr"] is not None))
+    again = passes - first + columns * len(a["sources"]) + means
     written = rows + columns + a["kept_mean_ptr"].nbytes
     return Cost("select_and_gather_kernel", 0, first + rows + _tail_bytes(a), again, written)
 
@@ -218,6 +219,12 @@ def _scoring(a: dict[str, Any], scored: int, token_tiles: int) -> tuple[int, int
 def _score_bytes(a: dict[str, Any]) -> int:
     """Bytes that a score is made of."""
     return _FLOAT32 * (int(a["num_parts"]) + (a["mean_ptr"] is not None) + (a["bias_ptr"] is not None))
+
+
+def _chosen(a: dict[str, Any]) -> int:
+    """Tokens that are kept for their rank."""
+    batch, num_keep = a["indices_ptr"].shape
+    return int(batch * (num_keep - a["recent"]))
 
 
 def _tail_bytes(a: dict[str, Any]) -> int:

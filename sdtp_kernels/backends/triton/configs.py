@@ -203,14 +203,20 @@ def select_tile(block_size: int, largest: int = max(SELECT_THREADS)) -> int:
 
 def select_options(tile: int, device: torch.device) -> dict[str, object]:
     """How to launch a kernel that ranks tiles of this size."""
-    warp_size = 64 if device_of(device).target.startswith("gfx") else 32
-    return {"num_warps": SELECT_THREADS[tile] // warp_size, **registers(128, device), **EXACT}
+    target = device_of(device).target
+    warp_size = 64 if target.startswith("gfx") else 32
+    limit = 144 if target == "sm_100" and SELECT_THREADS[tile] < 512 else 128  # 128 spill there with Triton 3.6
+    return {"num_warps": SELECT_THREADS[tile] // warp_size, **registers(limit, device), **EXACT}
 
 
-# Keys of a tile of the window's attention, by bytes of an element, and what its queries may take of shared memory.
-# With more of either, or fewer warps on NVIDIA, the kernels spill.
-WINDOW_KEYS = {2: 64, 4: 16}
+# What the queries of a window's tile may take of shared memory. With more of them, more keys, or fewer warps on NVIDIA,
+# the kernels spill.
 WINDOW_BYTES = 32 * 1024
+
+
+def window_keys(rows: int, itemsize: int) -> int:
+    """Keys of a tile of the window's attention, for so many queries."""
+    return 16 if itemsize == 4 else 64 if rows <= 64 else 32
 
 
 def window_warps(rows: int, device: torch.device) -> int:

@@ -29,6 +29,7 @@ from .select import (
     select_block,
     select_scores,
     store_dropped,
+    store_means,
 )
 
 if TYPE_CHECKING:
@@ -77,13 +78,18 @@ def select_and_gather_kernel(
         select_block(
             scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr,
             batch.to(tl.int64) * num_tokens + first_column, size, quota, sink - start,
-            out_ptr + block_slot, means_ptr + block_slot, drops_ptr, first_column, first_slot, last_slot,
-            first_drop, num_drops, True, REACH, TILE,
+            out_ptr + block_slot, drops_ptr, first_column, first_slot, last_slot, first_drop, num_drops,
+            True, REACH, TILE,
         )  # fmt: skip
         first_slot += block_slot
         last_slot += block_slot
         first_skipped = num_keep
         last_skipped = num_keep
+        tl.debug_barrier()  # the threads that read a column are not those that wrote it
+        store_means(
+            scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, batch.to(tl.int64) * num_tokens,
+            out_ptr, means_ptr, first_slot, last_slot, FILL,
+        )  # fmt: skip
     else:
         first_fill = (program - num_blocks * shares) * FILL
         first_slot = first_fill_slot + first_fill

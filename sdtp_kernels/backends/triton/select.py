@@ -119,7 +119,7 @@ def load_keys(
     first_offset, first, size, num_sink,
     BLOCKED: tl.constexpr, REACH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """(keys of a tile, their running means, their tokens, whether they are the tile's own).
+    """(keys of a tile, their tokens, whether they are the tile's own).
 
     A tile holds its own ``TILE - 2 * REACH`` tokens of the block, from `first` on, and their neighbours on both sides.
     """
@@ -130,10 +130,10 @@ def load_keys(
     if REACH > 0:
         is_inside = is_inside & (i >= 0)
         is_own = is_own & (place >= REACH) & (place < TILE - REACH)
-    means, scores = load_scores(
+    _, scores = load_scores(
         scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr, first_offset + i, is_inside
     )
-    return block_keys(scores, is_inside, i, size, num_sink, BLOCKED, REACH, TILE), means, i, is_own
+    return block_keys(scores, is_inside, i, size, num_sink, BLOCKED, REACH, TILE), i, is_own
 
 
 @triton.jit
@@ -187,14 +187,14 @@ def store_dropped(dropped_ptr, slots, columns, mask, num_dropped):
 def select_block(
     scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr,
     first_offset, size, quota, num_sink,
-    out_ptr, kept_mean_ptr, dropped_ptr, first_column, first_slot, last_slot, first_drop, num_dropped,
+    out_ptr, dropped_ptr, first_column, first_slot, last_slot, first_drop, num_dropped,
     BLOCKED: tl.constexpr, REACH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write the columns and means of the best `quota` of the block's `size` tokens, as far as their slots are in a
-    range, and the columns of the others.
+    """Write the columns of the best `quota` of the block's `size` tokens, as far as their slots are in a range, and the
+    columns of the others.
 
-    The block's first score stands at `first_offset`. Slots count the block's kept tokens from 0; `out_ptr` and
-    `kept_mean_ptr` are where slot 0 stands. Of the slots only those in ``[first_slot, last_slot)`` are written:
+    The block's first score stands at `first_offset`. Slots count the block's kept tokens from 0; `out_ptr` is where
+    slot 0 stands. Of the slots only those in ``[first_slot, last_slot)`` are written:
     programs that share a block rank it each and write a share each. The block's first dropped token has the slot
     `first_drop` of `num_dropped` from `dropped_ptr` on.
     """
@@ -203,7 +203,7 @@ def select_block(
     for shift in tl.static_range(24, -1, -8):
         counts = tl.zeros([256], tl.int32)
         for first in range(0, size, TILE - 2 * REACH):
-            keys, _, i, mask = load_keys(
+            keys, i, mask = load_keys(
                 scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr,
                 first_offset, first, size, num_sink, BLOCKED, REACH, TILE,
             )  # fmt: skip
@@ -212,20 +212,37 @@ def select_block(
     above = tl.zeros([], tl.int32)
     equal = tl.zeros([], tl.int32)
     for first in range(0, size, TILE - 2 * REACH):
-        keys, means, i, mask = load_keys(
+        keys, i, mask = load_keys(
             scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr,
             first_offset, first, size, num_sink, BLOCKED, REACH, TILE,
         )  # fmt: skip
         slots, is_kept, flags = find_slots(keys, mask, threshold, ties, above, equal)
         is_mine = is_kept & (slots >= first_slot) & (slots < last_slot)
         tl.store(out_ptr + slots, (first_column + i).to(tl.int64), mask=is_mine)
-        if kept_mean_ptr is not None:
-            tl.store(kept_mean_ptr + slots, means, mask=is_mine)
         if dropped_ptr is not None:
             store_dropped(dropped_ptr, first_drop + i - slots, first_column + i, mask & ~is_kept, num_dropped)
         total = tl.sum(flags)  # after the store: before it, ptxas spills
         above += total & 0xFFFF
         equal += total >> 16
+
+
+@triton.jit
+def store_means(
+    scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, row_offset, columns_ptr, kept_mean_ptr,
+    first_slot, last_slot, TILE: tl.constexpr,
+):  # fmt: skip
+    """Write the running means of the kept tokens in a range of slots, whose columns were written before a barrier.
+
+    Not where the columns are found: with means beside the keys ptxas spills.
+    """
+    for first in range(first_slot, last_slot, TILE):
+        slots = first + tl.arange(0, TILE)
+        mask = slots < last_slot
+        columns = tl.load(columns_ptr + slots, mask=mask, other=0)
+        means, _ = load_scores(
+            scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, None, row_offset + columns, mask
+        )
+        tl.store(kept_mean_ptr + slots, means, mask=mask)
 
 
 @triton.jit
@@ -286,14 +303,11 @@ def select_kernel(
         first_offset = batch.to(tl.int64) * num_tokens + first_column
         first_slot = num_keep - keep + program * quota
         first_drop = num_dropped - (length - keep) + program * (size - quota)
-        slot_means_ptr = means_ptr
-        if kept_mean_ptr is not None:
-            slot_means_ptr += first_slot
         if finished_ptr is None:
             select_block(
                 scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr,
                 first_offset, size, quota, sink - start,
-                out_ptr + first_slot, slot_means_ptr, drops_ptr, first_column, 0, quota, first_drop, num_dropped,
+                out_ptr + first_slot, drops_ptr, first_column, 0, quota, first_drop, num_dropped,
                 block_size is not None, REACH, TILE,
             )  # fmt: skip
         else:
@@ -306,9 +320,15 @@ def select_kernel(
             tl.debug_barrier()
             select_block(
                 finished_ptr, 0, 1, None, None, 1.0, bias_ptr, first_offset, size, quota, sink - start,
-                out_ptr + first_slot, slot_means_ptr, drops_ptr, first_column, 0, quota, first_drop, num_dropped,
+                out_ptr + first_slot, drops_ptr, first_column, 0, quota, first_drop, num_dropped,
                 block_size is not None, REACH, TILE,
             )  # fmt: skip
+            if kept_mean_ptr is not None:
+                tl.debug_barrier()
+                store_means(
+                    finished_ptr, 0, 1, None, None, 1.0, batch.to(tl.int64) * num_tokens, out_ptr, means_ptr,
+                    first_slot, first_slot + quota, TILE,
+                )  # fmt: skip
     else:
         first_fill = (program - num_blocks) * FILL
         fill_slots(

@@ -303,7 +303,7 @@ def _tile(query: torch.Tensor, key: torch.Tensor, pooling: int) -> _Tile | None:
     group, width = (triton.next_power_of_2(max(n, 1)) for n in (heads // key.shape[1], window))
     width = max(width, 16 // group)  # a product has at least 16 rows
     head = max(triton.next_power_of_2(head_dim), 16)
-    tile = _Tile(group, width, group * width, head, configs.WINDOW_KEYS[query.itemsize])
+    tile = _Tile(group, width, group * width, head, configs.window_keys(group * width, query.itemsize))
     fits = tile.ROWS * tile.HEAD_DIM * query.itemsize <= configs.WINDOW_BYTES and tile.ROWS <= 256
     return tile if fits and 4 * (pooling // 2) <= tile.BLOCK_KEYS else None
 
