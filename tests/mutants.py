@@ -902,14 +902,14 @@ MUTANTS = [
         CPU + "window_attention.cpp",
         "(call.first_rotary + i)",
         "i",
-        "test_ops.py::test_score_prompt",
+        "test_ops.py::test_prompt_bias",
     ),
     Mutant(
         "terms of tokens that have none",
         "sdtp_kernels/reference.py",
         "bias.masked_fill(~is_valid, 0)",
         "bias",
-        "test_ops.py::test_score_prompt",
+        "test_ops.py::test_prompt_bias",
     ),
     Mutant(
         "queries of the layer below projected again",
