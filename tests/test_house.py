@@ -66,12 +66,14 @@ def test_importing_the_package_imports_torch_alone():
     assert run.stdout.strip() == "[] True"
 
 
-def test_mutants_name_text_that_exists():
+def test_mutants_name_text_and_tests_that_exist():
     """A stale entry of the list of planted bugs should not wait for the long run."""
     from mutants import MUTANTS, ROOT
 
     for mutant in MUTANTS:
         assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant.name
+        file, _, test = mutant.tests.partition("::")
+        assert f"def {test.partition('[')[0]}" in (ROOT / "tests" / file).read_text(), mutant.name
 
 
 def test_the_tables_of_features_name_tests_that_exist():
