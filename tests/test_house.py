@@ -72,8 +72,9 @@ def test_mutants_name_text_and_tests_that_exist():
 
     for mutant in MUTANTS:
         assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant.name
-        file, _, test = mutant.tests.partition("::")
-        assert f"def {test.partition('[')[0]}" in (ROOT / "tests" / file).read_text(), mutant.name
+        for name in mutant.tests.split():
+            file, _, test = name.partition("::")
+            assert f"def {test.partition('[')[0]}" in (ROOT / "tests" / file).read_text(), mutant.name
 
 
 def test_the_tables_of_features_name_tests_that_exist():
