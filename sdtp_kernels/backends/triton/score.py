@@ -76,12 +76,15 @@ def finish_scores(sums, b2_ptr, mean_ptr, share, bias_ptr, offsets, mask):
 
 @triton.jit
 def load_scores(scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr, offsets, mask):
-    """(running means, scores) at `offsets` into ``[B, N]``, out of sums in parts ``[num_parts, B, N]``."""
+    """(running means, scores) at `offsets` into ``[B, N]``; out of ``[num_parts, B, N]`` where they still miss `b2`."""
     ptrs = scores_ptr + offsets
-    sums = tl.zeros(offsets.shape, tl.float32)
-    for _ in range(num_parts):
-        sums += tl.load(ptrs, mask=mask, other=0.0)
-        ptrs += part_stride
+    if b2_ptr is None:
+        sums = tl.load(ptrs, mask=mask, other=0.0)
+    else:
+        sums = tl.zeros(offsets.shape, tl.float32)
+        for _ in range(num_parts):
+            sums += tl.load(ptrs, mask=mask, other=0.0)
+            ptrs += part_stride
     return finish_scores(sums, b2_ptr, mean_ptr, share, bias_ptr, offsets, mask)
 
 
