@@ -47,6 +47,24 @@ class Selection(NamedTuple):
     pooling: int = 1
 
 
+class Window(NamedTuple):
+    """The last queries of a layer and its keys; see :func:`sdtp_kernels.window_attention`."""
+
+    query: torch.Tensor
+    """``[B, heads, w, head_dim]``"""
+    key: torch.Tensor
+    """``[B, kv_heads, n, head_dim]``"""
+    query_index: torch.Tensor
+    """``[B, w]``"""
+    key_index: torch.Tensor
+    """``[B, n]``"""
+    cos: torch.Tensor | None = None
+    """``[B or 1, w, head_dim]``"""
+    sin: torch.Tensor | None = None
+    scaling: float = 1.0
+    pooling: int = 1
+
+
 class PromptTerms(NamedTuple):
     """What a score owes to a token's place in the prompt; see :func:`sdtp_kernels.prompt_bias`."""
 
@@ -67,6 +85,21 @@ class PromptTerms(NamedTuple):
     sin: torch.Tensor | None = None
     scaling: float = 1.0
     pooling: int = 1
+
+    @property
+    def end(self) -> int:
+        """Column after the prompt's last token."""
+        return self.token_index.shape[1] - self.keep_last
+
+    @property
+    def window(self) -> Window | None:
+        """The prompt's last tokens as queries, where they are given."""
+        if self.query is None or self.key is None:
+            return None
+        last = slice(self.end - self.query.shape[2], self.end)
+        cos, sin = (None if t is None else t[:, last] for t in (self.cos, self.sin))
+        index = self.token_index
+        return Window(self.query, self.key, index[:, last], index, cos, sin, self.scaling, self.pooling)
 
 
 def token_dim(tensor: torch.Tensor) -> int:
@@ -236,18 +269,11 @@ def _check_attention(
     check_pooling(pooling)
 
 
-def check_window(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    query_index: torch.Tensor,
-    key_index: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    pooling: int,
-) -> None:
+def check_window(window: Window) -> None:
+    query, key, query_index, key_index, cos, sin, _, pooling = window
     _check_attention(query, key, cos, sin, query.shape[2] if query.dim() == 4 else 0, pooling)
-    batch, _, window, _ = query.shape
-    for name, tensor, length in (("query_index", query_index, window), ("key_index", key_index, key.shape[2])):
+    batch, _, num_queries, _ = query.shape
+    for name, tensor, length in (("query_index", query_index, num_queries), ("key_index", key_index, key.shape[2])):
         if tensor.shape != (batch, length) or tensor.dtype != torch.int64:
             raise ValueError(f"{name}: expected {[batch, length]} torch.int64, got {describe(tensor)}")
     check_device(query.device, "query", query_index=query_index, key_index=key_index)

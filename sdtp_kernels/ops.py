@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from . import arguments, backends, reference
-from .arguments import PromptTerms, Scoring, Selection, token_dim
+from .arguments import PromptTerms, Scoring, Selection, Window, token_dim
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -519,21 +519,12 @@ def _prune(
     return chosen.prune_tokens(hidden_states, tensors, scoring, selection, num_dropped)
 
 
-def _window(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    query_index: torch.Tensor,
-    key_index: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    scaling: float,
-    pooling: int,
-    backend: str,
-) -> torch.Tensor:
-    arguments.check_window(query, key, query_index, key_index, cos, sin, pooling)
-    chosen = backends.choose(backend, query.device, query.dtype)
+def _window(*flat: Any) -> torch.Tensor:
+    *fields, backend = flat
+    window = Window(*fields)
+    arguments.check_window(window)
     with torch.no_grad():
-        return chosen.window_attention(query, key, query_index, key_index, cos, sin, scaling, pooling)
+        return backends.choose(backend, window.query.device, window.query.dtype).window_attention(window)
 
 
 def _bias(*flat: Any) -> torch.Tensor:

@@ -9,29 +9,23 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .arguments import PromptTerms, Scoring, Selection, token_dim
+from .arguments import PromptTerms, Scoring, Selection, Window, token_dim
 
 ATTENTION_FLOOR = 1e-9  # below every probability that matters, so that a logarithm of 0 stays finite
 
 
 def score_tokens(hidden_states: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     """``w2 . GELU(w1 x + b1) + b2``, SDTP equation (1), in float64; averaged over the stages, and the bias added."""
-    mean = _mean_score(hidden_states, scoring)
-    if scoring.score_bias is not None:
-        mean = mean + scoring.score_bias
-    return mean.float()
-
-
-def _mean_score(hidden_states: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-    """Running mean of the MLP's scores, this stage included, in float64."""
     x = hidden_states.double()
     if scoring.rms_eps is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + scoring.rms_eps)
     activation = F.gelu(F.linear(x, scoring.w1.double(), scoring.b1.double()))
     scores = activation @ scoring.w2.double() + scoring.b2.double()
-    if scoring.mean_score is None:
-        return scores
-    return scoring.mean_score + (scores - scoring.mean_score) / (scoring.num_scores + 1)
+    if scoring.mean_score is not None:
+        scores = scoring.mean_score + (scores - scoring.mean_score) / (scoring.num_scores + 1)
+    if scoring.score_bias is not None:
+        scores = scores + scoring.score_bias
+    return scores.float()
 
 
 def select_tokens(scores: torch.Tensor, selection: Selection) -> torch.Tensor:
@@ -109,23 +103,15 @@ def prune_tokens(
     """Score, select and gather, one after the other."""
     is_kept, is_tail, is_valid = _kept(score_tokens(hidden_states, scoring), selection)
     indices = _columns(is_kept, selection.num_keep)
-    mean = _mean_score(hidden_states, scoring).float()
+    mean = score_tokens(hidden_states, scoring._replace(score_bias=None))
     mean = torch.where(is_tail, 0 if scoring.mean_score is None else scoring.mean_score, mean)
     kept_hidden_states, *kept, kept_mean = gather_tokens([hidden_states, *tensors, mean], indices)
     return kept_hidden_states, kept, indices, kept_mean, _columns(is_valid & ~is_kept, num_dropped)
 
 
-def window_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    query_index: torch.Tensor,
-    key_index: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    scaling: float,
-    pooling: int = 1,
-) -> torch.Tensor:
+def window_attention(window: Window) -> torch.Tensor:
     """Softmax per query, sum over queries, max-pooling per head, mean over heads, as in SnapKV, in float64."""
+    query, key, query_index, key_index, cos, sin, scaling, pooling = window
     query = query.double()
     if cos is not None and sin is not None:
         query = rotate(query, cos.double(), sin.double())
@@ -144,14 +130,9 @@ def window_attention(
 
 def prompt_bias(terms: PromptTerms) -> torch.Tensor:
     """The distance term, and the standardised logarithm of the last queries' attention."""
-    index, attention = terms.token_index, terms.attention
-    end = index.shape[1] - terms.keep_last
-    if terms.query is not None and terms.key is not None:
-        last = slice(end - terms.query.shape[2], end)
-        cos, sin = (None if t is None else t[:, last] for t in (terms.cos, terms.sin))
-        attention = window_attention(
-            terms.query, terms.key, index[:, last], index, cos, sin, terms.scaling, terms.pooling
-        )
+    index, attention, end = terms.token_index, terms.attention, terms.end
+    if terms.window is not None:
+        attention = window_attention(terms.window)
     distance = index[:, end - 1 : end] - index if end > 0 else torch.full_like(index, -1)
     is_valid = (index >= 0) & (distance >= 0)
     bias = terms.distance_table.take(distance.clamp(0, terms.distance_table.shape[0] - 1))

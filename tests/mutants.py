@@ -568,11 +568,11 @@ MUTANTS = [
         "test_ops.py::test_window_attention_of_queries_without_a_say",
     ),
     Mutant(
-        "pooled over 8 keys",
-        "sdtp_kernels/backends/eager.py",
-        "step = min(reach, width - reach)",
-        "step = reach",
-        "test_ops.py::test_window_attention_in_steps_of_torch",
+        "halves of the heads weighed alike",
+        "sdtp_kernels/backends/triton/window.py",
+        "group // 2 / group",
+        "0.5",
+        "triton_interpreter_suite.py::test_heads_too_many_for_a_program",
     ),
     Mutant(
         "attention standardised with padding",
@@ -879,8 +879,8 @@ MUTANTS = [
     Mutant(
         "window attention differentiable",
         "sdtp_kernels/ops.py",
-        "    with torch.no_grad():\n        return chosen.window",
-        "    with torch.enable_grad():\n        return chosen.window",
+        "    with torch.no_grad():\n        return backends.choose(backend, window.query",
+        "    with torch.enable_grad():\n        return backends.choose(backend, window.query",
         "test_ops.py::test_window_attention_has_no_gradient",
     ),
     Mutant(

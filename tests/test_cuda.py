@@ -18,7 +18,7 @@ import torch
 from cuda_on_cpu import build
 
 from sdtp_kernels import BackendUnavailableError, backends, explain_backends, select_tokens
-from sdtp_kernels.arguments import PromptTerms, Selection
+from sdtp_kernels.arguments import PromptTerms, Selection, Window
 from sdtp_kernels.backends import _native, limits
 from sdtp_kernels.backends import cuda as backend
 
@@ -227,10 +227,10 @@ def test_limits_are_those_of_the_kernels():
         backend.gather_tokens([], torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**24 + 1))
     wide, index = torch.zeros(1, 1, 1, 257), torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="backend 'cuda' takes at most 256 elements a head, got queries of 257"):
-        backend.window_attention(wide, wide, index, index, None, None, 1.0)
+        backend.window_attention(Window(wide, wide, index, index))
     with pytest.raises(ValueError, match="at most 256 elements a head"):
         backend.prompt_bias(PromptTerms(index, torch.zeros(1), query=wide, key=wide))
     with pytest.raises(ValueError, match="backend 'cuda' takes at most"):
         backend.prompt_bias(PromptTerms(index.expand(65536, 1), torch.zeros(1)))
     with pytest.raises(ValueError, match="backend 'cuda' takes at most"):
-        backend.window_attention(*[wide[..., :8].expand(65536, 1, 1, 8)] * 2, index, index, None, None, 1.0)
+        backend.window_attention(Window(*[wide[..., :8].expand(65536, 1, 1, 8)] * 2, index, index))

@@ -26,7 +26,6 @@ from sdtp_kernels import (
     select_tokens,
     window_attention,
 )
-from sdtp_kernels.backends import eager
 
 BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -381,16 +380,6 @@ def test_window_attention(backend, dtype, pooling, shape):
     torch.testing.assert_close(got.double(), expected, atol=WINDOW_TOLERANCE * expected.max().item(), rtol=0)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-@pytest.mark.parametrize("pooling", [1, 2 + 1, 7])
-def test_window_attention_in_steps_of_torch(dtype, tolerance, pooling):
-    """What backends without a kernel run: it rounds the logits."""
-    inputs = window_inputs(keys=257, window=32, padding=(0, 250, 256), dtype=dtype)
-    expected = naive_window(*inputs, 0.25, pooling)
-    got = eager.window_attention(*inputs, None, None, 0.25, pooling)
-    torch.testing.assert_close(got.double(), expected, atol=tolerance * expected.max().item(), rtol=0)
-
-
 @backends
 def test_window_attention_of_steep_logits(backend):
     """Keys far below the best of their neighbours, or of the row, and logits whose powers no float holds."""
@@ -497,18 +486,14 @@ def test_window_attention_layouts_and_nan(backend):
 
 
 def test_window_attention_compiles_for_all_lengths():
-    """One graph for all."""
-    for function in (window_attention, eager.window_attention):
-        torch._dynamo.reset()
-        graphs = CompileCounter()
-        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=graphs)
-        for keys in (300, 257, 40):
-            inputs = window_inputs(keys)
-            torch.testing.assert_close(
-                compiled(*inputs, cos=None, sin=None, scaling=0.3, pooling=7),
-                function(*inputs, cos=None, sin=None, scaling=0.3, pooling=7),
-            )
-        assert graphs.frame_count == 1
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(window_attention, fullgraph=True, dynamic=True, backend=graphs)
+    for keys in (300, 257, 40):
+        inputs = window_inputs(keys)
+        got, expected = (function(*inputs, scaling=0.3, pooling=7) for function in (compiled, window_attention))
+        torch.testing.assert_close(got, expected)
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize(

@@ -694,17 +694,32 @@ def test_prompt_bias_of_nothing(launches):
     assert launches == ["bias_kernel"]
 
 
-@pytest.mark.parametrize("what", ["heads", "pooling"])
-def test_windows_too_large_for_a_program(what, launches):
-    inputs = window_inputs(keys=50, heads=4, key_heads=1, head_dim=300, padding=(0, 7))
-    pooling = 7 if what == "heads" else 101
-    if what == "pooling":
-        inputs = window_inputs(keys=50, padding=(0, 7))
+@pytest.mark.parametrize("heads", [4, 5])
+def test_heads_too_many_for_a_program(heads, launches):
+    """In halves, not all alike; the bias takes their mean."""
+    query, key, query_index, index = window_inputs(keys=50, heads=heads, key_heads=1, head_dim=300, padding=(0, 7))
+    settings = {"scaling": 0.1, "pooling": 7}
     got, expected = (
-        window_attention(*inputs, scaling=0.1, pooling=pooling, backend=name) for name in ("triton", "reference")
+        window_attention(query, key, query_index, index, **settings, backend=name) for name in ("triton", "reference")
+    )
+    assert launches == ["window_sums_kernel", "window_kernel"] * (2 if heads == 4 else 3)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    got, expected = (
+        prompt_bias(index, torch.ones(1), query=query, key=key, attention_weight=0.5, **settings, backend=name)
+        for name in ("triton", "reference")
+    )
+    assert launches[-2:] == ["logarithm_kernel", "bias_kernel"]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_pooling_too_wide_for_a_tile(launches):
+    """By the reference."""
+    inputs = window_inputs(keys=50, padding=(0, 7))
+    got, expected = (
+        window_attention(*inputs, scaling=0.1, pooling=101, backend=name) for name in ("triton", "reference")
     )
     assert launches == []
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ._native import load_error
 
 if TYPE_CHECKING:
-    from ..arguments import PromptTerms, Scoring, Selection
+    from ..arguments import PromptTerms, Scoring, Selection, Window
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK_QUERIES = 256
@@ -45,19 +45,8 @@ def prune_tokens(
     return kept[0], kept[1:], *others
 
 
-def window_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    query_index: torch.Tensor,
-    key_index: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    scaling: float,
-    pooling: int = 1,
-) -> torch.Tensor:
-    return torch.ops.sdtp_native.window_attention.default(  # type: ignore[no-any-return]
-        query, key, query_index, key_index, cos, sin, scaling, pooling
-    )
+def window_attention(window: Window) -> torch.Tensor:
+    return torch.ops.sdtp_native.window_attention.default(*window)  # type: ignore[no-any-return]
 
 
 def prompt_bias(terms: PromptTerms) -> torch.Tensor:

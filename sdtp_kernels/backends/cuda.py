@@ -16,7 +16,7 @@ from . import limits
 from ._native import build_info, load_error
 
 if TYPE_CHECKING:
-    from ..arguments import PromptTerms, Scoring, Selection
+    from ..arguments import PromptTerms, Scoring, Selection, Window
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,21 +100,10 @@ def prune_tokens(
     return kept[0], kept[1:], *others
 
 
-def window_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    query_index: torch.Tensor,
-    key_index: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    scaling: float,
-    pooling: int = 1,
-) -> torch.Tensor:
-    limits.check_size("cuda", key.shape[0], key.shape[2])
-    limits.check_head_dim("cuda", query.shape[3])
-    return torch.ops.sdtp_native.window_attention.default(  # type: ignore[no-any-return]
-        query, key, query_index, key_index, cos, sin, scaling, pooling
-    )
+def window_attention(window: Window) -> torch.Tensor:
+    limits.check_size("cuda", window.key.shape[0], window.key.shape[2])
+    limits.check_head_dim("cuda", window.query.shape[3])
+    return torch.ops.sdtp_native.window_attention.default(*window)  # type: ignore[no-any-return]
 
 
 def prompt_bias(terms: PromptTerms) -> torch.Tensor:

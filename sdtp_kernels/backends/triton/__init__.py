@@ -13,7 +13,7 @@ import torch
 from sdtp_kernels.backends import limits
 
 if TYPE_CHECKING:
-    from sdtp_kernels.arguments import PromptTerms, Scoring, Selection
+    from sdtp_kernels.arguments import PromptTerms, Scoring, Selection, Window
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_TRITON = (3, 6)
@@ -84,21 +84,12 @@ def prune_tokens(
         return fused.prune_tokens(hidden_states, tensors, scoring, selection, num_dropped)
 
 
-def window_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    query_index: torch.Tensor,
-    key_index: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    scaling: float,
-    pooling: int = 1,
-) -> torch.Tensor:
-    from . import window
+def window_attention(window: Window) -> torch.Tensor:
+    from .window import window_attention
 
-    limits.check_size("triton", key.shape[0], key.shape[2])
-    with torch.cuda.device_of(key):
-        return window.window_attention(query, key, query_index, key_index, cos, sin, scaling, pooling)
+    limits.check_size("triton", window.key.shape[0], window.key.shape[2])
+    with torch.cuda.device_of(window.key):
+        return window_attention(window)
 
 
 def prompt_bias(terms: PromptTerms) -> torch.Tensor:

@@ -209,6 +209,11 @@ def select_options(tile: int, device: torch.device) -> dict[str, object]:
     return {"num_warps": SELECT_THREADS[tile] // warp_size, **registers(limit, device), **EXACT}
 
 
+def input_precision(operand: torch.Tensor) -> str:
+    """How operands like this one reach the tensor cores; see :class:`ScoreConfig`."""
+    return SCORE[device_of(operand.device).target][operand.itemsize].input_precision
+
+
 # What the queries of a window's tile may take of shared memory. With more of them, more keys, or fewer warps on NVIDIA,
 # the kernels spill.
 WINDOW_BYTES = 32 * 1024

@@ -15,15 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from sdtp_kernels.backends import eager
-from sdtp_kernels.reference import ATTENTION_FLOOR
+from sdtp_kernels import reference
 
 from . import configs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sdtp_kernels.arguments import PromptTerms
+    from sdtp_kernels.arguments import PromptTerms, Window
 
 _TOKENS = 1024  # of a program that only adds terms
 _LN2 = math.log(2)
@@ -297,33 +294,24 @@ class _Tile(NamedTuple):
     BLOCK_KEYS: int
 
 
-def _tile(query: torch.Tensor, key: torch.Tensor, pooling: int) -> _Tile | None:
+def _tile(window: Window) -> _Tile | None:
     """``None`` for shapes that are too large for one program."""
-    _, heads, window, head_dim = query.shape
-    group, width = (triton.next_power_of_2(max(n, 1)) for n in (heads // key.shape[1], window))
+    _, heads, num_queries, head_dim = window.query.shape
+    group, width = (triton.next_power_of_2(max(n, 1)) for n in (heads // window.key.shape[1], num_queries))
     width = max(width, 16 // group)  # a product has at least 16 rows
-    head = max(triton.next_power_of_2(head_dim), 16)
-    tile = _Tile(group, width, group * width, head, configs.window_keys(group * width, query.itemsize))
-    fits = tile.ROWS * tile.HEAD_DIM * query.itemsize <= configs.WINDOW_BYTES and tile.ROWS <= 256
-    return tile if fits and 4 * (pooling // 2) <= tile.BLOCK_KEYS else None
+    head, itemsize = max(triton.next_power_of_2(head_dim), 16), window.query.itemsize
+    tile = _Tile(group, width, group * width, head, configs.window_keys(group * width, itemsize))
+    fits = tile.ROWS * tile.HEAD_DIM * itemsize <= configs.WINDOW_BYTES and tile.ROWS <= 256
+    return tile if fits and 4 * (window.pooling // 2) <= tile.BLOCK_KEYS else None
 
 
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    query_index: torch.Tensor,
-    key_index: torch.Tensor,
-    rotary: Sequence[torch.Tensor | None],
-    scaling: float,
-    pooling: int,
-    tile: _Tile,
-    end: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _attend(window: Window, tile: _Tile, end: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(attention ``[B, n]``, None), or with the prompt's `end` (its logarithms, moments ``[B, tiles, 3]``).
 
     Two launches. `key_index` is contiguous; of `query_index` each row is.
     """
-    (batch_size, num_heads, window, head_dim), (_, key_heads, num_keys, _) = query.shape, key.shape
+    query, key, query_index, key_index, cos, sin, scaling, pooling = window
+    (batch_size, num_heads, num_queries, head_dim), (_, key_heads, num_keys, _) = query.shape, key.shape
     reach, floats = pooling // 2, functools.partial(query.new_empty, dtype=torch.float32)
     num_tiles = configs.ceil_divide(num_keys, tile.BLOCK_KEYS - 2 * reach)
     output = floats((batch_size, num_keys))
@@ -336,7 +324,6 @@ def _attend(
     keys_per_split = configs.ceil_divide(blocks, min(wanted, blocks)) * tile.BLOCK_KEYS
     num_splits = configs.ceil_divide(num_keys, keys_per_split)
     partial = floats((batch_size, key_heads, num_splits, 2, tile.ROWS))
-    cos, sin = rotary
     rotary_strides = (0, 0)
     if cos is not None and sin is not None:
         if cos.stride() != sin.stride() or cos.stride(2) != 1:
@@ -346,11 +333,11 @@ def _attend(
         query, *query.stride(), key, *key.stride(), cos, sin, *rotary_strides,
         query_index, query_index.stride(0), key_index, partial,
     )  # fmt: skip
-    sizes = (key_heads, num_heads // key_heads, window, head_dim, num_keys, num_splits)
+    sizes = (key_heads, num_heads // key_heads, num_queries, head_dim, num_keys, num_splits)
     scale = scaling / _LN2
     options = {
         "UPCAST": configs.INTERPRETED,
-        "INPUT_PRECISION": configs.score_config(query, query[0, 0]).input_precision,
+        "INPUT_PRECISION": configs.input_precision(query),
         "num_warps": configs.window_warps(tile.ROWS, query.device),
         **configs.registers(255, query.device),
         **configs.EXACT,
@@ -360,53 +347,45 @@ def _attend(
         *arguments, *sizes, keys_per_split, scale, **constants, **options, num_stages=2
     )
     window_kernel[(num_tiles, batch_size)](
-        *arguments, output, moments, *sizes, end or 0, scale, FLOOR=ATTENTION_FLOOR, REACH=reach, **tile._asdict(),
-        **options, num_stages=1,
+        *arguments, output, moments, *sizes, end or 0, scale, FLOOR=reference.ATTENTION_FLOOR, REACH=reach,
+        **tile._asdict(), **options, num_stages=1,
     )  # fmt: skip
     return output, moments
 
 
-def window_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    query_index: torch.Tensor,
-    key_index: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    scaling: float,
-    pooling: int = 1,
-) -> torch.Tensor:
-    tile = _tile(query, key, pooling)
-    if tile is None:
-        return eager.window_attention(query, key, query_index, key_index, cos, sin, scaling, pooling)
-    indices = query_index.contiguous(), key_index.contiguous()
-    return _attend(query, key, *indices, (cos, sin), scaling, pooling, tile)[0]
+def window_attention(window: Window) -> torch.Tensor:
+    """Two launches; twice as many where the heads that share a key head are too many for a program, and so on."""
+    tile, group = _tile(window), window.query.shape[1] // window.key.shape[1]
+    if tile is not None:
+        window = window._replace(query_index=window.query_index.contiguous(), key_index=window.key_index.contiguous())
+        return _attend(window, tile)[0]
+    if group < 2:
+        return reference.window_attention(window)
+    heads = window.query.unflatten(1, (-1, group)).tensor_split([group // 2], dim=2)
+    first, second = (window_attention(window._replace(query=query.flatten(1, 2))) for query in heads)
+    return torch.lerp(second, first, group // 2 / group)
 
 
 def prompt_bias(terms: PromptTerms) -> torch.Tensor:
     """One launch for the distance alone, two with attention that is given, three with attention that is computed."""
-    index = terms.token_index.contiguous()
+    terms = terms._replace(token_index=terms.token_index.contiguous())
+    index, attention, end = terms.token_index, terms.attention, terms.end
     batch_size, num_tokens = index.shape
-    end = num_tokens - terms.keep_last
     bias = torch.empty(batch_size, num_tokens, dtype=torch.float32, device=index.device)
     if not bias.numel():
         return bias
     logs = moments = None
-    attention = terms.attention
-    if terms.query is not None and terms.key is not None:
-        tile, last = _tile(terms.query, terms.key, terms.pooling), slice(end - terms.query.shape[2], end)
-        cos, sin = (None if t is None else t[:, last] for t in (terms.cos, terms.sin))
-        arguments = (terms.query, terms.key, index[:, last], index)
-        if tile is None:
-            attention = eager.window_attention(*arguments, cos, sin, terms.scaling, terms.pooling)
+    if (window := terms.window) is not None:
+        if (tile := _tile(window)) is not None:
+            logs, moments = _attend(window, tile, end)
         else:
-            logs, moments = _attend(*arguments, (cos, sin), terms.scaling, terms.pooling, tile, end)
+            attention = window_attention(window)
     grid = (configs.ceil_divide(num_tokens, _TOKENS), batch_size)
     if attention is not None:
         logs, moments = torch.empty_like(bias), bias.new_empty(batch_size, grid[0], 3)
         logarithm_kernel[grid](
-            attention.contiguous(), index, logs, moments, num_tokens, end, FLOOR=ATTENTION_FLOOR, TOKENS=_TOKENS,
-            **configs.EXACT,
+            attention.contiguous(), index, logs, moments, num_tokens, end,
+            FLOOR=reference.ATTENTION_FLOOR, TOKENS=_TOKENS, **configs.EXACT,
         )  # fmt: skip
     bias_kernel[grid](
         index, terms.distance_table.contiguous(), logs, moments, bias, num_tokens, end, len(terms.distance_table),
