@@ -5,9 +5,8 @@ gives every kept token its slot, ``above_before + min(equal_before, ties)``: asc
 same bits on every run. No program ever waits for another one, and the host never reads a value.
 
 A row under the global budget is one program's work at any length: five walks over its scores, which stay in L2, in
-tiles of 4096. At 131072 tokens these are 160 steps of about a microsecond (an estimate), a tenth of the time that
-Qwen2-7B's pruner takes to score them on an H100. More programs would have to wait for one another, or take more
-launches.
+tiles of 4096, and a sixth over what is kept. More programs would have to wait for one another, or take more launches;
+docs/kernels.md has an estimate of what that costs.
 """
 
 from __future__ import annotations
