@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdtp_kernels import PruningSchedule, apply_sdtp
+from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -94,8 +94,12 @@ def _two_calls(model: Any, max_cache_len: int | None) -> torch.Tensor:
 
 
 def _captured(device: Device, model: Any) -> str:
-    """A prefill as one replayable graph: capture fails where the host would have to wait."""
-    with torch.no_grad(), apply_sdtp(model, "random", SCHEDULE):
+    """A prefill by pruners of the form that ships as one replayable graph: capture fails where the host has to wait."""
+    width = model.config.hidden_size
+    pruners = {
+        layer: TokenPruner(width, distance=True, attention=True, averaging=True, pooling=7) for layer in SCHEDULE.layers
+    }
+    with torch.no_grad(), apply_sdtp(model, pruners, SCHEDULE):
         ids = _ids(model, 1)
 
         def prefill() -> torch.Tensor:
