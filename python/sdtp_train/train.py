@@ -86,7 +86,7 @@ def add_command(subparsers: Any) -> None:
         "--intermediate",
         type=int,
         metavar="H",
-        help="width of the MLP (default: a twelfth of the hidden size, in whole tiles)",
+        help="width of the MLP (default: a twelfth of the hidden size, in multiples of 16, from 128 on of 128)",
     )
     parser.add_argument(
         "--pooling", type=int, default=7, metavar="TOKENS",
