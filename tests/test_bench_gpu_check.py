@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdtp_bench import gpu_check, model_check, shapes, timing
+from sdtp_bench import gpu_check, model_check, providers, shapes, timing
 from sdtp_bench.shapes import Case
 from sdtp_kernels import cli
 from sdtp_kernels.backends import cpu, cuda
@@ -24,6 +24,7 @@ TINY = shapes.Model(hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, nu
 CASE = Case("tiny", 182, dtype="fp32", keep=0.7, budget="block", block_size=64, pooling=7)
 SHAPE = gpu_check.Shape(2, 182, 24, 9)
 EVERYONE = {"eager", "eager tuned", "torch.compile", "cpu"}
+ATTENDING = {"cpu", "flex_attention", "sdpa"}
 
 
 class FakeDevice:
@@ -81,7 +82,7 @@ shapes.MODELS["tiny"] = test.TINY
 gpu_check.BLOCK_SIZES, timing.WARM_UPS = (64,), 1
 gpu_check.DTYPES = {"bf16": test.torch.bfloat16, "fp32": test.torch.float32}
 shape, case = test.SHAPE._replace(tokens=70), test.CASE._replace(dtype="bf16")
-sys.exit(gpu_check.examine(test.FakeDevice(), Path(sys.argv[1]), [shape], [case], repeats=2))
+sys.exit(gpu_check.examine(test.FakeDevice(), Path(sys.argv[1]), [shape], [case], 2, [case]))
 """
 
 
@@ -108,6 +109,7 @@ def test_the_kernels_pass_in_the_interpreter(tmp_path: Path) -> None:
     checked = {(row["backend"], row["op"]) for row in rows if row["kind"] == "check"}
     ops = {"score_tokens", "select_tokens", "gather_tokens", "prune_tokens", "prompt_bias", "position_attention"}
     assert checked == {(backend, op) for backend in ("cpu", "triton") for op in ops}
+    assert {row["provider"] for row in rows if row["kind"] == "attention"} == {*ATTENDING, "triton"}
     timed = {(row["provider"], row["graph"]): row for row in rows if row["kind"] == "time"}
     assert set(timed) == {(name, graph) for name in EVERYONE | {"triton"} for graph in (False, True)}
     for row in timed.values():
@@ -210,6 +212,57 @@ def test_a_wrong_graph_gets_no_figure() -> None:
     assert "not permitted" in rows["eager", True]["error"]
 
 
+def test_attention_is_timed_beside_what_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention with a kernel of its own: the CUDA library has none, and would hold all weights."""
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda *_: None)
+    rows = gpu_check.measure_attention(FakeDevice(), CASE, 2)
+    assert {(row["provider"], row["graph"]) for row in rows} == {(n, g) for n in ATTENDING for g in (False, True)}
+    kept = CASE.plan().num_keep
+    for row in rows:
+        assert (row["kind"], row["error"], row["tokens"], row["num_keep"]) == ("attention", "", 182, kept)
+        assert row["us_all"] == [10, 10]
+        assert row["model_bytes"] == 4 * 2 * (2 * kept * 16 + 182 * 16) + 8 * (kept + 1)  # queries and results, keys
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda query, key, value, num_visible, *rest: (query, key, value, num_visible + 1, *rest),
+        lambda query, key, value, num_visible, *rest: (query, key, value, num_visible.clamp(max=100), *rest),
+    ],
+)
+def test_a_wrong_attention_gets_no_figure(monkeypatch: pytest.MonkeyPatch, spoil) -> None:
+    """And one that fails leaves the others alone."""
+    right = cpu.position_attention
+    monkeypatch.setattr(cpu, "position_attention", lambda *arguments: right(*spoil(*arguments)))
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "create_block_mask", raises)
+    rows = {row["provider"]: row for row in gpu_check.measure_attention(FakeDevice(), CASE, 2) if not row["graph"]}
+    assert set(rows) == ATTENDING
+    assert "results differ" in rows["cpu"]["error"]
+    assert "TypeError" in rows["flex_attention"]["error"]
+    assert rows["sdpa"]["error"] == ""
+    assert [name for name, row in rows.items() if "us" in row] == ["sdpa"]
+
+
+def test_every_attention_sees_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that are padded, too. Of 65536 keys a query shows which of them it saw."""
+    visible = torch.arange(3, 183, 2).expand(2, -1)
+    inputs = shapes.random_attention(visible, 190, 4, 2, 16, torch.float32, torch.tensor([2, 0]))
+    check = providers.make_attention_check(inputs)
+    assert {name: check(run) for name, run in providers.find_attention(FakeDevice(), inputs).items()} == dict.fromkeys(
+        ATTENDING, ""
+    )
+    whole = {providers.ORACLE_QUERIES: check(lambda: cpu.position_attention(*inputs))}
+    monkeypatch.setattr(providers, "ORACLE_QUERIES", 32)
+    whole[32] = providers.make_attention_check(inputs)(lambda: cpu.position_attention(*inputs))
+    assert set(whole.values()) == {""}
+    inputs = shapes.random_attention(torch.tensor([[1, 65536]]), 65536, 2, 1, 16, torch.bfloat16)
+    right = cpu.position_attention(*inputs)
+    check = providers.make_attention_check(inputs)
+    assert check(lambda: right) == ""
+    assert "results differ" in check(lambda: right.index_fill(2, torch.tensor([1]), 0))
+
+
 def test_runs_are_interleaved_and_cold() -> None:
     device = FakeDevice()
     order = []
@@ -227,7 +280,7 @@ def test_runs_are_interleaved_and_cold() -> None:
 def test_unknown_gpus_have_no_model() -> None:
     device = FakeDevice()
     device.name = "Some GPU"
-    assert gpu_check._model(device, CASE, CASE.plan()) == {"model_bytes": None, "model_bound_us": None}
+    assert gpu_check._model(device, raises) == {"model_bytes": None, "model_bound_us": None}
 
 
 # ------------------------------------------------------------------------------------------------ checks of the kernels
@@ -339,7 +392,7 @@ def test_without_a_gpu(sdtp, tmp_path: Path, monkeypatch, capsys: pytest.Capture
 def test_status_and_rows_where_a_kernel_is_wrong(sdtp, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "CudaDevice", FakeDevice)
-    few = functools.partial(gpu_check.examine, shapes=[SHAPE], cases=[CASE], repeats=2)
+    few = functools.partial(gpu_check.examine, shapes=[SHAPE], cases=[CASE], repeats=2, attention_cases=())
     monkeypatch.setattr(gpu_check, "examine", few)
     right = cpu.prune_tokens
     monkeypatch.setattr(cpu, "prune_tokens", lambda *arguments: copy_of_another_row(right(*arguments)))
@@ -373,7 +426,7 @@ def test_a_run_that_checks_nothing_fails(tmp_path: Path, monkeypatch, capsys) ->
 
 
 def test_a_short_visit_ends_in_time_and_goes_on(tmp_path: Path, monkeypatch, capsys) -> None:
-    examine = functools.partial(gpu_check.examine, FakeDevice(), tmp_path, [SHAPE], [CASE], 2, require=["cpu"])
+    examine = functools.partial(gpu_check.examine, FakeDevice(), tmp_path, [SHAPE], [CASE], 2, [CASE], require=["cpu"])
     clock = iter(range(10**6))
     monkeypatch.setattr(gpu_check.time, "monotonic", lambda: next(clock))
     assert examine(deadline=9.5) == 1
@@ -402,6 +455,7 @@ def test_a_short_visit_ends_in_time_and_goes_on(tmp_path: Path, monkeypatch, cap
     assert kernels
     # A case is timed again as a whole, and what an earlier part found wrong is not forgotten.
     timed = [i for i, row in enumerate(map(json.loads, rows)) if row["kind"] == "time"]
+    assert [row["kind"] for row in map(json.loads, rows[timed[-1] + 1 :])] == ["attention"] * 2 * len(ATTENDING)
     spoiled = [json.dumps({**json.loads(r), "error": "wrong"}) if i in (3, timed[0]) else r for i, r in enumerate(rows)]
     (tmp_path / gpu_check.ROWS).write_text("\n".join(spoiled) + "\n")
     assert examine(resume=True, parts=["times"]) == 1
@@ -414,7 +468,7 @@ def test_the_plan_needs_no_gpu(sdtp, tmp_path: Path, monkeypatch, capsys) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert sdtp("--dry-run", "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
-    assert [line.split()[0] for line in printed.splitlines()[:4]] == list(gpu_check.PARTS)
+    assert [line.split()[0] for line in printed.splitlines()[:5]] == list(gpu_check.PARTS)
     assert not (tmp_path / "out").exists()
     assert sdtp("--dry-run", "--only", "times") == 0
     assert "kernels" not in capsys.readouterr().out

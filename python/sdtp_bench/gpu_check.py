@@ -21,9 +21,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sdtp_bench.model_check import check_models
-from sdtp_bench.providers import allowed_error, backends_on, copy_error, error_of, find_providers, make_check
+from sdtp_bench.providers import (
+    allowed_error,
+    backends_on,
+    copy_error,
+    error_of,
+    find_attention,
+    find_providers,
+    make_attention_check,
+    make_check,
+)
 from sdtp_bench.rows import summary
-from sdtp_bench.shapes import DTYPES, GPUS, Case, Stage, make_stage, random_stage
+from sdtp_bench.shapes import DTYPES, GPUS, Case, Gpu, Stage, make_attention, make_stage, random_attention, random_stage
 from sdtp_bench.timing import CudaDevice, interleave
 from sdtp_eval.provenance import describe_run
 from sdtp_kernels import (
@@ -41,9 +50,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-    from sdtp_bench.providers import Output
+    from sdtp_bench.roofline import Cost
     from sdtp_bench.timing import Device
-    from sdtp_kernels.schedule import StagePlan
 
 ROWS, PICTURE = "gpu_check.jsonl", "gpu_check.png"
 REPEATS = 30
@@ -83,6 +91,8 @@ BENCH_CASES = tuple(
     for budget, block_size in (("global", 512), ("block", 256), ("block", 512))
     for power in range(10, 18)
 )
+# Half of the tokens kept, the dropped ones keys still: what `dropped_kv="predicted"` asks of a layer.
+ATTENTION_CASES = tuple(Case("qwen2-7b", tokens, keep=0.5) for tokens in (4096, 32768))
 
 
 # ---------------------------------------------------------------------------------------------------- 1: right or wrong
@@ -205,19 +215,12 @@ def _check_gather(stage: Stage, backend: str) -> str:
 def _check_attention(shape: Shape, head_dim: int, dtype: torch.dtype, device: torch.device, backend: str) -> str:
     """Every row but the first left-padded, a fifth of the tokens dropped."""
     tokens = min(shape.tokens, MAX_KEYS)
-    generator = torch.Generator(device).manual_seed(0)
-    normal = functools.partial(torch.randn, device=device, generator=generator, dtype=dtype)
     kept = torch.arange(tokens, device=device)
     kept = kept[(kept % 5 != 3) | (tokens < 5)].expand(shape.batch, -1)
-    query = normal(shape.batch, kept.shape[1], 4, head_dim).transpose(1, 2)
-    key, value = (normal(shape.batch, 2, tokens + 7, head_dim) for _ in range(2))  # room, as in a static cache
     first = torch.arange(shape.batch, device=device) * tokens // (shape.batch + 1)
-    got, expected = (
-        position_attention(query, key, value, kept + 1, first, backend=name).float() for name in (backend, "reference")
-    )
-    error = (got - expected).abs().max().item()
-    allowed = allowed_error(expected, max(1e-5, 2 * torch.finfo(dtype).eps))
-    return "" if error <= allowed else f"results differ by {error:.3g}, allowed are {allowed:.3g}"
+    room = 7  # as in a static cache
+    inputs = random_attention(kept + 1, tokens + room, 4, 2, head_dim, dtype, first)
+    return make_attention_check(inputs)(functools.partial(position_attention, *inputs, backend=backend))
 
 
 def _check_bias(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str) -> str:
@@ -319,10 +322,43 @@ def measure(device: Device, case: Case, repeats: int = REPEATS) -> list[dict[str
         on this GPU, computed and not measured, or None where :data:`~sdtp_bench.shapes.GPUS` does not hold it.
     """
     stage, plan = make_stage(case, device.torch_device), case.plan()
-    check = make_check(case, stage, plan)
-    runs: dict[tuple[str, bool], Callable[[], Output]] = {}
+
+    def costs(gpu: Gpu) -> list[Cost]:
+        from sdtp_bench import roofline
+
+        return roofline.triton_costs(make_stage(case, "meta"), plan, gpu, case.pooling)
+
+    about = {"kind": "time", **case._asdict(), "num_keep": plan.num_keep, **_model(device, costs)}
+    return _timed(device, find_providers(device, case, stage, plan), make_check(case, stage, plan), repeats, about)
+
+
+def measure_attention(device: Device, case: Case, repeats: int = REPEATS) -> list[dict[str, Any]]:
+    """Time everyone on the attention of the kept tokens over all: ``position_attention``, and what PyTorch has for it.
+
+    Masks are made before: a stage makes one for many layers. Parameters and rows are those of :func:`measure`, but for
+    ``kind="attention"``; of the case only model, length, dtype, batch and the number of kept tokens matter.
+    """
+    inputs = make_attention(case, device.torch_device)
+
+    def costs(gpu: Gpu) -> list[Cost]:
+        from sdtp_bench import roofline
+
+        return [roofline.attention_cost(inputs)]
+
+    about = {"kind": "attention", **case._asdict(), "num_keep": inputs.query.shape[2], **_model(device, costs)}
+    return _timed(device, find_attention(device, inputs), make_attention_check(inputs), repeats, about)
+
+
+def _timed(
+    device: Device,
+    found: Mapping[str, Callable[[], Any]],
+    check: Callable[[Callable[[], Any]], str],
+    repeats: int,
+    about: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    runs: dict[tuple[str, bool], Callable[[], Any]] = {}
     errors: dict[tuple[str, bool], str] = {}
-    for name, run in find_providers(device, case, stage, plan).items():
+    for name, run in found.items():
         errors[name, False] = error_of(check, run)
         if errors[name, False]:
             continue
@@ -336,13 +372,11 @@ def measure(device: Device, case: Case, repeats: int = REPEATS) -> list[dict[str
         if not errors[name, True]:
             runs[name, True] = replay
     times = interleave(device, runs, repeats)
-    about = {**case._asdict(), "num_keep": plan.num_keep, **_model(device, case, plan)}
     return [
         {
-            "kind": "time",
+            **about,
             "provider": name,
             "graph": graph,
-            **about,
             "error": errors[name, graph],
             **(
                 {"us": summary(times[name, graph])["quantiles"], "us_all": times[name, graph]}
@@ -354,24 +388,26 @@ def measure(device: Device, case: Case, repeats: int = REPEATS) -> list[dict[str
     ]
 
 
-def _model(device: Device, case: Case, plan: StagePlan) -> dict[str, float | None]:
+def _model(device: Device, costs: Callable[[Gpu], Sequence[Cost]]) -> dict[str, float | None]:
     from sdtp_bench import roofline
 
     gpu = next((gpu for gpu in GPUS.values() if gpu.device_name in device.name), None)
     if gpu is None:
         return {"model_bytes": None, "model_bound_us": None}
-    sums = roofline.total(roofline.triton_costs(make_stage(case, "meta"), plan, gpu, case.pooling), gpu)
+    sums = roofline.total(costs(gpu), gpu)
     return {"model_bytes": sums["bytes_read"] + sums["bytes_written"], "model_bound_us": sums["bound_us"]}
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
 
-PARTS = ("kernels", "models", "times", "sanitizer")
+PARTS = ("kernels", "models", "times", "attention", "sanitizer")
 """In this order: first whether all is right, then how fast it is; the tools that slow everything down come last."""
 
+# Of the rows of a part; those of the others are checks.
+KINDS = {"times": "time", "attention": "attention", "sanitizer": "sanitizer"}
 GPU_BACKENDS = ("triton", "cuda")
 # Of an H100 with 16 cores, for the plan alone: estimates from shapes, not measurements.
-SECONDS = {"kernels": 0.15, "models": 4.0, "times": 2.5, "sanitizer": 60.0}
+SECONDS = {"kernels": 0.15, "models": 4.0, "times": 2.5, "attention": 15.0, "sanitizer": 60.0}
 
 
 def add_parser(commands: Any) -> None:
@@ -421,6 +457,7 @@ def examine(
     shapes: Sequence[Shape] = CHECK_SHAPES,
     cases: Sequence[Case] = BENCH_CASES,
     repeats: int = REPEATS,
+    attention_cases: Sequence[Case] = ATTENTION_CASES,
     *,
     require: Sequence[str] = (),
     parts: Sequence[str] = PARTS,
@@ -433,7 +470,7 @@ def examine(
     ----------
     device : Device
     out : Path
-    shapes, cases, repeats
+    shapes, cases, repeats, attention_cases
         Of the checks, and of the times.
     require : sequence of str
         Backends that have to run and to be checked, or the result is 1.
@@ -464,9 +501,10 @@ def examine(
     known = _still_true([json.loads(line) for line in lines], parts)
     rows: list[dict[str, Any]] = list(known)
     is_late = False
+    measured = {"times": (measure, sorted(cases, key=_value)), "attention": (measure_attention, attention_cases)}
     with torch.no_grad(), (out / ROWS).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in known)
-        for made in _rows(device, shapes, cases, repeats, parts, {_key(row) for row in known}):
+        for made in _rows(device, shapes, measured, repeats, parts, {_key(row) for row in known}):
             rows += made
             file.writelines(json.dumps({**row, **about}) + "\n" for row in made)
             file.flush()
@@ -490,7 +528,7 @@ def examine(
 def _rows(
     device: Device,
     shapes: Sequence[Shape],
-    cases: Sequence[Case],
+    measured: Mapping[str, tuple[Callable[..., list[dict[str, Any]]], Sequence[Case]]],
     repeats: int,
     parts: Sequence[str],
     known: set[str],
@@ -501,10 +539,10 @@ def _rows(
         yield from ([row] for row in check_kernels(device, shapes, known))
     if "models" in parts and on_gpu:
         yield from ([row] for row in check_models(device))
-    if "times" in parts:
-        for case in sorted(cases, key=_value):
-            if _key({"kind": "time", **case._asdict()}) not in known:
-                yield measure(device, case, repeats)
+    for part, (measure_case, cases) in measured.items():
+        for case in cases if part in parts else ():
+            if _key({"kind": KINDS[part], **case._asdict()}) not in known:
+                yield measure_case(device, case, repeats)
     if "sanitizer" in parts and on_gpu:
         yield from ([row] for row in sanitize())
 
@@ -514,10 +552,10 @@ def _still_true(rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> list[di
     wrong = {_key(row) for row in rows if row["error"]}  # a case is timed again where one of its rows is wrong
 
     def part(row: Mapping[str, Any]) -> str:
-        names = {"time": "times", "sanitizer": "sanitizer"}
+        names = {kind: name for name, kind in KINDS.items()}
         return names.get(row["kind"], "kernels" if "hidden_size" in row else "models")
 
-    resumed = ("kernels", "times")
+    resumed = ("kernels", "times", "attention")
     return [row for row in rows if part(row) not in parts or (part(row) in resumed and _key(row) not in wrong)]
 
 
@@ -528,7 +566,7 @@ def _value(case: Case) -> tuple[bool, bool, int]:
 
 def _key(row: Mapping[str, Any]) -> str:
     """What a row is of: a check's backend, op and sizes, or the case that was timed."""
-    if row["kind"] == "time":
+    if row["kind"] in ("time", "attention"):
         return json.dumps([str(row[name]) for name in ("kind", *Case._fields)])
     names = ("kind", "backend", "op", "tool", "dtype", *Shape._fields, "rms_eps", "block_size", "padded", "pooling")
     return json.dumps([str(row.get(name)) for name in (*names, "head_dim")])
@@ -543,6 +581,7 @@ def print_plan(parts: Sequence[str]) -> None:
         ) * len(GPU_BACKENDS),
         "models": 7,
         "times": len(BENCH_CASES),
+        "attention": len(ATTENTION_CASES),
         "sanitizer": len(SANITIZER_TOOLS),
     }  # fmt: skip
     total = 0.0
@@ -559,8 +598,9 @@ def _report(row: dict[str, Any]) -> None:
     what = {name: value for name, value in row.items() if name not in ("error", "us", "us_all")}
     if row["error"]:
         print(f"WRONG {what}: {row['error']}", flush=True)
-    elif row["kind"] == "time":
+    elif row["kind"] in ("time", "attention"):
         budget = f"blocks of {row['block_size']}" if row["budget"] == "block" else "global"
+        budget = budget if row["kind"] == "time" else "attention"
         bound = "" if row["model_bound_us"] is None else f", at least {row['model_bound_us']:.1f} by the model"
         name = row["provider"] + (" (graph)" if row["graph"] else "")
         print(

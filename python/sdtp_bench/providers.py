@@ -6,14 +6,16 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from sdtp_bench import eager
-from sdtp_kernels import explain_backends, prune_tokens, reference
+from sdtp_kernels import explain_backends, position_attention, prune_tokens, reference
+from sdtp_kernels.backends import choose
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from sdtp_bench.shapes import Case, Stage
+    from sdtp_bench.shapes import Attention, Case, Stage
     from sdtp_bench.timing import Device
     from sdtp_kernels.schedule import StagePlan
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 # Tokens that the oracle scores at once: its float64 copies of a long prompt would take gigabytes.
 ORACLE_TOKENS = 4096
+# Queries that it attends by at once: it holds the weights of all their keys, 4 GB of 28 heads and 32768 keys.
+ORACLE_QUERIES = 1024
 
 
 def backends_on(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -75,6 +79,70 @@ def find_providers(
     if unknown:
         raise ValueError(f"no provider called {unknown[0]!r} can run here; there are: {', '.join(found)}")
     return {name: found[name] for name in names}
+
+
+def find_attention(device: Device, inputs: Attention) -> dict[str, Callable[[], torch.Tensor]]:
+    """The attention of kept tokens over a whole prompt, by the name of the provider.
+
+    Parameters
+    ----------
+    device : Device
+    inputs : Attention
+
+    Returns
+    -------
+    dict
+        Every backend that has a kernel of its own. ``flex_attention``: compiled for just these shapes, with a block
+        mask. ``sdpa``: one attention with a mask ``[B, 1, n, N]`` and keys repeated for every head, as transformers
+        calls it. Both masks are made by the first call.
+    """
+    query, key, value, num_visible, first_visible = inputs
+
+    @functools.cache
+    def flex() -> Callable[[], torch.Tensor]:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def is_seen(batch: torch.Tensor, head: torch.Tensor, i: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+            return (column < num_visible[batch, i]) & (column >= first_visible[batch])
+
+        sizes = query.shape[0], None, query.shape[2], key.shape[2]
+        mask = create_block_mask(is_seen, *sizes, device=device.torch_device)
+        torch._dynamo.reset()
+        compiled = torch.compile(flex_attention, backend=device.compiler, fullgraph=True, dynamic=False)
+        return functools.partial(compiled, query, key, value, block_mask=mask, enable_gqa=True)
+
+    @functools.cache
+    def mask() -> torch.Tensor:
+        column = torch.arange(key.shape[2], device=key.device)
+        return ((column < num_visible[..., None]) & (column >= first_visible[:, None, None]))[:, None]
+
+    def sdpa() -> torch.Tensor:
+        group = query.shape[1] // key.shape[1]
+        keys, values = (t.repeat_interleave(group, dim=1) for t in (key, value))
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask())
+
+    found: dict[str, Callable[[], torch.Tensor]] = {
+        name: functools.partial(position_attention, *inputs, backend=name)
+        for name in backends_on(device.torch_device, query.dtype)
+        if choose(name, query.device, query.dtype).position_attention is not reference.position_attention
+    }
+    return {**found, "flex_attention": lambda: flex()(), "sdpa": sdpa}
+
+
+def make_attention_check(inputs: Attention) -> Callable[[Callable[[], torch.Tensor]], str]:
+    """What says whether an attention is right: a function of its call that returns what is wrong, or nothing."""
+    query, key, value, num_visible, first_visible = inputs
+    parts = zip(query.split(ORACLE_QUERIES, dim=2), num_visible.split(ORACLE_QUERIES, dim=1), strict=True)
+    expected = torch.cat(
+        [reference.position_attention(q, key, value, visible, first_visible) for q, visible in parts], dim=2
+    ).float()
+    allowed = allowed_error(expected, max(1e-5, 2 * torch.finfo(query.dtype).eps))
+
+    def check(run: Callable[[], torch.Tensor]) -> str:
+        error = (run().float() - expected).abs().max().item()
+        return "" if error <= allowed else f"results differ by {error:.3g}, allowed are {allowed:.3g}"  # also if NaN
+
+    return functools.partial(error_of, check)
 
 
 def make_check(case: Case, stage: Stage, plan: StagePlan) -> Callable[[Callable[[], Output]], str]:

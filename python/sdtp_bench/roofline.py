@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sdtp_bench import eager
-from sdtp_bench.shapes import GPUS, MODELS, SHORT, Case, Gpu, Stage, lookup, make_stage
+from sdtp_bench.shapes import GPUS, MODELS, SHORT, Attention, Case, Gpu, Stage, lookup, make_stage
 from sdtp_eval import command
 from sdtp_eval.schedules import BUDGETS
 from sdtp_kernels.arguments import Selection
@@ -196,6 +196,14 @@ def _prune_cost(a: dict[str, Any]) -> Cost:
     read += a["recent"] * batch * hidden_row + num_keep * batch * sum(other_rows)
     written = num_keep * batch * (hidden_row + sum(other_rows)) + columns + a["kept_mean_ptr"].nbytes
     return Cost("prune_kernel", flops, read, again, written)
+
+
+def attention_cost(inputs: Attention) -> Cost:
+    """What ``position_attention`` has to compute and to move: the keys that a query sees, and no others."""
+    query, *_ = inputs
+    seen = int((inputs.num_visible - inputs.first_visible[:, None]).clamp(min=0).sum())
+    read = sum(tensor.nbytes for tensor in inputs)
+    return Cost("attention_kernel", 4 * seen * query.shape[1] * query.shape[3], read, 0, query.nbytes)
 
 
 _KERNELS = {

@@ -159,3 +159,46 @@ def random_stage(
     )
     tensors = [*rotary, torch.arange(tokens, device=device).expand(batch, -1)]
     return Stage(normal(batch, tokens, hidden_size, dtype=dtype), tensors, scoring)
+
+
+class Attention(NamedTuple):
+    """Arguments of :func:`sdtp_kernels.position_attention`."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    num_visible: torch.Tensor
+    first_visible: torch.Tensor
+
+
+def make_attention(case: Case, device: torch.device | str) -> Attention:
+    """Random arguments for the attention of a case's kept tokens over its whole prompt."""
+    model = lookup(MODELS, case.model, "model")
+    shuffled = torch.rand(case.batch, case.tokens, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    kept = shuffled[:, : case.plan().num_keep].sort(dim=1).values.to(device)
+    return random_attention(
+        kept + 1, case.tokens, model.num_heads, model.num_kv_heads, model.head_dim, lookup(DTYPES, case.dtype, "dtype")
+    )
+
+
+def random_attention(
+    num_visible: torch.Tensor,
+    num_keys: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    first_visible: torch.Tensor | None = None,
+) -> Attention:
+    """:func:`make_attention` for any sizes; queries as a projection leaves them.
+
+    They are three times as long as a model's. Each then pays most to a few keys, and its result shows which of them it
+    saw: a mean over thousands would not.
+    """
+    device, (batch, num_queries) = num_visible.device, num_visible.shape
+    generator = torch.Generator(device).manual_seed(0)
+    normal = functools.partial(torch.randn, device=device, generator=generator, dtype=dtype)
+    query = 3 * normal(batch, num_queries, num_heads, head_dim).transpose(1, 2)
+    key, value = (normal(batch, num_kv_heads, num_keys, head_dim) for _ in range(2))
+    first_visible = num_visible.new_zeros(batch) if first_visible is None else first_visible
+    return Attention(query, key, value, num_visible, first_visible)
