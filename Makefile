@@ -147,7 +147,7 @@ test-compat: $(VENV)/install.done $(patsubst %,$(VENV)/transformers-%,$(filter-o
 	if [ -n "$$skipped" ]; then echo "SKIPPED, not installed: transformers$$skipped"; fi
 
 test-mutants: $(VENV)/install.done ## plant known bugs in copies of the source; every one must be caught
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/mutants
 
 lint: $(VENV)/install.done ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIME, TOOLS = ROOT / "sdtp_kernels", ROOT / "python"
 # What each package of python/ may import of the others: benchmarks and training use evaluation.
@@ -67,14 +69,35 @@ def test_importing_the_package_imports_torch_alone():
 
 
 def test_mutants_name_text_and_tests_that_exist():
-    """A stale entry of the list of planted bugs should not wait for the long run."""
-    from mutants import MUTANTS, ROOT
+    """A stale entry of the lists of planted bugs should not wait for the long run."""
+    from mutants import MUTANTS
+    from mutants.entry import plant
 
+    texts = {file: (ROOT / file).read_text() for file in {mutant.file for mutant in MUTANTS}}
     for mutant in MUTANTS:
-        assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant.name
+        plant(mutant, texts[mutant.file])
         for name in mutant.tests.split():
             file, _, test = name.partition("::")
             assert f"def {test.partition('[')[0]}" in (ROOT / "tests" / file).read_text(), mutant.name
+    names = [mutant.name for mutant in MUTANTS]
+    assert len(set(names)) == len(names)
+
+
+def test_an_entry_that_does_not_fit_is_named():
+    from mutants.entry import Mutant, StaleError, plant
+
+    text = "first = size + 1\nlast = size\n"
+    assert plant(Mutant("sum", "a.py", " + 1", "", "t"), text) == "first = size\nlast = size\n"
+    renamed = Mutant("any name", "a.py", re.compile(r"(\w+) \+ 1"), r"\1 + 2", "t")
+    assert plant(renamed, text.replace("size", "width")) == "first = width + 2\nlast = width\n"
+    for old, new, message in (
+        ("size", "0", "must stand once in a.py, got 2 times: 'size'"),
+        (re.compile("width"), "0", "got 0 times: 'width'"),
+        ("first", "first", "changes nothing in a.py"),
+        ("last =", "last", "a.py is no Python"),
+    ):
+        with pytest.raises(StaleError, match=f"'it'.*{message}"):
+            plant(Mutant("it", "a.py", old, new, "t"), text)
 
 
 def test_the_tables_of_features_name_tests_that_exist():
