@@ -46,6 +46,9 @@ class _Patched:
         pass
 
 
+# Of the interpreter's accesses: which arguments are the pointers and the mask.
+PLACES = {"load": (0, 1), "store": (0, 2), "atomic": (1, 3)}
+
 _patch_lang = interpreter._patch_lang
 builder.create_dot = _dot
 # Spare the interpreter what it repeats: patching `tl` at each call of a function, and copying CPU tensors back.
@@ -68,18 +71,21 @@ def recorded_launches():
 
 @contextlib.contextmanager
 def before_each_access(act):
-    """Call ``act(kind, addresses, itemsize)`` before each access of a program to memory; kind is "load" or "store"."""
+    """Call ``act(kind, addresses, itemsize)`` before each access of a program to memory.
+
+    The kind is "load", "store" or "atomic".
+    """
 
     def wrap(kind, method):
-        def wrapped(pointers, *others):
-            mask = others[0] if kind == "load" else others[1]
+        def wrapped(*args):
+            pointers, mask = args[PLACES[kind][0]], args[PLACES[kind][1]]
             addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
             act(kind, addresses, pointers.get_element_ty().primitive_bitwidth // 8)
-            return method(pointers, *others)
+            return method(*args)
 
         return wrapped
 
-    names = {"create_masked_load": "load", "create_masked_store": "store"}
+    names = {"create_masked_load": "load", "create_masked_store": "store", "create_atomic_rmw": "atomic"}
     for name, kind in names.items():
         setattr(builder, name, wrap(kind, getattr(builder, name)))
     try:

@@ -95,10 +95,12 @@ __device__ __forceinline__ float squares(uint32_t word) {
     }
 }
 
-// A float32 as the sum of two tf32; exact but for the last 2 or 3 of 24 bits.
+// A float32 as the sum of two tf32; exact but for the last 2 or 3 of 24 bits. Infinity has no rest, nor a part in small
+// products: inf - inf and inf * 0 would make it NaN.
 template <int kWords>
 struct Split {
     uint32_t high[kWords];
+    uint32_t finite[kWords];  // the same, 0 for infinity
     uint32_t low[kWords];
 
     __device__ explicit Split(const uint32_t (&words)[kWords]) {
@@ -106,9 +108,10 @@ struct Split {
         for (int i = 0; i < kWords; ++i) {
             const float value = from_bits(words[i]);
             const float rounded = round_to_tf32(value);
+            const bool is_finite = std::fabs(rounded) <= 3.4028235e38f;
             high[i] = to_bits(rounded);
-            // Infinity has no rest; inf - inf would make it NaN.
-            low[i] = std::fabs(rounded) <= 3.4028235e38f ? to_bits(round_to_tf32(value - rounded)) : 0;
+            finite[i] = is_finite ? high[i] : 0;
+            low[i] = is_finite ? to_bits(round_to_tf32(value - rounded)) : 0;
         }
     }
 };
@@ -120,8 +123,8 @@ __device__ __forceinline__ void multiply_add_exactly(float (&sums)[4], const uin
     } else {
         const Split<4> x(a);
         const Split<2> y(b);
-        multiply_add<T>(sums, x.low, y.high);  // small ones first
-        multiply_add<T>(sums, x.high, y.low);
+        multiply_add<T>(sums, x.low, y.finite);  // small ones first
+        multiply_add<T>(sums, x.finite, y.low);
         multiply_add<T>(sums, x.high, y.high);
     }
 }

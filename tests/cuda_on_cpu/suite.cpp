@@ -222,15 +222,25 @@ void score(uint64_t seed, const Pruner& size) {
     check(std::memcmp(row.data(), &got[got.size() - row.size()], row.size() * sizeof(float)) == 0,
           "scores depend on the rest of the batch");
     // NaN stays with its token.
-    auto* spoiled = const_cast<T*>(hidden);
-    spoiled[(size.tokens - 1) * model.scoring.token_stride] = rounded<T>(std::numeric_limits<float>::infinity());
-    if constexpr (sizeof(T) == 2) spoiled[(size.tokens - 1) * model.scoring.token_stride].bits = 0x7fff;
-    if constexpr (sizeof(T) == 4) spoiled[(size.tokens - 1) * model.scoring.token_stride] = NAN;
+    T& spoiled = const_cast<T*>(hidden)[(size.tokens - 1) * model.scoring.token_stride];
+    if constexpr (sizeof(T) == 2) spoiled.bits = 0x7fff;
+    if constexpr (sizeof(T) == 4) spoiled = NAN;
     const std::vector<float> with_nan = model.scores();
     for (size_t i = 0; i < got.size(); ++i) {
         const bool is_right = static_cast<int>(i) == size.tokens - 1 ? std::isnan(with_nan[i]) : with_nan[i] == got[i];
         check(is_right, "NaN of one token in the score of another");
     }
+    // An infinite state, which every unit and the score take with a positive weight.
+    model.scoring.normalise = false;
+    if constexpr (sizeof(T) == 2) spoiled.bits = std::is_same_v<T, Half> ? 0x7c00 : 0x7f80;
+    if constexpr (sizeof(T) == 4) spoiled = INFINITY;
+    auto* w1 = const_cast<T*>(static_cast<const T*>(model.scoring.w1));
+    auto* w2 = const_cast<float*>(model.scoring.w2);
+    for (int h = 0; h < size.units; ++h) {
+        w1[int64_t{h} * size.hidden] = rounded<T>(0.1f + 0.001f * static_cast<float>(h));  // no tf32, most of them
+        w2[h] = 1;
+    }
+    check(std::isinf(model.scores()[size.tokens - 1]), "the score of an infinite state is not infinite");
 }
 
 void score_group() {

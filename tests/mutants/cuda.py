@@ -6,6 +6,13 @@ ON_CPU = "test_cuda.py::test_kernels"
 
 MUTANTS = [
     Mutant(
+        "infinity in the small products",
+        CUDA + "score.cuh",
+        "multiply_add<T>(sums, x.finite, y.low);",
+        "multiply_add<T>(sums, x.high, y.low);",
+        f"{ON_CPU}[plain-score]",
+    ),
+    Mutant(
         "a driver too old for the CUDA library",
         "sdtp_kernels/backends/cuda.py",
         "if major >= int(built_for):",

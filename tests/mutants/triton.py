@@ -1,5 +1,7 @@
 """The Triton kernels."""
 
+import re
+
 from mutants.entry import SUITE, Mutant
 
 FORGOTTEN = "\n\n@triton.jit\ndef forgotten_kernel(ptr):\n    tl.store(ptr, 0)\n"
@@ -176,10 +178,38 @@ MUTANTS = [
     ),
     Mutant(
         "the first tiles alone",
-        "sdtp_kernels/backends/triton/window.py",
-        "            count += counts\n",
-        "            count = counts\n",
-        "triton_interpreter_suite.py::test_prompt_bias_of_a_long_prompt",
+        TRITON + "window.py",
+        "        count += counts\n",
+        "        count = counts\n",
+        f"{SUITE}::test_the_last_program_makes_the_bias_in_steps",
+    ),
+    Mutant(
+        "the bias by the first program to finish",
+        TRITON + "window.py",
+        'sem="acq_rel") == num_tiles - 1:',
+        'sem="acq_rel") == 0:',
+        f"{SUITE}::test_the_last_program_makes_the_bias_in_steps",
+    ),
+    Mutant(
+        "programs of another prompt counted",
+        TRITON + "window.py",
+        "tl.store(finished_ptr + batch, 0, mask=tl.program_id(0) == 0)",
+        "tl.store(finished_ptr + batch, 0, mask=tl.program_id(0) < 0)",
+        f"{SUITE}::test_the_last_program_makes_the_bias_in_steps",
+    ),
+    Mutant(
+        "the bias of the last program's first tokens alone",
+        TRITON + "window.py",
+        "            for first in range(0, num_keys, TOKENS):\n",
+        "            for first in range(0, 1, TOKENS):\n",
+        f"{SUITE}::test_the_last_program_makes_the_bias_in_steps",
+    ),
+    Mutant(
+        "finished before it has written",
+        TRITON + "window.py",
+        re.compile(r"( +)(store_logarithms\(attention, keys,.*\n) +tl.debug_barrier\(\).*\n +if (.*):\n"),
+        r"\1is_last = \3\n\1\2\1if is_last:\n",
+        f"{SUITE}::test_programs_of_the_window_run_at_once[2]",
     ),
     Mutant(
         "stages not averaged by Triton",

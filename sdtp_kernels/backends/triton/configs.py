@@ -8,10 +8,13 @@ batch, the prompt's length or the path that computes it.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Whether the kernels run in Triton's interpreter. Read once, when Triton is imported: the decorator does the same.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -152,12 +155,17 @@ def nvidia_target(major: int, minor: int) -> str:
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
-    """Whether the compiler will see that the tensor can be read many elements at a time.
+    """Whether the compiler will see that the tensor can be read many elements at a time."""
+    return _are_aligned(tensor, tensor.shape[-1], tensor.stride())
 
-    Of a stride or a size it knows only whether it is a multiple of 16, and of a pointer whether it is one of 16 bytes.
-    """
-    *strides, last = tensor.stride()
-    return last == 1 and all(n % 16 == 0 for n in (tensor.data_ptr(), tensor.shape[-1], *strides))
+
+def _are_aligned(tensor: torch.Tensor, width: int, strides: Sequence[int]) -> bool:
+    # Of a stride or a size the compiler knows whether it is a multiple of 16; of a pointer, of 16 bytes.
+    *outer, last = strides
+    bits = tensor.data_ptr() | width
+    for stride in outer:
+        bits |= stride
+    return last == 1 and bits % 16 == 0
 
 
 def score_config(hidden_states: torch.Tensor, w1: torch.Tensor) -> ScoreConfig:
@@ -219,22 +227,22 @@ def input_precision(operand: torch.Tensor) -> str:
 WINDOW_BYTES = 32 * 1024
 
 
-def window_keys(rows: int, itemsize: int) -> int:
+def window_keys(rows: int, head_dim: int, itemsize: int) -> int:
     """Keys of a tile of the window's attention, for so many queries."""
-    return 16 if itemsize == 4 else 64 if rows <= 64 else 32
+    return 16 if itemsize == 4 else 64 if rows <= 64 and head_dim <= 128 else 32
 
 
-def window_warps(rows: int, device: torch.device) -> int:
-    return 4 if rows <= 64 and device_of(device).target.startswith("gfx") else 8
+def window_warps(rows: int, head_dim: int, device: torch.device) -> int:
+    return 4 if rows <= 64 and head_dim <= 128 and device_of(device).target.startswith("gfx") else 8
 
 
 GATHER_TOKENS = 16  # tokens of one program
 
 
-def gather_tile(source: torch.Tensor) -> int:
-    """Columns of a ``[B, heads, N, D]`` that a program moves at a time: at most 1 KiB of each token.
+def gather_tile(source: torch.Tensor, width: int, strides: Sequence[int]) -> int:
+    """Columns of tokens of `width` elements that a program moves at a time: at most 1 KiB of each.
 
     Of tokens that are not aligned, half of that: every element takes registers for an address of its own.
     """
-    width = source.shape[1] * source.shape[3]
-    return min(1 << (width - 1).bit_length(), (1024 if is_aligned(source) else 512) // source.itemsize)
+    most = 1024 if _are_aligned(source, source.shape[-1], strides) else 512
+    return min(1 << (width - 1).bit_length(), most // source.itemsize)

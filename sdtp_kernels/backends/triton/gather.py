@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -93,36 +95,55 @@ def empty_outputs(tensors: list[torch.Tensor], num_keep: int) -> list[torch.Tens
     return outputs
 
 
+class _Layout(NamedTuple):
+    """A token tensor as ``[B, heads, N, width]``; computed, because views are what a stage's host time goes into."""
+
+    num_heads: int
+    width: int
+    strides: tuple[int, int, int, int]
+
+
+def _layout_of(tensor: torch.Tensor) -> _Layout:
+    # The stride of a single row or head is never used; it may be the prompt's length, which no kernel is to depend on.
+    shape = tensor.shape
+    strides = [0 if size == 1 else stride for size, stride in zip(shape, tensor.stride(), strict=True)]
+    if len(shape) == 2:
+        return _Layout(1, 1, (strides[0], 0, strides[1], 0))
+    if len(shape) == 3:
+        return _Layout(1, shape[2], (strides[0], 0, strides[1], strides[2]))
+    return _Layout(shape[1], shape[3], (strides[0], strides[1], strides[2], strides[3]))
+
+
 def copy_arguments(tensors: list[torch.Tensor], outputs: list[torch.Tensor]) -> dict[str, object]:
     """What :func:`copy_tokens` needs of the tensors, as one table of tuples."""
     sources = [_as_integers(tensor) for tensor in tensors]
-    # The stride of a single row or head is never used; it may be the prompt's length, which no kernel is to depend on.
-    strides = [
-        [0 if size == 1 else stride for size, stride in zip(source.shape, source.stride(), strict=True)]
-        for source in sources
-    ]
+    layouts = [_layout_of(source) for source in sources]
+    strides_b, strides_h, strides_n, strides_d = zip(*(layout.strides for layout in layouts), strict=True)
     return {
         "sources": tuple(sources),
-        "outputs": tuple(_as_integers(output) for output in outputs),
-        "strides_b": tuple(s[0] for s in strides),
-        "strides_h": tuple(s[1] for s in strides),
-        "strides_n": tuple(s[2] for s in strides),
-        "strides_d": tuple(s[3] for s in strides),
-        "NUM_HEADS": tuple(source.shape[1] for source in sources),
-        "WIDTHS": tuple(source.shape[3] for source in sources),
-        "TILES": tuple(map(configs.gather_tile, sources)),
+        "outputs": tuple([_as_integers(output) for output in outputs]),
+        "strides_b": strides_b,
+        "strides_h": strides_h,
+        "strides_n": strides_n,
+        "strides_d": strides_d,
+        "NUM_HEADS": tuple([layout.num_heads for layout in layouts]),
+        "WIDTHS": tuple([layout.width for layout in layouts]),
+        "TILES": tuple(
+            [
+                configs.gather_tile(source, layout.num_heads * layout.width, layout.strides)
+                for source, layout in zip(sources, layouts, strict=True)
+            ]
+        ),
     }
 
 
 def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    """``[B, heads, N, D]`` view of any token tensor as integers of its element size: a copy must not compute."""
+    """View as integers of the element's size: a copy must not compute."""
     if tensor.dtype == torch.complex128:  # the one dtype wider than any integer; a copy only of odd layouts
         parts = torch.view_as_real(tensor)
         tensor = parts if tensor.dim() == 2 else parts.flatten(-2)
-    tensor = tensor.view(_INTEGERS[tensor.itemsize])
-    if tensor.dim() == 2:
-        tensor = tensor.unsqueeze(-1)
-    return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
+    integer = _INTEGERS[tensor.itemsize]
+    return tensor if tensor.dtype == integer else tensor.view(integer)
 
 
 def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor, chained: bool = False) -> list[torch.Tensor]:

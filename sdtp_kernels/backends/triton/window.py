@@ -2,7 +2,8 @@
 
 The softmax of the window's queries over all keys needs its sums before a key's share is known, so keys are read twice:
 one launch sums, over a part of the keys a program; the next computes the logits of a tile of keys again and adds up
-what the queries pay them. A third makes of the logarithms what a pruner adds to its scores.
+what the queries pay them. Of its programs the last one to finish a row makes of the logarithms what a pruner adds to
+its scores: that takes a fraction of a launch at a few thousand tokens, and nobody waits.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from sdtp_kernels.arguments import PromptTerms, Window
 
 _TOKENS = 1024  # of a program that only adds terms
+_TOKENS_OF_LAST = 2048  # at a time, of the one that does it for a whole row: each step waits for memory once
+_TILES = 256
 _LN2 = math.log(2)
 
 
@@ -86,17 +89,19 @@ def window_logits(
 def window_sums_kernel(
     query_ptr, stride_q_b, stride_q_h, stride_q_n, stride_q_d, key_ptr, stride_k_b, stride_k_h, stride_k_n, stride_k_d,
     cos_ptr, sin_ptr, stride_rotary_b, stride_rotary_n, query_index_ptr, stride_index, key_index_ptr, partial_ptr,
-    key_heads, group, window, head_dim, num_keys, num_splits, keys_per_split, scale,
+    finished_ptr, key_heads, group, window, head_dim, num_keys, num_splits, keys_per_split, scale,
     UPCAST: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     WINDOW: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Program (part of the keys and key head, row): highest logit and sum of powers of each query, over that part.
 
-    `partial_ptr` is ``[B, key heads, parts, 2, ROWS]``.
+    `partial_ptr` is ``[B, key heads, parts, 2, ROWS]``. `finished_ptr` ``[B]`` is for the next launch, and 0 then.
     """
     split = tl.program_id(0) % num_splits
     key_head = tl.program_id(0) // num_splits
     batch = tl.program_id(1).to(tl.int64)
+    if finished_ptr is not None:
+        tl.store(finished_ptr + batch, 0, mask=tl.program_id(0) == 0)
     if cos_ptr is not None:
         cos_ptr += batch * stride_rotary_b
         sin_ptr += batch * stride_rotary_b
@@ -175,19 +180,22 @@ def store_logarithms(
 
 
 @triton.jit(
-    do_not_specialize=["num_keys", "num_splits", "stride_index", "end"],
+    do_not_specialize=["num_keys", "num_splits", "stride_index", "end", "num_distances"],
     do_not_specialize_on_alignment=["query_index_ptr"],
 )
 def window_kernel(
     query_ptr, stride_q_b, stride_q_h, stride_q_n, stride_q_d, key_ptr, stride_k_b, stride_k_h, stride_k_n, stride_k_d,
     cos_ptr, sin_ptr, stride_rotary_b, stride_rotary_n, query_index_ptr, stride_index, key_index_ptr, partial_ptr,
-    output_ptr, moments_ptr, key_heads, group, window, head_dim, num_keys, num_splits, end, scale,
+    finished_ptr, output_ptr, moments_ptr, table_ptr,
+    key_heads, group, window, head_dim, num_keys, num_splits, end, num_distances, weight, scale,
     FLOOR: tl.constexpr, UPCAST: tl.constexpr, INPUT_PRECISION: tl.constexpr, REACH: tl.constexpr,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    TOKENS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of keys, row): what all heads' queries pay them, and so many neighbours as pooling reaches.
 
-    With `moments_ptr` ``[B, tiles, 3]``, logarithms instead, and what their standardisation needs.
+    With `finished_ptr` ``[B]``, a row's bias instead: logarithms, what their standardisation needs in `moments_ptr`
+    ``[B, tiles, 3]``, and by the last program of the row the bias in their place.
     """
     tile = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -220,13 +228,22 @@ def window_kernel(
     attention = attention / (key_heads * group)
     is_own = (place >= REACH) & (place < BLOCK_KEYS - REACH) & (keys < num_keys)
     output_ptr += batch * num_keys
-    if moments_ptr is None:
+    if finished_ptr is None:
         tl.store(output_ptr + keys, attention, mask=is_own)
     else:
+        num_tiles = tl.num_programs(0)
         key_index_ptr += batch * num_keys
-        moments_ptr += (batch * tl.num_programs(0) + tile) * 3
+        moments_ptr += batch * num_tiles * 3
         last_index = last_token(key_index_ptr, end)
-        store_logarithms(attention, keys, is_own, key_index_ptr, last_index, output_ptr, moments_ptr, FLOOR)
+        store_logarithms(attention, keys, is_own, key_index_ptr, last_index, output_ptr, moments_ptr + tile * 3, FLOOR)
+        tl.debug_barrier()  # one thread tells of what all of them have written
+        if tl.atomic_add(finished_ptr + batch, 1, sem="acq_rel") == num_tiles - 1:
+            mean, spread = mean_and_spread(moments_ptr, num_tiles, TILES)
+            for first in range(0, num_keys, TOKENS):
+                store_bias(
+                    key_index_ptr, table_ptr, output_ptr, output_ptr, first + tl.arange(0, TOKENS), num_keys,
+                    last_index, num_distances, weight, mean, spread,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens", "end"])
@@ -244,44 +261,61 @@ def logarithm_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_tokens", "end", "num_distances", "num_tiles"])
-def bias_kernel(
-    token_index_ptr, table_ptr, logs_ptr, moments_ptr, bias_ptr,
-    num_tokens, end, num_distances, num_tiles, weight, TOKENS: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """Program (run of tokens, row): the distance term, and the standardised logarithms."""
-    batch = tl.program_id(1).to(tl.int64)
-    token_index_ptr += batch * num_tokens
-    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+@triton.jit
+def mean_and_spread(moments_ptr, num_tiles, TILES: tl.constexpr):
+    """Of all tiles by Chan's formula: first the mean, then the deviations from it."""
+    tile = tl.arange(0, TILES)
+    count = tl.zeros([TILES], tl.float32)
+    sums = tl.zeros([TILES], tl.float32)
+    for first in range(0, num_tiles, TILES):
+        ptrs = moments_ptr + (first + tile) * 3
+        counts = tl.load(ptrs, mask=first + tile < num_tiles, other=0.0)
+        count += counts
+        sums += counts * tl.load(ptrs + 1, mask=first + tile < num_tiles, other=0.0)
+    total = tl.maximum(tl.sum(count), 1.0)
+    mean = tl.sum(sums) / total
+    squares = tl.zeros([TILES], tl.float32)
+    for first in range(0, num_tiles, TILES):
+        ptrs = moments_ptr + (first + tile) * 3
+        counts = tl.load(ptrs, mask=first + tile < num_tiles, other=0.0)
+        offset = tl.load(ptrs + 1, mask=first + tile < num_tiles, other=0.0) - mean
+        squares += tl.load(ptrs + 2, mask=first + tile < num_tiles, other=0.0) + counts * offset * offset
+    return mean, tl.sqrt(tl.sum(squares) / total) + 1e-6
+
+
+@triton.jit
+def store_bias(
+    token_index_ptr, table_ptr, logs_ptr, bias_ptr, tokens, num_tokens, last_index, num_distances, weight, mean, spread
+):
+    """The distance term of a run of tokens, and their logarithms standardised; these may stand where the bias goes."""
     is_token = tokens < num_tokens
-    last_index = last_token(token_index_ptr, end)
     index = tl.load(token_index_ptr + tokens, mask=is_token, other=-1)
     is_valid = (index >= 0) & (index <= last_index)
     distance = tl.minimum(last_index - index, num_distances - 1)
     bias = tl.load(table_ptr + distance, mask=is_valid, other=0.0)
     if logs_ptr is not None:
-        # Chan's formula: of all tiles first the mean, then the deviations from it.
-        tile = tl.arange(0, TILES)
-        tile_ptr = moments_ptr + batch * num_tiles * 3
-        count = tl.zeros([TILES], tl.float32)
-        sums = tl.zeros([TILES], tl.float32)
-        for first in range(0, num_tiles, TILES):
-            ptrs = tile_ptr + (first + tile) * 3
-            counts = tl.load(ptrs, mask=first + tile < num_tiles, other=0.0)
-            count += counts
-            sums += counts * tl.load(ptrs + 1, mask=first + tile < num_tiles, other=0.0)
-        total = tl.maximum(tl.sum(count), 1.0)
-        mean = tl.sum(sums) / total
-        squares = tl.zeros([TILES], tl.float32)
-        for first in range(0, num_tiles, TILES):
-            ptrs = tile_ptr + (first + tile) * 3
-            counts = tl.load(ptrs, mask=first + tile < num_tiles, other=0.0)
-            offset = tl.load(ptrs + 1, mask=first + tile < num_tiles, other=0.0) - mean
-            squares += tl.load(ptrs + 2, mask=first + tile < num_tiles, other=0.0) + counts * offset * offset
-        spread = tl.sqrt(tl.sum(squares) / total) + 1e-6
-        logs = tl.load(logs_ptr + batch * num_tokens + tokens, mask=is_token, other=0.0)
+        logs = tl.load(logs_ptr + tokens, mask=is_token, other=0.0)
         bias += weight * ((logs - mean) / spread)
-    tl.store(bias_ptr + batch * num_tokens + tokens, tl.where(is_valid, bias, 0.0), mask=is_token)
+    tl.store(bias_ptr + tokens, tl.where(is_valid, bias, 0.0), mask=is_token)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "end", "num_distances", "num_tiles"])
+def bias_kernel(
+    token_index_ptr, table_ptr, logs_ptr, moments_ptr, bias_ptr,
+    num_tokens, end, num_distances, num_tiles, weight, TOKENS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Program (run of tokens, row): for attention that is given, or none."""
+    batch = tl.program_id(1).to(tl.int64)
+    token_index_ptr += batch * num_tokens
+    mean, spread = 0.0, 1.0
+    if logs_ptr is not None:
+        logs_ptr += batch * num_tokens
+        mean, spread = mean_and_spread(moments_ptr + batch * num_tiles * 3, num_tiles, TILES)
+    store_bias(
+        token_index_ptr, table_ptr, logs_ptr, bias_ptr + batch * num_tokens,
+        tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), num_tokens, last_token(token_index_ptr, end),
+        num_distances, weight, mean, spread,
+    )  # fmt: skip
 
 
 class _Tile(NamedTuple):
@@ -300,13 +334,13 @@ def _tile(window: Window) -> _Tile | None:
     group, width = (triton.next_power_of_2(max(n, 1)) for n in (heads // window.key.shape[1], num_queries))
     width = max(width, 16 // group)  # a product has at least 16 rows
     head, itemsize = max(triton.next_power_of_2(head_dim), 16), window.query.itemsize
-    tile = _Tile(group, width, group * width, head, configs.window_keys(group * width, itemsize))
+    tile = _Tile(group, width, group * width, head, configs.window_keys(group * width, head, itemsize))
     fits = tile.ROWS * tile.HEAD_DIM * itemsize <= configs.WINDOW_BYTES and tile.ROWS <= 256
     return tile if fits and 4 * (window.pooling // 2) <= tile.BLOCK_KEYS else None
 
 
-def _attend(window: Window, tile: _Tile, end: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(attention ``[B, n]``, None), or with the prompt's `end` (its logarithms, moments ``[B, tiles, 3]``).
+def _attend(window: Window, tile: _Tile, terms: PromptTerms | None = None) -> torch.Tensor:
+    """The attention ``[B, n]``, or the bias that it is a part of.
 
     Two launches. `key_index` is contiguous; of `query_index` each row is.
     """
@@ -315,9 +349,14 @@ def _attend(window: Window, tile: _Tile, end: int | None = None) -> tuple[torch.
     reach, floats = pooling // 2, functools.partial(query.new_empty, dtype=torch.float32)
     num_tiles = configs.ceil_divide(num_keys, tile.BLOCK_KEYS - 2 * reach)
     output = floats((batch_size, num_keys))
-    moments = None if end is None else floats((batch_size, num_tiles, 3))
     if not output.numel():
-        return output, moments
+        return output
+    finished = moments = table = None
+    end, num_distances, weight = 0, 0, 0.0
+    if terms is not None:
+        finished, moments = query.new_empty(batch_size, dtype=torch.int32), floats((batch_size, num_tiles, 3))
+        table = terms.distance_table.contiguous()
+        end, num_distances, weight = terms.end, len(table), terms.attention_weight
     # A few programs for every multiprocessor.
     blocks = configs.ceil_divide(num_keys, tile.BLOCK_KEYS)
     wanted = configs.ceil_divide(2 * configs.device_of(query.device).multiprocessors, batch_size * key_heads)
@@ -331,14 +370,14 @@ def _attend(window: Window, tile: _Tile, end: int | None = None) -> tuple[torch.
         rotary_strides = (0 if len(cos) == 1 else cos.stride(0), cos.stride(1))
     arguments = (
         query, *query.stride(), key, *key.stride(), cos, sin, *rotary_strides,
-        query_index, query_index.stride(0), key_index, partial,
+        query_index, query_index.stride(0), key_index, partial, finished,
     )  # fmt: skip
     sizes = (key_heads, num_heads // key_heads, num_queries, head_dim, num_keys, num_splits)
     scale = scaling / _LN2
     options = {
         "UPCAST": configs.INTERPRETED,
         "INPUT_PRECISION": configs.input_precision(query),
-        "num_warps": configs.window_warps(tile.ROWS, query.device),
+        "num_warps": configs.window_warps(tile.ROWS, tile.HEAD_DIM, query.device),
         **configs.registers(255, query.device),
         **configs.EXACT,
     }
@@ -347,10 +386,11 @@ def _attend(window: Window, tile: _Tile, end: int | None = None) -> tuple[torch.
         *arguments, *sizes, keys_per_split, scale, **constants, **options, num_stages=2
     )
     window_kernel[(num_tiles, batch_size)](
-        *arguments, output, moments, *sizes, end or 0, scale, FLOOR=reference.ATTENTION_FLOOR, REACH=reach,
-        **tile._asdict(), **options, num_stages=1,
+        *arguments, output, moments, table, *sizes, end, num_distances, weight, scale,
+        FLOOR=reference.ATTENTION_FLOOR, REACH=reach, **tile._asdict(), TOKENS=_TOKENS_OF_LAST, TILES=_TILES,
+        **options, num_stages=1,
     )  # fmt: skip
-    return output, moments
+    return output
 
 
 def window_attention(window: Window) -> torch.Tensor:
@@ -358,7 +398,7 @@ def window_attention(window: Window) -> torch.Tensor:
     tile, group = _tile(window), window.query.shape[1] // window.key.shape[1]
     if tile is not None:
         window = window._replace(query_index=window.query_index.contiguous(), key_index=window.key_index.contiguous())
-        return _attend(window, tile)[0]
+        return _attend(window, tile)
     if group < 2:
         return reference.window_attention(window)
     heads = window.query.unflatten(1, (-1, group)).tensor_split([group // 2], dim=2)
@@ -367,19 +407,18 @@ def window_attention(window: Window) -> torch.Tensor:
 
 
 def prompt_bias(terms: PromptTerms) -> torch.Tensor:
-    """One launch for the distance alone, two with attention that is given, three with attention that is computed."""
+    """One launch for the distance alone, two with attention, computed or given."""
     terms = terms._replace(token_index=terms.token_index.contiguous())
     index, attention, end = terms.token_index, terms.attention, terms.end
+    if (window := terms.window) is not None:
+        if (tile := _tile(window)) is not None:
+            return _attend(window, tile, terms)
+        attention = window_attention(window)
     batch_size, num_tokens = index.shape
     bias = torch.empty(batch_size, num_tokens, dtype=torch.float32, device=index.device)
     if not bias.numel():
         return bias
     logs = moments = None
-    if (window := terms.window) is not None:
-        if (tile := _tile(window)) is not None:
-            logs, moments = _attend(window, tile, end)
-        else:
-            attention = window_attention(window)
     grid = (configs.ceil_divide(num_tokens, _TOKENS), batch_size)
     if attention is not None:
         logs, moments = torch.empty_like(bias), bias.new_empty(batch_size, grid[0], 3)
@@ -389,6 +428,6 @@ def prompt_bias(terms: PromptTerms) -> torch.Tensor:
         )  # fmt: skip
     bias_kernel[grid](
         index, terms.distance_table.contiguous(), logs, moments, bias, num_tokens, end, len(terms.distance_table),
-        0 if moments is None else moments.shape[1], terms.attention_weight, TOKENS=_TOKENS, TILES=256, **configs.EXACT,
+        grid[0], terms.attention_weight, TOKENS=_TOKENS, TILES=_TILES, **configs.EXACT,
     )  # fmt: skip
     return bias
