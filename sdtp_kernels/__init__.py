@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 try:
     from .backends import BackendStatus, BackendUnavailableError, explain_backends
+    from .chat import chat_inputs
     from .kv_predictor import KVPredictor
     from .models import PrefillReport, SdtpHandle, apply_sdtp, remove_sdtp
     from .ops import (
@@ -41,6 +42,7 @@ __all__ = [
     "StagePlan",
     "TokenPruner",
     "apply_sdtp",
+    "chat_inputs",
     "explain_backends",
     "front_loaded",
     "gather_tokens",

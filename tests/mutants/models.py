@@ -5,6 +5,42 @@ from mutants.entry import Mutant
 MODELS = "sdtp_kernels/models/"
 
 MUTANTS = [
+    # A chat's prompt.
+    Mutant(
+        "tools in the user's message left out",
+        "sdtp_kernels/chat.py",
+        '{**messages[first], "content": _MARK}',
+        '{"role": "none", "content": _MARK}',
+        "test_chat.py::test_instructions_tools_and_code_are_protected",
+    ),
+    Mutant(
+        "a block of code ends with any fence",
+        "sdtp_kernels/chat.py",
+        r"(?:^ *\1|\Z)",
+        r"(?:^ *(?:```|~~~)|\Z)",
+        "test_chat.py::test_another_fence_is_code",
+    ),
+    Mutant(
+        "half a token left out",
+        "sdtp_kernels/chat.py",
+        "if begin < span[1] and end > span[0]]",
+        "if begin >= span[0] and end <= span[1]]",
+        "test_chat.py::test_tokens_that_a_span_cuts",
+    ),
+    Mutant(
+        "special tokens twice",
+        "sdtp_kernels/chat.py",
+        "tokenizer(text, add_special_tokens=False,",
+        "tokenizer(text,",
+        "test_chat.py::test_special_tokens_are_the_template_s",
+    ),
+    Mutant(
+        "a template that rewrites believed",
+        "sdtp_kernels/chat.py",
+        "if not (text.startswith(before) and text[len(before) :].lstrip().startswith(content.strip())):",
+        "if not text.startswith(before):",
+        "test_chat.py::test_what_cannot_be_known_is_refused",
+    ),
     Mutant(
         "a step without a cache taken for a prefill",
         MODELS + "patched.py",
