@@ -118,3 +118,9 @@ def test_tokens_that_a_span_cuts():
 
 def test_special_tokens_are_the_template_s():
     assert chat_inputs(Words(), [{"role": "user", "content": " Why?"}])["input_ids"].shape == (1, 3)
+
+
+def test_a_template_that_rewrites_is_refused(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | replace('Why', 'Say why') }}{% endfor %}"
+    with pytest.raises(ValueError, match="does more with a message than to write it"):
+        chat_inputs(tokenizer, [SYSTEM, {"role": "user", "content": "Why?"}])

@@ -39,7 +39,7 @@ MUTANTS = [
         "sdtp_kernels/chat.py",
         "if not (text.startswith(before) and text[len(before) :].lstrip().startswith(content.strip())):",
         "if not text.startswith(before):",
-        "test_chat.py::test_what_cannot_be_known_is_refused",
+        "test_chat.py::test_a_template_that_rewrites_is_refused",
     ),
     Mutant(
         "a step without a cache taken for a prefill",
