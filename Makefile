@@ -12,7 +12,7 @@ MACHINE ?= $(shell uname -m)-$(shell nproc)core
 RESULTS = benchmarks/results/$(MACHINE)
 BENCH = $(BIN)/sdtp bench
 
-.PHONY: help demo bench peers report docs train train-kl gpu-check gpu-bundle test test-compat test-mutants lint format wheel dist clean
+.PHONY: help demo bench peers report docs train train-kl gpu-check gpu-bundle test test-slow test-compat test-mutants lint format wheel dist clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -124,12 +124,18 @@ $(TRAIN)/smollm2-135m-kl.safetensors: $(TRAIN)/smollm2-135m.safetensors
 	$(BIN)/sdtp train --saliency $(TRAIN)/saliency-kl --init $< --loss kl --epochs 1 --batch 3 --lr 1e-4 \
 		--keep 0.8 0.8 0.9 --dropped-kv none --eval-every 50 --out $@
 
-test: $(VENV)/nvcc.done ## everything that proves the package right: lint, tests, planted bugs
-	$(MAKE) lint $(VENV)/triton-3.6 $(VENV)/kvpress $(VENV)/quantizers
+# A file's tests share what it has compiled, so that one worker has them all; tests/conftest.py says which files first.
+PYTEST = $(BIN)/pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
+NEEDED = $(VENV)/install.done $(VENV)/triton-3.6 $(VENV)/kvpress $(VENV)/quantizers
+
+test: $(VENV)/nvcc.done ## lint and the tests, in ten minutes of two cores; CI runs the next three as well
+	$(MAKE) lint $(NEEDED)
 	$(BIN)/sdtp doctor
-	$(BIN)/pytest --numprocesses auto --dist loadscope $(PYTEST_ARGS)
-	$(MAKE) test-compat COMPAT="5.16.1 5.19.0"
-	$(MAKE) test-mutants
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/nvcc.done ## the tests that 'make test' leaves out: every target of the compilers, the oldest Triton
+	$(MAKE) $(NEEDED)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 # "newest" is what the environment has. A version that could not be installed is skipped, and the last lines say so.
 COMPAT ?= 5.16.1 5.19.0 5.20.2 newest
@@ -146,7 +152,8 @@ test-compat: $(VENV)/install.done $(patsubst %,$(VENV)/transformers-%,$(filter-o
 	done; \
 	if [ -n "$$skipped" ]; then echo "SKIPPED, not installed: transformers$$skipped"; fi
 
-test-mutants: $(VENV)/install.done ## plant known bugs in copies of the source; every one must be caught
+test-mutants: $(VENV)/nvcc.done ## plant known bugs in copies of the source; every one must be caught
+	$(MAKE) $(NEEDED)
 	$(BIN)/python tests/mutants
 
 lint: $(VENV)/install.done ## ruff, mypy, clang-format
