@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 
 from sdtp_kernels import PruningSchedule
-from sdtp_kernels.arguments import Scoring
+from sdtp_kernels.arguments import PromptTerms, Scoring
 from sdtp_kernels.pruner import trained_width
+from sdtp_kernels.scorers import ATTENTION_POOLING, QUESTION_WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,19 +56,29 @@ class Gpu(NamedTuple):
     hbm_bytes: float
     """Bytes a second."""
     l2_bytes: int
+    l2_bandwidth: float
+    """Bytes a second, of all multiprocessors together."""
+    clock: float
+    """Of the peak above, in Hz."""
+    lanes: int = 128
+    """Threads of a multiprocessor whose instructions are issued in a clock."""
 
 
+# L2, where "measured": by gpu-l2-cache of github.com/te42kyfo/gpu-benches, whose results stand there.
 GPUS = {
-    # SXM5. H100 data sheet (half of the figures with sparsity); Hopper architecture white paper: 132 SMs, 50 MB.
-    "h100": Gpu("H100 80GB HBM3", "sm_90", 132, 989.4e12, 3.35e12, 50 * 2**20),
-    # H200 data sheet: the die of the H100 with faster memory.
-    "h200": Gpu("NVIDIA H200", "sm_90", 132, 989.4e12, 4.8e12, 50 * 2**20),
-    # 80 GB SXM4. A100 data sheet; Ampere architecture white paper: 108 SMs, 40 MB.
-    "a100": Gpu("A100-SXM4-80GB", "sm_80", 108, 312e12, 2.039e12, 40 * 2**20),
-    # Ada architecture white paper, appendix A.
-    "4090": Gpu("RTX 4090", "sm_89", 128, 165.2e12, 1.008e12, 72 * 2**20),
-    # MI300X data sheet; CDNA 3 white paper: 4 MB of L2 for each of 8 dies. The 256 MB behind it are not counted.
-    "mi300x": Gpu("MI300X", "gfx942", 304, 1307.4e12, 5.3e12, 32 * 2**20),
+    # SXM5. H100 data sheet (half of the figures with sparsity); Hopper architecture white paper: 132 SMs, 50 MB,
+    # 4096 operations a clock and SM. L2: measured on an H200.
+    "h100": Gpu("H100 80GB HBM3", "sm_90", 132, 989.4e12, 3.35e12, 50 * 2**20, 9.7e12, 1.83e9),
+    # H200 data sheet: the die of the H100 with faster memory. L2: measured.
+    "h200": Gpu("NVIDIA H200", "sm_90", 132, 989.4e12, 4.8e12, 50 * 2**20, 9.7e12, 1.83e9),
+    # 80 GB SXM4. A100 data sheet; Ampere architecture white paper: 108 SMs, 40 MB. L2: measured; the white paper has
+    # 5120 bytes a clock, 7.2 TB/s.
+    "a100": Gpu("A100-SXM4-80GB", "sm_80", 108, 312e12, 2.039e12, 40 * 2**20, 5.4e12, 1.41e9),
+    # Ada architecture white paper, appendix A. L2: measured on an L40, which has the same die.
+    "4090": Gpu("RTX 4090", "sm_89", 128, 165.2e12, 1.008e12, 72 * 2**20, 5.2e12, 2.52e9),
+    # MI300X data sheet; CDNA 3 white paper: 4 MB of L2 for each of 8 dies, 2048 bytes a clock each; four SIMDs of 16
+    # lanes. The 256 MB behind it are not counted.
+    "mi300x": Gpu("MI300X", "gfx942", 304, 1307.4e12, 5.3e12, 32 * 2**20, 34.4e12, 2.1e9, 64),
 }
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -159,6 +170,38 @@ def random_stage(
     )
     tensors = [*rotary, torch.arange(tokens, device=device).expand(batch, -1)]
     return Stage(normal(batch, tokens, hidden_size, dtype=dtype), tensors, scoring)
+
+
+def make_terms(case: Case, device: torch.device | str) -> PromptTerms:
+    """Random arguments of the bias that a stage adds under the global budget, where it sees the prompt's end."""
+    model = lookup(MODELS, case.model, "model")
+    return random_terms(
+        device, lookup(DTYPES, case.dtype, "dtype"), case.batch, case.tokens,
+        model.num_heads, model.num_kv_heads, model.head_dim,
+    )  # fmt: skip
+
+
+def random_terms(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    batch: int,
+    tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> PromptTerms:
+    """:func:`make_terms` for any sizes."""
+    device = torch.device(device)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+    normal = functools.partial(torch.randn, device=device, generator=generator)
+    index = torch.arange(tokens, device=device).expand(batch, -1)
+    window = min(QUESTION_WINDOW, tokens)
+    query = normal(batch, window, num_heads, head_dim).to(dtype).transpose(1, 2)
+    key = normal(batch, num_kv_heads, tokens, head_dim).to(dtype)
+    cos, sin = (normal(1, tokens, head_dim).to(dtype) for _ in range(2))
+    return PromptTerms(
+        index, normal(1000), 0, None, 1.0, query, key, cos, sin, head_dim**-0.5, pooling=ATTENTION_POOLING
+    )
 
 
 class Attention(NamedTuple):
