@@ -40,9 +40,9 @@ class SdtpLM(LM):
 
     Attributes
     ----------
-    mean_keep : dict of str to float
-        By prompt of ``generate_until``: B, the mean of the tokens that a layer has computed of what is pruned, over all
-        of them. Counted in the layers.
+    computed : dict of str to float
+        By prompt of ``generate_until``: how many tokens a layer has computed of what is pruned, in the mean. Counted in
+        the layers as they run.
 
     Examples
     --------
@@ -64,7 +64,7 @@ class SdtpLM(LM):
         self.model, self.tokenizer = model, tokenizer
         self.split, self.shorten = split, shorten
         self.max_new_tokens, self.progress = max_new_tokens, progress
-        self.mean_keep: dict[str, float] = {}
+        self.computed: dict[str, float] = {}
 
     @property
     def tokenizer_name(self) -> str:
@@ -127,7 +127,7 @@ class SdtpLM(LM):
         ids = self._encode(context)
         with prefilled_tokens(self.model) as computed:
             new = greedy(self.model, self.shorten(ids), follows, max_new_tokens)
-        self.mean_keep[prompt] = sum(computed) / (len(computed) * len(ids))
+        self.computed[prompt] = sum(computed) / len(computed)
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
