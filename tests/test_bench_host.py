@@ -13,10 +13,10 @@ pytest.importorskip("triton", reason="the backend runs on Linux only")
 
 
 def test_a_stage_of_the_shipped_form():
-    """Six launches under the global budget, two of a short prompt under blocks; and nothing stays replaced."""
+    """Five launches under the global budget, two of a short prompt under blocks; and nothing stays replaced."""
     before = backends.choose("auto", torch.device("cpu"))
     found = {row["budget"]: row for row in host.measure("qwen2-0.5b", calls=2, rounds=3)}
-    assert {budget: row["launches"] for budget, row in found.items()} == {"global": 6, "block": 2}
+    assert {budget: row["launches"] for budget, row in found.items()} == {"global": 5, "block": 2}
     for row in found.values():
         assert row["model"] == "qwen2-0.5b"
         assert len(row["seconds_all"]) == 3
@@ -40,7 +40,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "plugin_commands", lambda: {"bench": point})
     monkeypatch.setattr(host, "CALLS", 1)
     assert cli.main(["bench", "host", "--model", "qwen2-0.5b", "--out", str(tmp_path)]) == 0
-    assert "6 launches left out" in capsys.readouterr().out
+    assert "5 launches left out" in capsys.readouterr().out
     assert [row["budget"] for row in rows.read_rows(tmp_path, "host")] == ["global", "block"]
     assert cli.main(["bench", "host", "--model", "gpt-2"]) == 2
     assert "model 'gpt-2' is not known" in capsys.readouterr().err

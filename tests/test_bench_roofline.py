@@ -73,10 +73,10 @@ def run_interpreted(script: str, *arguments: object) -> str:
 def test_bytes_are_those_that_the_interpreter_counts() -> None:
     cases = [json.loads(line) for line in run_interpreted(COUNTED).splitlines()]
     kernels = [[launch["name"] for launch in case["counted"]] for case in cases]
-    two = ["score_kernel", "select_and_gather_kernel"]
-    three = ["score_kernel", "select_kernel", "gather_kernel"]
-    bias = ["window_sums_kernel", "window_kernel"]
-    assert kernels == [["prune_kernel"]] * 2 + [two] * 2 + [three] + [bias] * 2
+    two = ["sdtp_score_kernel", "sdtp_select_and_gather_kernel"]
+    three = ["sdtp_score_kernel", "sdtp_select_kernel", "sdtp_gather_kernel"]
+    bias = ["sdtp_window_sums_kernel", "sdtp_window_kernel"]
+    assert kernels == [["sdtp_prune_kernel"]] * 2 + [two] * 2 + [three] + [bias] * 2
     for case in cases:
         for counted, computed in zip(case["counted"], case["computed"], strict=True):
             assert computed["name"] == counted["name"]
@@ -103,7 +103,8 @@ def test_counts_by_hand(tile) -> None:
     stage, plan = make_stage(case, "meta"), case.plan()
     score, select, gather = roofline.triton_costs(stage, plan, GPUS["h100"])
     hidden, weights = 3686 * 3584 * 2, 256 * 3584 * 2 + 2 * 256 * 4
-    assert score[:5] == ("score_kernel", 2 * 3686 * 256 * 3585, hidden + weights, hidden + 28 * weights, 2 * 3686 * 4)
+    assert score.name == "sdtp_score_kernel"
+    assert score[1:5] == (2 * 3686 * 256 * 3585, hidden + weights, hidden + 28 * weights, 2 * 3686 * 4)
     assert (score.programs, score.padded_flops) == (2 * 29, 2 * (29 * 128) * 256 * 3584)
     kept = 3687  # ceil(0.9 * 4096)
     assert select.bytes_read == 4 * 3686 * 4 + 410 * 4  # two parts, a mean and a bias; the means of the tail
@@ -111,7 +112,8 @@ def test_counts_by_hand(tile) -> None:
     # One program: four walks for the digits of its keys, and one to place them.
     assert (select.programs, select.instructions) == (1, 5 * 3686 * roofline.WALK_INSTRUCTIONS)
     row = 3584 * 2 + 2 * 128 * 2 + 8
-    assert gather[:6] == ("gather_kernel", 0, kept * (row + 8), kept * 8 * 3, kept * row, 231)  # 16 tokens a program
+    assert gather.name == "sdtp_gather_kernel"
+    assert gather[1:6] == (0, kept * (row + 8), kept * 8 * 3, kept * row, 231)  # 16 tokens a program
 
 
 def test_tiles_that_are_not_full(tile) -> None:
@@ -176,9 +178,9 @@ def test_launches_are_the_backends_own(monkeypatch: pytest.MonkeyPatch, tile) ->
         return [cost.name for cost in roofline.triton_costs(stage, plan, gpu)]
 
     monkeypatch.setattr(fused, "fits_one_launch", lambda *_: True)
-    assert names(GPUS["mi300x"]) == ["prune_kernel"]
+    assert names(GPUS["mi300x"]) == ["sdtp_prune_kernel"]
     monkeypatch.setattr(fused, "fits_one_launch", lambda *_: False)
-    assert names(GPUS["mi300x"]) == ["score_kernel", "select_and_gather_kernel"]
+    assert names(GPUS["mi300x"]) == ["sdtp_score_kernel", "sdtp_select_and_gather_kernel"]
     narrow = roofline.triton_costs(stage, plan, GPUS["h100"])[0]
     tile(64, 32, 64)
     assert roofline.triton_costs(stage, plan, GPUS["h100"])[0].bytes_written == narrow.bytes_written * 8 // 2
@@ -280,20 +282,20 @@ def test_expected_at_best(cost: roofline.Cost, us: float, by: str) -> None:
 
 def test_words_say_who_wins() -> None:
     """By the part of the stage, not by the name of an operation."""
-    ours = [("score_kernel", 20), ("select_kernel", 150), ("gather_kernel", 30)]
+    ours = [("sdtp_score_kernel", 20), ("sdtp_select_kernel", 150), ("sdtp_gather_kernel", 30)]
     theirs = [("scoring", 50), ("selection", 30), ("selection", 10), ("copying", 45)]
     rows = [{"of": "triton", "name": name, "expected_us": us} for name, us in ours]
     rows += [{"of": "eager", "name": "", "part": part, "expected_us": us} for part, us in theirs]
-    assert roofline.against_torch([{"of": "bias", "name": "window_kernel", "expected_us": 9}, *rows]) == [
-        "score_kernel: 20 us at best, 50 in plain torch (scoring): 2.5 times as fast",
-        "select_kernel: 150 us at best, 40 in plain torch (selection): plain torch would win by 110 us. "
+    assert roofline.against_torch([{"of": "bias", "name": "sdtp_window_kernel", "expected_us": 9}, *rows]) == [
+        "sdtp_score_kernel: 20 us at best, 50 in plain torch (scoring): 2.5 times as fast",
+        "sdtp_select_kernel: 150 us at best, 40 in plain torch (selection): plain torch would win by 110 us. "
         "One program walks over a row; the plan is to share a row, as the cuda backend does.",
-        "gather_kernel: 30 us at best, 45 in plain torch (copying): 1.5 times as fast",
+        "sdtp_gather_kernel: 30 us at best, 45 in plain torch (copying): 1.5 times as fast",
         "in all: 200 us at best, 135 in plain torch (scoring, selection, copying): plain torch would win by 65 us.",
     ]
-    rows[1:3] = [{"of": "triton", "name": "select_and_gather_kernel", "expected_us": 17}]
+    rows[1:3] = [{"of": "triton", "name": "sdtp_select_and_gather_kernel", "expected_us": 17}]
     assert roofline.against_torch(rows)[1] == (
-        "select_and_gather_kernel: 17 us at best, 85 in plain torch (selection, copying): 5.0 times as fast"
+        "sdtp_select_and_gather_kernel: 17 us at best, 85 in plain torch (selection, copying): 5.0 times as fast"
     )
 
 
@@ -301,7 +303,7 @@ def test_one_long_row_is_where_torch_wins() -> None:
     """Its selection is one program's; a short prompt's is done before torch has launched all that it launches."""
     for tokens, wins in ((4096, False), (131072, True)):
         result = roofline.compute("h100", Case("qwen2-7b", tokens))
-        (verdict,) = [verdict for verdict in result["verdicts"] if verdict.startswith("select_kernel")]
+        (verdict,) = [verdict for verdict in result["verdicts"] if verdict.startswith("sdtp_select_kernel")]
         assert ("plain torch would win" in verdict) == wins
         assert {row["part"] for row in result["rows"] if row["of"] == "eager"} == {"scoring", "selection", "copying"}
         assert all(row["expected_us"] > row["bound_us"] for row in result["rows"])
@@ -344,7 +346,7 @@ def test_everything_says_that_it_is_a_model(sdtp, tmp_path: Path, capsys: pytest
     for verdict in result["verdicts"]:
         assert " ".join(verdict.split()) in " ".join(out.split())
     assert tables == out.count("MODEL, not measured") == 2
-    assert "select_and_gather_kernel" in out
+    assert "sdtp_select_and_gather_kernel" in out
     assert "2 in all" in out
     assert "blocks of 256" in out
 

@@ -202,7 +202,7 @@ def other_needle(doc: dict) -> dict:
         lambda doc: {**doc, "input": doc["input"].replace(doc["outputs"][0], "")},
         lambda doc: {**doc, "input": doc["input"].partition("\nWhat ")[0]},
     ],
-    ids=["another needle's value", "no answer", "without its needle", "without its question"],
+    ids=["another-needle", "no-answer", "without-needle", "without-question"],
 )
 def test_wrong_answers_get_no_figures(
     sdtp,  # noqa: F811

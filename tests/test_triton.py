@@ -127,12 +127,12 @@ def test_no_length_is_compiled_for():
     result = run("installed", "-c", VARIANTS)
     assert result.returncode == 0, result.stderr[-2000:]
     variants = json.loads(result.stdout)
-    assert variants.pop("select_kernel") == 2  # for rows of up to 1024 tokens and for longer ones
+    assert variants.pop("sdtp_select_kernel") == 2  # for rows of up to 1024 tokens and for longer ones
     assert set(variants) == triton_aot.kernel_names() - {
-        "finish_kernel",
-        "logarithm_kernel",
-        "prune_kernel",
-        "select_kernel",
+        "sdtp_finish_kernel",
+        "sdtp_logarithm_kernel",
+        "sdtp_prune_kernel",
+        "sdtp_select_kernel",
     }
     assert set(variants.values()) == {1}, variants
 
@@ -140,7 +140,7 @@ def test_no_length_is_compiled_for():
 def test_every_configuration_compiles(rows, version, target):
     from sdtp_kernels.backends.triton import configs
 
-    both = {"score_kernel", "prune_kernel"}
+    both = {"sdtp_score_kernel", "sdtp_prune_kernel"}
     for table, unaligned in ((configs.SCORE, False), (configs.SCORE_UNALIGNED, True)):
         assert set(table) - {"interpreter"} == set(triton_aot.TARGETS)
         for size, dtype in ((2, "bf16"), (4, "fp32")):
@@ -151,10 +151,11 @@ def test_every_configuration_compiles(rows, version, target):
             }
             assert {config for _, config in found} == {table[target][size]}
             assert version != "installed" or {kernel for kernel, _ in found} == both
-    found = {tuple(row["config"]) for row in rows if row["kernel"] == "attention_kernel"}
+    found = {tuple(row["config"]) for row in rows if row["kernel"] == "sdtp_attention_kernel"}
     assert set(configs.ATTENTION) == set(configs.SCORE)
     assert found == {config for table in configs.ATTENTION[target].values() for config in table.values()}
-    for kernel, largest in (("select_kernel", 4096), ("select_and_gather_kernel", configs.MAX_TILE_WITH_COPY)):
+    largest_tiles = {"sdtp_select_kernel": 4096, "sdtp_select_and_gather_kernel": configs.MAX_TILE_WITH_COPY}
+    for kernel, largest in largest_tiles.items():
         tiles = {row["tile"] for row in rows if row["kernel"] == kernel}
         assert tiles == {tile for tile in configs.SELECT_THREADS if tile <= largest}
 
@@ -169,19 +170,19 @@ def test_shared_memory_fits(rows):
 
 
 def test_products_use_tensor_cores(rows):
-    scoring = [row for row in rows if row["kernel"] in ("score_kernel", "prune_kernel")]
+    scoring = [row for row in rows if row["kernel"] in ("sdtp_score_kernel", "sdtp_prune_kernel")]
     # Tiles of float32 queries are too small for wgmma and tcgen05: those products are mma.sync.
-    attention = [row for row in rows if row["kernel"] == "attention_kernel" and "fp32" not in row["case"]]
+    attention = [row for row in rows if row["kernel"] == "sdtp_attention_kernel" and "fp32" not in row["case"]]
     assert not [key(row) for row in scoring + attention if not row["tensor_core"]]
 
 
 def test_launches_overlap_where_the_hardware_can(rows):
     """A kernel that starts before the previous one has ended must wait for it before it touches memory."""
     expected = {
-        "score_kernel": ["launch_dependents"],
-        "select_kernel": ["launch_dependents", "wait"],
-        "select_and_gather_kernel": ["wait"],
-        "gather_kernel": ["wait"],
+        "sdtp_score_kernel": ["launch_dependents"],
+        "sdtp_select_kernel": ["launch_dependents", "wait"],
+        "sdtp_select_and_gather_kernel": ["wait"],
+        "sdtp_gather_kernel": ["wait"],
     }
     for row in rows:
         overlaps = row["target"] in ("sm_90", "sm_100", "sm_120") and row["case"].startswith(("prune", "score"))

@@ -247,7 +247,7 @@ def test_gather(dtype, launches):
         make(2, 12, 1500),  # wider than a tile
     ]
     got = gather_tokens(tensors, indices, backend="triton")
-    assert launches == ["gather_kernel"]
+    assert launches == ["sdtp_gather_kernel"]
     for a, b in zip(got, gather_tokens(tensors, indices, backend="reference"), strict=True):
         assert a.dtype == dtype
         assert a.is_contiguous()
@@ -269,7 +269,7 @@ def test_gather_nothing_and_much(launches):
     tensors = [torch.randn(1, 3) for _ in range(gather.MAX_TENSORS + 1)]
     got = gather_tokens(tensors, indices, backend="triton")
     assert all(map(torch.equal, got, gather_tokens(tensors, indices, backend="reference")))
-    assert launches == ["gather_kernel"] * 2
+    assert launches == ["sdtp_gather_kernel"] * 2
 
 
 def test_gather_offsets_beyond_32_bits():
@@ -282,12 +282,12 @@ def test_gather_offsets_beyond_32_bits():
 # ------------------------------------------------------------------------------------------------------------ prune
 
 PRUNE_LAUNCHES = {
-    None: ["score_kernel", "select_kernel", "gather_kernel"],
-    128: ["prune_kernel"],
-    230: ["prune_kernel"],  # what a block of 256 may hold after a stage
-    256: ["prune_kernel"],
-    300: ["score_kernel", "select_and_gather_kernel"],
-    1100: ["score_kernel", "select_and_gather_kernel"],  # longer than a tile
+    None: ["sdtp_score_kernel", "sdtp_select_kernel", "sdtp_gather_kernel"],
+    128: ["sdtp_prune_kernel"],
+    230: ["sdtp_prune_kernel"],  # what a block of 256 may hold after a stage
+    256: ["sdtp_prune_kernel"],
+    300: ["sdtp_score_kernel", "sdtp_select_and_gather_kernel"],
+    1100: ["sdtp_score_kernel", "sdtp_select_and_gather_kernel"],  # longer than a tile
 }
 
 
@@ -507,7 +507,7 @@ def test_one_launch_where_blocks_fill_the_gpu(monkeypatch, launches):
     one = prune_tokens(*arguments, **selection, **scoring, backend="triton")
     monkeypatch.setattr(configs, "device_of", lambda _: configs.Device("sm_90", 132))  # an H100
     two = prune_tokens(*arguments, **selection, **scoring, backend="triton")
-    assert launches == ["prune_kernel", "score_kernel", "select_and_gather_kernel"]
+    assert launches == ["sdtp_prune_kernel", "sdtp_score_kernel", "sdtp_select_and_gather_kernel"]
     for a, b in zip(*map(pytree.tree_leaves, (one, two)), strict=True):
         assert torch.equal(a, b)
 
@@ -527,7 +527,7 @@ def test_wrong_counts_stay_in_their_row():
         rows = torch.tensor([wrong])
         for block_size in (None, 8):
             memory, means = torch.full((2, 3, 20), -7), torch.full((3, 20), -7.0)
-            select.select_kernel[(10, 1)](
+            select.sdtp_select_kernel[(10, 1)](
                 scores, 0, 1, None, None, 1.0, None, None, rows, memory[0, 1], means[1], memory[1, 1],
                 40, 20, 20, 2, 0, block_size, 1 if block_size is None else 5, 0, REACH=3, TILE=256, FILL=256, PDL=False,
             )  # fmt: skip
@@ -570,7 +570,7 @@ def test_prune_many_tensors(launches):
     tensors = [torch.randn(1, 40) for _ in range(gather.MAX_TENSORS + 3)]
     arguments, selection = (hidden_states, tensors, *weights), {"num_keep": 24, "recent": 8, "block_size": 16}
     got = prune_tokens(*arguments, **selection, backend="triton")
-    assert launches == ["score_kernel", "select_kernel", "gather_kernel", "gather_kernel"]
+    assert launches == ["sdtp_score_kernel", "sdtp_select_kernel", "sdtp_gather_kernel", "sdtp_gather_kernel"]
     assert_equals_composition(got, arguments, selection, {})
 
 
@@ -595,7 +595,7 @@ def test_window_attention(shape, pooling, dtype, launches, monkeypatch):
     expected = naive_window(*inputs, 0.25, pooling)
     got = window_attention(*inputs, scaling=0.25, pooling=pooling, backend="triton")
     torch.testing.assert_close(got.double(), expected, atol=1e-5 * expected.max().item(), rtol=0)
-    assert launches == ["window_sums_kernel", "window_kernel"]
+    assert launches == ["sdtp_window_sums_kernel", "sdtp_window_kernel"]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -668,12 +668,12 @@ def test_window_offsets_beyond_32_bits():
 @pytest.mark.parametrize("keep_last", [0, 7])
 def test_prompt_bias(what, keep_last, launches):
     inputs = prompt_inputs((300, 211, 9), keep_last, torch.float32)
-    names = ["window_sums_kernel", "window_kernel"]
+    names = ["sdtp_window_sums_kernel", "sdtp_window_kernel"]
     if what != "query":
         inputs = {name: value for name, value in inputs.items() if name not in ("query", "key", "cos", "sin")}
-        names = ["bias_kernel"]
+        names = ["sdtp_bias_kernel"]
     if what == "attention":
-        inputs["attention"], names = torch.rand(3, 300) ** 9, ["logarithm_kernel", "bias_kernel"]
+        inputs["attention"], names = torch.rand(3, 300) ** 9, ["sdtp_logarithm_kernel", "sdtp_bias_kernel"]
     got = prompt_bias(**inputs, backend="triton")
     assert launches == names
     torch.testing.assert_close(got, prompt_bias(**inputs, backend="reference"), atol=1e-4, rtol=1e-5)
@@ -700,7 +700,7 @@ def test_prompt_bias_of_nothing(launches):
     index = torch.arange(30).repeat(2, 1)
     assert not prompt_bias(index, torch.ones(1), keep_last=30, backend="triton").any()
     assert prompt_bias(index[:, :0], torch.ones(1), backend="triton").shape == (2, 0)
-    assert launches == ["bias_kernel"]
+    assert launches == ["sdtp_bias_kernel"]
 
 
 @pytest.mark.parametrize("heads", [4, 5])
@@ -711,13 +711,13 @@ def test_heads_too_many_for_a_program(heads, launches):
     got, expected = (
         window_attention(query, key, query_index, index, **settings, backend=name) for name in ("triton", "reference")
     )
-    assert launches == ["window_sums_kernel", "window_kernel"] * (2 if heads == 4 else 3)
+    assert launches == ["sdtp_window_sums_kernel", "sdtp_window_kernel"] * (2 if heads == 4 else 3)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     got, expected = (
         prompt_bias(index, torch.ones(1), query=query, key=key, attention_weight=0.5, **settings, backend=name)
         for name in ("triton", "reference")
     )
-    assert launches[-2:] == ["logarithm_kernel", "bias_kernel"]
+    assert launches[-2:] == ["sdtp_logarithm_kernel", "sdtp_bias_kernel"]
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
 
 
@@ -765,7 +765,7 @@ def test_the_host_only_launches_for_the_bias(monkeypatch):
 def test_position_attention(dtype, shape, launches):
     inputs = make_inputs(**shape, dtype=dtype)
     got = position_attention(*inputs, scale=0.3, backend="triton")
-    assert launches == ["attention_kernel"]
+    assert launches == ["sdtp_attention_kernel"]
     assert got.stride() == inputs[0].stride()
     assert_close(got, position_attention(*inputs, scale=0.3, backend="reference"))
     no_padding = (*inputs[:4], None)
@@ -779,7 +779,7 @@ def test_position_attention_of_large_heads(head_dim, launches):
         inputs = make_inputs((40,), heads=1, key_heads=1, head_dim=head_dim, dtype=dtype)
         got, expected = (position_attention(*inputs, backend=name) for name in ("triton", "reference"))
         assert_close(got, expected)
-    assert launches == ["attention_kernel"] * (head_dim <= 256)  # of float32, and above, the reference
+    assert launches == ["sdtp_attention_kernel"] * (head_dim <= 256)  # of float32, and above, the reference
 
 
 def test_position_attention_in_any_order():

@@ -218,7 +218,7 @@ def _score_cost(a: dict[str, Any]) -> Cost:
     scored = a["num_scored"] * a["batch_size"]
     flops, read, again = _scoring(a, scored, token_tiles)
     return Cost(
-        "score_kernel", flops, read, again, width_tiles * scored * _FLOAT32,
+        "sdtp_score_kernel", flops, read, again, width_tiles * scored * _FLOAT32,
         programs=width_tiles * token_tiles, padded_flops=_padded_flops(a, token_tiles),
     )  # fmt: skip
 
@@ -232,18 +232,18 @@ def _select_cost(a: dict[str, Any]) -> Cost:
     read, written = first + _tail_bytes(a), batch * num_keep * (_COLUMN + _FLOAT32)
     work = {"programs": blocks, "instructions": WALK_INSTRUCTIONS * passes}
     if a["finished_ptr"] is None:
-        return Cost("select_kernel", 0, read, passes * _score_bytes(a) - first, written, **work)
+        return Cost("sdtp_select_kernel", 0, read, passes * _score_bytes(a) - first, written, **work)
     # Summed once; the bias is added in every pass. Then the columns that were chosen, and their means.
     bias = _FLOAT32 if a["bias_ptr"] is not None else 0
     again = passes * (_FLOAT32 + bias) - blocks * size * bias + _chosen(a) * (_COLUMN + _FLOAT32)
-    return Cost("select_kernel", 0, read, again, written + blocks * size * _FLOAT32, **work)
+    return Cost("sdtp_select_kernel", 0, read, again, written + blocks * size * _FLOAT32, **work)
 
 
 def _gather_cost(a: dict[str, Any]) -> Cost:
     columns = a["indices_ptr"].nbytes
     rows = sum(_row_bytes(a)) * a["indices_ptr"].numel()
     programs = a["indices_ptr"].shape[0] * _ceil(a["num_keep"], a["TOKENS"])
-    return Cost("gather_kernel", 0, columns + rows, columns * (len(a["sources"]) - 1), rows, programs=programs)
+    return Cost("sdtp_gather_kernel", 0, columns + rows, columns * (len(a["sources"]) - 1), rows, programs=programs)
 
 
 def _select_and_gather_cost(a: dict[str, Any]) -> Cost:
@@ -257,7 +257,7 @@ def _select_and_gather_cost(a: dict[str, Any]) -> Cost:
     again = passes - first + columns * len(a["sources"]) + means
     written = rows + columns + a["kept_mean_ptr"].nbytes
     return Cost(
-        "select_and_gather_kernel", 0, first + rows + _tail_bytes(a), again, written,
+        "sdtp_select_and_gather_kernel", 0, first + rows + _tail_bytes(a), again, written,
         programs=blocks * a["shares"], instructions=WALK_INSTRUCTIONS * walked,
     )  # fmt: skip
 
@@ -276,7 +276,7 @@ def _prune_cost(a: dict[str, Any]) -> Cost:
     read += a["recent"] * batch * hidden_row + num_keep * batch * sum(other_rows)
     written = num_keep * batch * (hidden_row + sum(other_rows)) + columns + a["kept_mean_ptr"].nbytes
     return Cost(
-        "prune_kernel", flops, read, again, written,
+        "sdtp_prune_kernel", flops, read, again, written,
         programs=blocks, padded_flops=_padded_flops(a, token_tiles),
         held_bytes=a["block_size"] * hidden_row, held_again=held_again,
     )  # fmt: skip
@@ -289,7 +289,7 @@ def _window_sums_cost(a: dict[str, Any]) -> Cost:
     loaded = programs * queries + batch * a["key_heads"] * a["num_keys"] * _key_bytes(a)
     written = a["partial_ptr"].nbytes + (0 if a["finished_ptr"] is None else a["finished_ptr"].nbytes)
     return Cost(
-        "window_sums_kernel", flops, read, loaded - read, written,
+        "sdtp_window_sums_kernel", flops, read, loaded - read, written,
         programs=programs, padded_flops=_padded_logits(a, _ceil(a["num_keys"], a["BLOCK_KEYS"])),
         near_bytes=programs * near,
     )  # fmt: skip
@@ -313,7 +313,7 @@ def _window_cost(a: dict[str, Any]) -> Cost:
     near += (key_heads - 1) * (programs * a["window"] * _rotary_bytes(a) + seen * _COLUMN)
     read += sums + a["table_ptr"].nbytes
     return Cost(
-        "window_kernel", flops, read, loaded + batch * last - read,
+        "sdtp_window_kernel", flops, read, loaded + batch * last - read,
         batch * (2 * keys + 3 * num_tiles) * _FLOAT32,  # logarithms, moments, the bias
         programs=programs, padded_flops=_padded_logits(a, num_tiles),
         last_bytes=last + keys * _FLOAT32, near_bytes=near,
@@ -355,17 +355,17 @@ def attention_cost(inputs: Attention) -> Cost:
     query, *_ = inputs
     seen = int((inputs.num_visible - inputs.first_visible[:, None]).clamp(min=0).sum())
     read = sum(tensor.nbytes for tensor in inputs)
-    return Cost("attention_kernel", 4 * seen * query.shape[1] * query.shape[3], read, 0, query.nbytes)
+    return Cost("sdtp_attention_kernel", 4 * seen * query.shape[1] * query.shape[3], read, 0, query.nbytes)
 
 
 _KERNELS = {
-    "score_kernel": _score_cost,
-    "select_kernel": _select_cost,
-    "gather_kernel": _gather_cost,
-    "select_and_gather_kernel": _select_and_gather_cost,
-    "prune_kernel": _prune_cost,
-    "window_sums_kernel": _window_sums_cost,
-    "window_kernel": _window_cost,
+    "sdtp_score_kernel": _score_cost,
+    "sdtp_select_kernel": _select_cost,
+    "sdtp_gather_kernel": _gather_cost,
+    "sdtp_select_and_gather_kernel": _select_and_gather_cost,
+    "sdtp_prune_kernel": _prune_cost,
+    "sdtp_window_sums_kernel": _window_sums_cost,
+    "sdtp_window_kernel": _window_cost,
 }
 
 
@@ -592,20 +592,20 @@ def _expected_by(cost: Cost, gpu: Gpu) -> str:
 
 # What each launch does of what the eager composition does.
 _PARTS = {
-    "score_kernel": ("scoring",),
-    "select_kernel": ("selection",),
-    "gather_kernel": ("copying",),
-    "select_and_gather_kernel": ("selection", "copying"),
-    "prune_kernel": ("scoring", "selection", "copying"),
+    "sdtp_score_kernel": ("scoring",),
+    "sdtp_select_kernel": ("selection",),
+    "sdtp_gather_kernel": ("copying",),
+    "sdtp_select_and_gather_kernel": ("selection", "copying"),
+    "sdtp_prune_kernel": ("scoring", "selection", "copying"),
 }
-_PLANS = {"select_kernel": "One program walks over a row; the plan is to share a row, as the cuda backend does."}
+_PLANS = {"sdtp_select_kernel": "One program walks over a row; the plan is to share a row, as the cuda backend does."}
 
 
 def against_torch(rows: Sequence[dict[str, Any]]) -> list[str]:
     """In words, of each launch of ``prune_tokens`` and of all: whether plain torch would win, and by how much."""
     ours = [(row["name"], row["expected_us"], _PARTS[row["name"]]) for row in rows if row["of"] == "triton"]
     if len(ours) > 1:
-        ours.append(("in all", sum(us for _, us, _ in ours), _PARTS["prune_kernel"]))
+        ours.append(("in all", sum(us for _, us, _ in ours), _PARTS["sdtp_prune_kernel"]))
     verdicts = []
     for name, us, parts in ours:
         theirs = sum(row["expected_us"] for row in rows if row["of"] == "eager" and row["part"] in parts)
@@ -625,7 +625,7 @@ def _print_tables(result: dict[str, Any]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.width = max(console.width, 100)
+    console.width = max(console.width, 110)
     case = result["case"]
     budget = f"blocks of {case['block_size']}" if case["budget"] == "block" else "global budget"
     about = f"{case['batch']} x {case['tokens']} tokens, {result['num_keep']} kept, {budget}, {case['dtype']}"

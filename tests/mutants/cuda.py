@@ -50,7 +50,7 @@ MUTANTS = [
     Mutant(
         "half of float32's products left out",
         CUDA + "score.cuh",
-        "        multiply_add<T>(sums, x.high, y.low);\n",
+        "        multiply_add<T>(sums, x.finite, y.low);\n",
         "",
         f"{ON_CPU}[plain-score]",
     ),

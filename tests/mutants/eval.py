@@ -209,27 +209,6 @@ MUTANTS = [
         "test_demo.py::test_flops_by_hand",
     ),
     Mutant(
-        "a run of RULER leaves no record",
-        EVAL + "ruler.py",
-        "        if not is_recorded:",
-        "        if False:",
-        "test_eval_ruler.py::test_ruler_runs_offline_and_resumes",
-    ),
-    Mutant(
-        "RULER's budget is not checked",
-        EVAL + "ruler.py",
-        "        check_budget(adapter.mean_keep[prompt], method, schedule, length, num_layers)\n",
-        "",
-        "test_eval_ruler.py::test_ruler_refuses_another_budget",
-    ),
-    Mutant(
-        "RULER's cutters read the whole prompt",
-        EVAL + "ruler.py",
-        "shorten=lambda ids: shorten(method, schedule, ids, num_layers),",
-        "",
-        "test_eval_ruler.py::test_ruler_runs_offline_and_resumes",
-    ),
-    Mutant(
         "a circle of imports",
         EVAL + "reader.py",
         "    from sdtp_kernels.scorers import StageInput\n",

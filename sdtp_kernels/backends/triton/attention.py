@@ -48,7 +48,7 @@ def attend(
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
-def attention_kernel(
+def sdtp_attention_kernel(
     query_ptr, stride_q_b, stride_q_h, stride_q_n, key_ptr, stride_k_b, stride_k_h, stride_k_n,
     value_ptr, stride_v_b, stride_v_h, stride_v_n, output_ptr, stride_o_b, stride_o_h, stride_o_n,
     visible_ptr, first_ptr, num_heads, group, num_queries, num_keys, scale,
@@ -120,7 +120,7 @@ def position_attention(
     o = output if q is query else torch.empty_like(q)
     config = configs.attention_config(query)
     scale = head_dim**-0.5 if scale is None else scale
-    attention_kernel[(configs.ceil_divide(num_queries, config.block_queries) * num_heads, batch_size)](
+    sdtp_attention_kernel[(configs.ceil_divide(num_queries, config.block_queries) * num_heads, batch_size)](
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], o, *o.stride()[:3],
         num_visible.contiguous(), None if first_visible is None else first_visible.contiguous(),
         num_heads, num_heads // key.shape[1], num_queries, key.shape[2], scale * math.log2(math.e),

@@ -42,7 +42,7 @@ _MAX_SHARES = 16  # programs that share a block: each ranks all of it
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def select_and_gather_kernel(
+def sdtp_select_and_gather_kernel(
     scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr,
     rows_ptr, indices_ptr, kept_mean_ptr, dropped_ptr,
     sources, outputs, strides_b, strides_h, strides_n, strides_d,
@@ -109,7 +109,7 @@ def select_and_gather_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def prune_kernel(
+def sdtp_prune_kernel(
     hidden_ptr, stride_b, stride_n, stride_d,
     w1_ptr, stride_w1_h, stride_w1_d, b1_ptr, w2_ptr, b2_ptr, mean_ptr, share, bias_ptr,
     rows_ptr, indices_ptr, kept_mean_ptr, dropped_ptr,
@@ -231,7 +231,7 @@ def prune_tokens(
         "FILL": _FILL,
     }
     if fits_one_launch(hidden_states.device, batch_size, block_size, num_blocks):
-        prune_kernel[(num_blocks + num_fills, batch_size)](
+        sdtp_prune_kernel[(num_blocks + num_fills, batch_size)](
             *pruner_arguments(hidden_states, scoring), *to_finish(scoring.b1, scoring)[1:],
             hidden_size=hidden_size, pruner_size=scoring.w1.shape[0], rms_eps=scoring.rms_eps, TILE=ONE_LAUNCH_BLOCK,
             **arguments, **tile_arguments(configs.score_config(hidden_states, scoring.w1), hidden_states.device),
@@ -240,7 +240,7 @@ def prune_tokens(
         parts = score_parts(hidden_states, scoring, skip_last)
         tile = configs.select_tile(block_size + pooling - 1, configs.MAX_TILE_WITH_COPY)
         shares = min(_MAX_SHARES, configs.ceil_divide(block_size, configs.GATHER_TOKENS))
-        select_and_gather_kernel[(num_blocks * shares + num_fills, batch_size)](
+        sdtp_select_and_gather_kernel[(num_blocks * shares + num_fills, batch_size)](
             *parts.arguments, shares=shares, TILE=tile, **arguments,
             **configs.select_options(tile, hidden_states.device), **configs.overlap(hidden_states.device),
         )  # fmt: skip

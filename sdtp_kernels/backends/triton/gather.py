@@ -68,7 +68,7 @@ def copy_tokens(
 
 
 @triton.jit(do_not_specialize=["num_keep"])
-def gather_kernel(
+def sdtp_gather_kernel(
     sources, outputs, strides_b, strides_h, strides_n, strides_d,
     indices_ptr, num_keep,
     NUM_HEADS: tl.constexpr, WIDTHS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
@@ -154,7 +154,7 @@ def gather_tokens(tensors: list[torch.Tensor], indices: torch.Tensor, chained: b
     for first in range(0, len(pairs), MAX_TENSORS):
         group = pairs[first : first + MAX_TENSORS]
         tokens = configs.GATHER_TOKENS
-        gather_kernel[(configs.ceil_divide(num_keep, tokens), batch_size)](
+        sdtp_gather_kernel[(configs.ceil_divide(num_keep, tokens), batch_size)](
             **copy_arguments([tensor for tensor, _ in group], [output for _, output in group]),
             indices_ptr=indices.contiguous(), num_keep=num_keep, TOKENS=tokens,
             **configs.EXACT, **configs.overlap(indices.device, chained),

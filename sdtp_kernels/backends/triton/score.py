@@ -89,7 +89,7 @@ def load_scores(scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bia
 
 
 @triton.jit(do_not_specialize=["batch_size", "num_tokens", "num_scored"])
-def score_kernel(
+def sdtp_score_kernel(
     hidden_ptr, stride_b, stride_n, stride_d,
     w1_ptr, stride_w1_h, stride_w1_d, b1_ptr, w2_ptr, parts_ptr,
     batch_size, num_tokens, num_scored, hidden_size, pruner_size, rms_eps,
@@ -121,7 +121,7 @@ def score_kernel(
 
 
 @triton.jit(do_not_specialize=["part_stride", "num_scores"])
-def finish_kernel(
+def sdtp_finish_kernel(
     parts_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr, scores_ptr, num_scores, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Sum the partial scores, for callers of `score_tokens` alone; a selection does this on its way."""
@@ -185,7 +185,7 @@ def score_parts(hidden_states: torch.Tensor, scoring: Scoring, skip_last: int = 
     num_scored = num_tokens - skip_last
     if batch_size * num_scored * num_parts:
         grid = (configs.ceil_divide(num_scored, config.block_tokens) * num_parts, batch_size)
-        score_kernel[grid](
+        sdtp_score_kernel[grid](
             *pruner_arguments(hidden_states, scoring), parts, batch_size, num_tokens, num_scored,
             hidden_size, pruner_size, scoring.rms_eps, PDL=configs.has_pdl(hidden_states.device),
             **tile_arguments(config, hidden_states.device),
@@ -199,7 +199,7 @@ def score_tokens(hidden_states: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     scores = unfinished.parts.new_empty(hidden_states.shape[:2])
     if scores.numel():
         block = 1024
-        finish_kernel[(configs.ceil_divide(scores.numel(), block),)](
+        sdtp_finish_kernel[(configs.ceil_divide(scores.numel(), block),)](
             *unfinished.arguments, scores, scores.numel(), BLOCK=block, **configs.EXACT
         )
     return scores

@@ -271,7 +271,7 @@ def fill_slots(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def select_kernel(
+def sdtp_select_kernel(
     scores_ptr, part_stride, num_parts, b2_ptr, mean_ptr, share, bias_ptr, finished_ptr,
     rows_ptr, indices_ptr, kept_mean_ptr, dropped_ptr,
     num_tokens, num_keep, num_dropped, sink, recent, block_size, num_blocks, first_fill_slot,
@@ -378,7 +378,7 @@ def select_scores(scores: Scores, selection: Selection, chosen: Chosen) -> None:
     first_fill_slot, num_fills = fill_plan(num_tokens, selection, chosen.num_dropped, _FILL)
     tile = configs.select_tile((num_tokens if block_size is None else block_size) + pooling - 1)
     finished = None if scores.b2 is None else scores.parts.new_empty(batch_size, num_tokens)
-    select_kernel[(num_blocks + num_fills, batch_size)](
+    sdtp_select_kernel[(num_blocks + num_fills, batch_size)](
         *scores.arguments, finished, None if rows is None else rows.contiguous(), *chosen,
         num_tokens, num_keep, chosen.num_dropped, sink, recent, block_size, num_blocks, first_fill_slot,
         REACH=pooling // 2, TILE=tile, FILL=_FILL, **configs.select_options(tile, scores.parts.device),

@@ -86,7 +86,7 @@ def window_logits(
     do_not_specialize=["num_keys", "num_splits", "keys_per_split", "stride_index"],
     do_not_specialize_on_alignment=["query_index_ptr"],
 )
-def window_sums_kernel(
+def sdtp_window_sums_kernel(
     query_ptr, stride_q_b, stride_q_h, stride_q_n, stride_q_d, key_ptr, stride_k_b, stride_k_h, stride_k_n, stride_k_d,
     cos_ptr, sin_ptr, stride_rotary_b, stride_rotary_n, query_index_ptr, stride_index, key_index_ptr, partial_ptr,
     finished_ptr, key_heads, group, window, head_dim, num_keys, num_splits, keys_per_split, scale,
@@ -183,7 +183,7 @@ def store_logarithms(
     do_not_specialize=["num_keys", "num_splits", "stride_index", "end", "num_distances"],
     do_not_specialize_on_alignment=["query_index_ptr"],
 )
-def window_kernel(
+def sdtp_window_kernel(
     query_ptr, stride_q_b, stride_q_h, stride_q_n, stride_q_d, key_ptr, stride_k_b, stride_k_h, stride_k_n, stride_k_d,
     cos_ptr, sin_ptr, stride_rotary_b, stride_rotary_n, query_index_ptr, stride_index, key_index_ptr, partial_ptr,
     finished_ptr, output_ptr, moments_ptr, table_ptr,
@@ -247,7 +247,7 @@ def window_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "end"])
-def logarithm_kernel(
+def sdtp_logarithm_kernel(
     attention_ptr, token_index_ptr, output_ptr, moments_ptr, num_tokens, end, FLOOR: tl.constexpr, TOKENS: tl.constexpr
 ):  # fmt: skip
     """Program (run of tokens, row): for attention that is given."""
@@ -300,7 +300,7 @@ def store_bias(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "end", "num_distances", "num_tiles"])
-def bias_kernel(
+def sdtp_bias_kernel(
     token_index_ptr, table_ptr, logs_ptr, moments_ptr, bias_ptr,
     num_tokens, end, num_distances, num_tiles, weight, TOKENS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -382,10 +382,10 @@ def _attend(window: Window, tile: _Tile, terms: PromptTerms | None = None) -> to
         **configs.EXACT,
     }
     constants = {name: value for name, value in tile._asdict().items() if name != "GROUP"}
-    window_sums_kernel[(num_splits * key_heads, batch_size)](
+    sdtp_window_sums_kernel[(num_splits * key_heads, batch_size)](
         *arguments, *sizes, keys_per_split, scale, **constants, **options, num_stages=2
     )
-    window_kernel[(num_tiles, batch_size)](
+    sdtp_window_kernel[(num_tiles, batch_size)](
         *arguments, output, moments, table, *sizes, end, num_distances, weight, scale,
         FLOOR=reference.ATTENTION_FLOOR, REACH=reach, **tile._asdict(), TOKENS=_TOKENS_OF_LAST, TILES=_TILES,
         **options, num_stages=1,
@@ -422,11 +422,11 @@ def prompt_bias(terms: PromptTerms) -> torch.Tensor:
     grid = (configs.ceil_divide(num_tokens, _TOKENS), batch_size)
     if attention is not None:
         logs, moments = torch.empty_like(bias), bias.new_empty(batch_size, grid[0], 3)
-        logarithm_kernel[grid](
+        sdtp_logarithm_kernel[grid](
             attention.contiguous(), index, logs, moments, num_tokens, end,
             FLOOR=reference.ATTENTION_FLOOR, TOKENS=_TOKENS, **configs.EXACT,
         )  # fmt: skip
-    bias_kernel[grid](
+    sdtp_bias_kernel[grid](
         index, terms.distance_table.contiguous(), logs, moments, bias, num_tokens, end, len(terms.distance_table),
         grid[0], terms.attention_weight, TOKENS=_TOKENS, TILES=_TILES, **configs.EXACT,
     )  # fmt: skip
