@@ -615,6 +615,14 @@ def test_bad_arguments_of_prompt_bias(change, message):
 # --------------------------------------------------------------------------------------- tracing, gradients, no sync
 
 
+def test_a_profile_names_the_op():
+    """And with it the NVTX ranges, which torch's profiler makes of the same names."""
+    hidden_states, pruner = pruner_inputs(40)
+    with torch.profiler.profile() as profile:
+        prune_tokens(hidden_states, [], *pruner, 20)
+    assert "sdtp::prune_tokens" in {event.key for event in profile.key_averages()}
+
+
 def op_inputs(requires_grad=False):
     hidden_states, weights = pruner_inputs(40, batch=2)
     hidden_states.requires_grad_(requires_grad)
