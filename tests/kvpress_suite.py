@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from helpers.requests import ARITHMETIC, PHASES, assert_same, generate, make_models, of_both_dtypes, prompts, schedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpress import (
@@ -17,7 +18,6 @@ from kvpress import (
     TOVAPress,
 )
 from test_attention_and_cache import make_pruners
-from test_serving import ARITHMETIC, PHASES, assert_same, generate, make_models, of_both_dtypes, prompts, schedules
 
 from sdtp_eval.peers import pressed
 from sdtp_kernels import apply_sdtp

@@ -5,17 +5,17 @@ import functools
 import itertools
 import types
 
-import flash_stand_in
 import pytest
 import torch
-from conftest import make_qwen2
+from helpers import flash_stand_in
+from helpers.models import make_qwen2
+from helpers.oracle import MaskedDense, cache_bytes, naive_keep
+from helpers.prompts import LAYERS, LENGTHS, SCHEDULES, TOKENS, generate, padded_batch, prompt
+from helpers.requests import ARITHMETIC, PHASES, assert_same, make_models, of_both_dtypes, prompts, rows, schedules
+from helpers.requests import generate as generate_with_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import MaskedDense, cache_bytes, naive_keep
 from test_ops import NoHostSync
-from test_qwen2 import LAYERS, LENGTHS, SCHEDULES, TOKENS, generate, padded_batch, prompt
-from test_serving import ARITHMETIC, PHASES, assert_same, make_models, of_both_dtypes, prompts, rows, schedules
-from test_serving import generate as generate_with_cache
 from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import (
     Cache,

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import BYTE_MODEL
+from helpers.models import BYTE_MODEL
 
 from sdtp_bench import breakdown, end_to_end, memory, prompts
 from sdtp_eval import paired

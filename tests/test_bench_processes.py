@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import make_qwen2, save_byte_model
+from helpers.models import make_qwen2, save_byte_model
 from transformers import Qwen2Config
 
 from sdtp_bench import memory, multi, processes, prompts

@@ -4,11 +4,11 @@ import contextlib
 
 import pytest
 import torch
-from conftest import make_qwen2
+from helpers.models import make_qwen2
+from helpers.requests import ARITHMETIC, DTYPES, PHASES, layer_entries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import NoHostSync
-from test_serving import ARITHMETIC, DTYPES, PHASES, layer_entries
 from transformers import DynamicCache, StaticCache
 
 from sdtp_kernels import KVPredictor, PruningSchedule, TokenPruner, apply_sdtp

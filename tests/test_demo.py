@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from conftest import BYTE_MODEL
+from helpers.models import BYTE_MODEL
 from transformers import Qwen2Config
 
 from sdtp_eval import demo, texts
@@ -24,16 +24,9 @@ from sdtp_kernels.scorers import attention_score
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HIDDEN, HEADS, KV_HEADS = (BYTE_MODEL[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other make a tiny model slow wherever the cores have other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

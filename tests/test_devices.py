@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_qwen2
+from helpers.models import make_qwen2
+from helpers.prompts import LAYERS, SCHEDULES, TOKENS, generate, padded_batch, prompt
+from helpers.requests import DTYPES, PHASES, assert_same, make_models, of_both_dtypes, prompts, rows, schedules
+from helpers.requests import generate as generate_with_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_qwen2 import LAYERS, SCHEDULES, TOKENS, generate, padded_batch, prompt
-from test_serving import DTYPES, PHASES, assert_same, make_models, of_both_dtypes, prompts, rows, schedules
-from test_serving import generate as generate_with_cache
 from torch.utils import _pytree as pytree
 
 from sdtp_kernels import KVPredictor, TokenPruner, apply_sdtp, ops
@@ -249,7 +249,7 @@ def test_tensor_parallel(tmp_path):
     a process rounds its share of a sum before both are added, and one bit of that may decide between two tokens: there
     the reference is one process that adds in the same way, and all else is rounded once from double, as shapes differ.
     """
-    from tensor_parallel import answer, load
+    from helpers.tensor_parallel import answer, load
 
     asked = drawn(requests, 40)
     for dtype, model in make_models().items():
@@ -261,9 +261,9 @@ def test_tensor_parallel(tmp_path):
     (tmp_path / "requests").write_bytes(pickle.dumps(asked))
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--module"]
     result = subprocess.run(
-        [*launcher, tests / "tensor_parallel.py", tmp_path],
+        [*launcher, "helpers.tensor_parallel", tmp_path],
         env=environment,
         capture_output=True,
         text=True,

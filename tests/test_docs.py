@@ -11,7 +11,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from conftest import BYTE_MODEL, save_byte_model
+from helpers.models import BYTE_MODEL, save_byte_model
 
 import sdtp_kernels
 

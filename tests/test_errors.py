@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_qwen2
+from helpers.models import make_qwen2
 from transformers import DynamicCache, Qwen2Config, Qwen2ForSequenceClassification, StaticCache
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
-from test_demo import one_thread  # noqa: F401 - fixture
-from test_eval_quality import sdtp  # noqa: F401 - fixture
 
 from sdtp_eval import baselines, cost
 from sdtp_eval.methods import Method
@@ -16,10 +15,11 @@ from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp, save_pruners
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_every_layer_and_stage_is_timed(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_every_layer_and_stage_is_timed(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pruner, out = tmp_path / "best.safetensors", tmp_path / "rows.jsonl"
     save_pruners({layer: TokenPruner(32, distance=True, attention=True, pooling=7) for layer in (4, 7)}, pruner)
     options = ["--methods", pruner, "recent", "--tokens", 300, "--runs", 2, "--json", out]
@@ -64,7 +64,7 @@ def test_what_is_timed_is_the_score(tiny_model) -> None:
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_refusals(sdtp, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_refusals(sdtp, capsys: pytest.CaptureFixture[str]) -> None:
     assert sdtp("cost", "--runs", 0) == 2
     assert "--runs 0: expected at least 1" in capsys.readouterr().err
     assert sdtp("cost", "--methods", "oracle_saliency") == 2

@@ -7,14 +7,15 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from test_demo import one_thread  # noqa: F401 - fixture
-from test_eval_quality import read, sdtp  # noqa: F401 - a fixture
+from helpers.commands import read
 
 from sdtp_eval import longbench
 from sdtp_eval.checkpoints import load_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sample(context: str, question: str = "", answers: tuple[str, ...] = ("yes",), classes: tuple[str, ...] = ()):
@@ -78,7 +79,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         longbench.find_dataset("lcc")
 
 
-def test_run_and_resume(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_run_and_resume(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [sample("A passage. " * 30, f"Question {i}?", ("7",)) for i in range(2)]
     (tmp_path / "hotpotqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--data", tmp_path, "--out", tmp_path / "run", "--tokens", 700, "--methods", "recent", "--keep", 0.8]

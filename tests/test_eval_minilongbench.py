@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from test_demo import one_thread  # noqa: F401 - fixture
-from test_eval_quality import read, sdtp  # noqa: F401 - a fixture
+from helpers.commands import read
 
 from sdtp_eval import compare, longbench, minilongbench, rivals
 from sdtp_kernels import PruningSchedule
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PASSAGE = "The town lies between a river and a wood, and nobody knows how old it is. "
 
@@ -58,7 +59,7 @@ def test_files_and_their_digests(folder: Path) -> None:
     assert len(minilongbench.read_dataset(folder, "hotpotqa")) == 3
 
 
-def test_run_and_resume(sdtp, folder: Path, options: list, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_run_and_resume(sdtp, folder: Path, options: list, capsys: pytest.CaptureFixture[str]) -> None:
     methods = ["recent", "cut-head", "lexical"]
     assert sdtp("minilongbench", *options, "--methods", *methods, "--once", 4) == 0
     rows = read(folder / "run")
@@ -123,7 +124,7 @@ def test_worst_prompts_first(capsys: pytest.CaptureFixture[str]) -> None:
     ids=["a wrong answer", "a prompt cut", "a class missing", "an answer that is no list"],
 )
 def test_other_prompts_or_gold_answers_get_no_figures(
-    sdtp, options: list, folder: Path, name: str, entries: list, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    sdtp, options: list, folder: Path, name: str, entries: list, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     write(folder, name, entries)
     assert sdtp("minilongbench", *options, "--methods", "recent") == 2
@@ -134,7 +135,7 @@ def test_other_prompts_or_gold_answers_get_no_figures(
 
 
 def test_a_truncated_prompt_gets_no_figures(
-    sdtp, options: list, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    sdtp, options: list, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     monkeypatch.setattr(longbench, "shorten", lambda method, schedule, ids, num_layers: ids[-300:])
     assert sdtp("minilongbench", *options, "--methods", "recent") == 2
@@ -145,7 +146,7 @@ def test_a_truncated_prompt_gets_no_figures(
 
 
 def test_another_budget_gets_no_figures(
-    sdtp, options: list, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    sdtp, options: list, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     monkeypatch.setitem(rivals.CUTTERS, "cut-head", lambda ids, num_keep, schedule: torch.arange(num_keep + 9))
     assert sdtp("minilongbench", *options, "--methods", "cut-head") == 2
@@ -156,7 +157,7 @@ def test_another_budget_gets_no_figures(
 
 
 def test_what_cannot_be_asked_is_refused(
-    sdtp, options: list, folder: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    sdtp, options: list, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     (folder / "MiniLongBench_qasper.json").write_text("[1, 2]")
     for changed, message in (

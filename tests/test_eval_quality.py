@@ -8,15 +8,14 @@ import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model, make_qwen2
-from oracle import MaskedDense
-from test_demo import one_thread  # noqa: F401 - fixture
+from helpers.commands import read
+from helpers.models import make_model, make_qwen2
+from helpers.oracle import MaskedDense
 from transformers import DynamicCache
 
 from sdtp_eval import baselines, compare, parallel, schedules
@@ -24,10 +23,12 @@ from sdtp_eval.checkpoints import identify
 from sdtp_eval.methods import Method, find_method
 from sdtp_eval.reader import Reader
 from sdtp_eval.tasks import AFTER, INSIDE, Sample
-from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp, cli, front_loaded, save_pruners
+from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp, front_loaded, save_pruners
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS = (2, 4)
 SCHEDULE = PruningSchedule(layers=LAYERS, keep_ratio=0.7)
@@ -37,23 +38,6 @@ SCHEDULE = PruningSchedule(layers=LAYERS, keep_ratio=0.7)
 def sample() -> Sample:
     ids = torch.randint(1, 256, (138,), generator=torch.Generator().manual_seed(3)).tolist()
     return Sample("passkey", "some", tuple(ids[:120]), tuple(ids[120:130]), tuple(ids[130:]))
-
-
-@pytest.fixture
-def sdtp(byte_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs ``sdtp eval`` on the tiny checkpoint and returns its status."""
-    point = metadata.EntryPoint("eval", "sdtp_eval.quality:add_command", cli.GROUP)
-    monkeypatch.setattr(cli, "plugin_commands", lambda: {"eval": point})
-
-    def run(command: str, *options: object) -> int:
-        model = ["--model", str(byte_checkpoint)] if command != "compare" else []
-        return cli.main(["eval", command, *map(str, options), *model])
-
-    return run
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from test_demo import one_thread  # noqa: F401 - fixture
-from test_eval_quality import LAYERS, SCHEDULE, read, sdtp  # noqa: F401 - fixture
+from helpers.commands import read
+from test_eval_quality import LAYERS, SCHEDULE
 
 from sdtp_eval import methods, rivals, schedules
 from sdtp_eval.baselines import LookUp
@@ -22,6 +22,8 @@ from sdtp_kernels import PruningSchedule, TokenPruner, save_pruners
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CUTTERS = tuple(rivals.CUTTERS)
 
@@ -147,7 +149,7 @@ def test_a_single_drop_has_the_budget_of_the_schedule() -> None:
 # ------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_rivals_run_side_by_side(sdtp, tmp_path: Path) -> None:  # noqa: F811
+def test_rivals_run_side_by_side(sdtp, tmp_path: Path) -> None:
     pruner = tmp_path / "best.safetensors"
     save_pruners({layer: TokenPruner(32) for layer in (4, 7)}, pruner)
     names = ["lexical", *CUTTERS, pruner]
@@ -190,7 +192,7 @@ def test_an_answer_by_an_adapter_is_from_the_short_prompt(tiny_model, sample: Sa
     assert total == pytest.approx((logits[0, 9] + logits[1, 7]).item(), abs=1e-3)
 
 
-def test_what_cannot_be_done_is_refused(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_what_cannot_be_done_is_refused(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--out", tmp_path / "run", "--tokens", 300, "--samples", 1]
     assert sdtp("run", *options, "--tasks", "ranks", "--methods", "lexical") == 2
     assert "lexical: no scores of stages to compare: leave out the task ranks" in capsys.readouterr().err

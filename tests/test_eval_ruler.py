@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from test_demo import one_thread  # noqa: F401 - fixture
-from test_eval_quality import read, sdtp  # noqa: F401 - a fixture
+from helpers.commands import read
 
 from sdtp_kernels import PruningSchedule, apply_sdtp
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCHEDULE = PruningSchedule(layers=(4, 7), keep_ratio=0.7)
 CONTEXT = "The quick brown fox jumps over the lazy dog. " * 4
 
@@ -205,7 +205,7 @@ def other_needle(doc: dict) -> dict:
     ids=["another-needle", "no-answer", "without-needle", "without-question"],
 )
 def test_wrong_answers_get_no_figures(
-    sdtp,  # noqa: F811
+    sdtp,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -233,7 +233,7 @@ def test_prompts_that_are_no_measure_of_their_length_get_no_figures(essays: Path
         make("niah_single_1", 501, essays)
 
 
-def test_tasks_that_cannot_be_made(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_tasks_that_cannot_be_made(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--out", tmp_path / "run", "--tokens", 700, *ONE, "--tasks", "niah_single_1"]
     assert sdtp("ruler", *options, "niah_single_2", "niah_multiquery") == 2
     err = capsys.readouterr().err
@@ -248,7 +248,7 @@ def test_tasks_that_cannot_be_made(sdtp, tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.slow
 def test_ruler_runs_offline_and_resumes(
-    sdtp,  # noqa: F811
+    sdtp,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -302,7 +302,7 @@ def test_ruler_runs_offline_and_resumes(
 
 @pytest.mark.slow
 def test_essays_are_recorded_and_not_mixed(
-    sdtp,  # noqa: F811
+    sdtp,
     tmp_path: Path,
     essays: Path,
     capsys: pytest.CaptureFixture[str],
@@ -324,7 +324,7 @@ def test_essays_are_recorded_and_not_mixed(
 
 @pytest.mark.slow
 def test_default_tasks_are_those_that_can_run(
-    sdtp,  # noqa: F811
+    sdtp,
     tmp_path: Path,
     essays: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -341,7 +341,7 @@ def test_default_tasks_are_those_that_can_run(
 
 @pytest.mark.slow
 def test_ruler_refuses_another_budget(
-    sdtp,  # noqa: F811
+    sdtp,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -357,7 +357,7 @@ def test_ruler_refuses_another_budget(
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["inside", "after"])
 def test_ruler_refuses_a_prompt_that_was_cut(
-    sdtp,  # noqa: F811
+    sdtp,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

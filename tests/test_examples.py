@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_qwen2
+from helpers.models import make_qwen2
 from transformers import AutoTokenizer
 
 import sdtp_kernels

@@ -5,12 +5,12 @@ import functools
 import pickle
 import re
 
-import flash_stand_in
 import pytest
 import torch
-from conftest import make_model
-from oracle import MaskedDense, naive_attention, naive_select
-from test_serving import ARITHMETIC, EXACT_SCORES, as_in, of_both_dtypes
+from helpers import flash_stand_in
+from helpers.models import make_model
+from helpers.oracle import MaskedDense, naive_attention, naive_select
+from helpers.requests import ARITHMETIC, EXACT_SCORES, as_in, of_both_dtypes
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb

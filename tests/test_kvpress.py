@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.requests import ARITHMETIC, PHASES, make_models, of_both_dtypes, prompts, schedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention_and_cache import make_pruners
-from test_serving import ARITHMETIC, PHASES, make_models, of_both_dtypes, prompts, schedules
 
 from sdtp_kernels import apply_sdtp
 

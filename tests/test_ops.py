@@ -8,9 +8,9 @@ import traceback
 
 import pytest
 import torch
+from helpers.oracle import naive_select
 from hypothesis import example, given
 from hypothesis import strategies as st
-from oracle import naive_select
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
-from oracle import MaskedDense
+from helpers.oracle import MaskedDense
 from test_attention_and_cache import round_fp8
 from test_families import (
     BLOCK,

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import make_model
+from helpers.models import make_model
 
 from sdtp_kernels import PruningSchedule, apply_sdtp
 from sdtp_kernels.models import chunks, compat, decoder, proof, stage

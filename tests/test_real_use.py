@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import make_qwen2
+from helpers.models import make_qwen2
 from transformers import (
     DynamicCache,
     GenerationConfig,

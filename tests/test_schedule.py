@@ -6,9 +6,9 @@ from fractions import Fraction
 
 import pytest
 import torch
+from helpers.oracle import naive_keep
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import naive_keep
 
 from sdtp_kernels import PruningSchedule, front_loaded
 from sdtp_kernels.schedule import MAX_PROMPT

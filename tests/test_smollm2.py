@@ -4,7 +4,7 @@ import pydoc_data.topics
 
 import pytest
 import torch
-from oracle import MaskedDense
+from helpers.oracle import MaskedDense
 from transformers import DynamicCache
 
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp

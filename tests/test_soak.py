@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import torch
-from conftest import make_qwen2
+from helpers.models import make_qwen2
 from transformers import LogitsProcessor, Qwen2ForCausalLM, Qwen2Model, StoppingCriteria
 
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp

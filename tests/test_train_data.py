@@ -6,42 +6,11 @@ import json
 import random
 
 import pytest
-from conftest import make_qwen2
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from helpers.models import TEMPLATE, make_tokenizer
+from helpers.training import make_texts
 
 from sdtp_eval import texts
 from sdtp_train import data, lookup
-
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant]"
-
-
-def make_tokenizer(template=TEMPLATE):
-    """One token a byte: positions in the text can be read off."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def make_checkpoint(path, **settings):
-    """A tiny random model with this tokenizer in a directory."""
-    make_qwen2(num_layers=8, hidden_size=32, **settings).save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
-
-
-def make_texts(folder, number=24, lines=60):
-    """Text files whose every line says which file it is of."""
-    folder.mkdir()
-    for i in range(number):
-        rng = random.Random(i)
-        body = [f"{i:02d}.{k:03d} {' '.join(rng.choices(lookup._WORDS, k=6))}." for k in range(lines)]
-        (folder / f"text-{i}.txt").write_text("\n".join(body))
-    return folder
 
 
 def build(items, num_samples=40, context=(200,), continuation=32, share=0.4, seed=0, template=TEMPLATE):

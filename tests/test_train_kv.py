@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from importlib import metadata
 
 import pytest
 import torch
-from conftest import make_model
+from helpers.models import make_model
+from helpers.training import Killed, contents, damage, in_two, make_checkpoint, make_texts, mark, options
 from safetensors.torch import load_file, save_file
-from test_train_data import make_checkpoint, make_texts
-from test_train_saliency import Killed, contents, damage, mark, options
 
-from sdtp_eval.parallel import Workers
 from sdtp_kernels import KVPredictor, cli, load_pruners, save_pruners
 from sdtp_kernels.models.family import FAMILIES
 from sdtp_train import kv, shards, simulate, targets, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STAGES, N = (2, 4), 50
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -259,11 +250,6 @@ def test_stopped_at_any_write_and_resumed_gives_the_same_bytes(place, whole, tmp
 
 def mark_in_two(place, out, monkeypatch, stop=None, **changes):
     """Two processes; `stop` is raised where a process would write that many shards."""
-    barrier, failures, local = threading.Barrier(2), [], threading.local()
-    monkeypatch.setattr(
-        "sdtp_eval.parallel.join_workers",
-        lambda device: Workers(local.index, 2, CPU, barrier.wait, lambda tensors: None),
-    )
     save = kv.Recorder.save
 
     def stopping(self, shard):
@@ -273,19 +259,7 @@ def mark_in_two(place, out, monkeypatch, stop=None, **changes):
 
     monkeypatch.setattr(kv.Recorder, "save", stopping)
 
-    def work(index):
-        local.index = index
-        try:
-            mark(place, out, **changes)
-        except BaseException as error:
-            failures.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    failures = in_two(monkeypatch, lambda: mark(place, out, **changes))
     monkeypatch.undo()
     return failures
 

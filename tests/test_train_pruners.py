@@ -10,8 +10,8 @@ from importlib import metadata
 
 import pytest
 import torch
-from conftest import make_model, make_qwen2
-from test_train_data import make_checkpoint, make_texts
+from helpers.models import make_model, make_qwen2
+from helpers.training import make_checkpoint, make_texts
 
 from sdtp_kernels import KVPredictor, PruningSchedule, TokenPruner, apply_sdtp, cli, load_pruners
 from sdtp_kernels.models.family import FAMILIES
@@ -19,16 +19,10 @@ from sdtp_kernels.pruner import trained_width
 from sdtp_train import losses, saliency, shards, simulate, train
 from sdtp_train.shards import Marked, SampleInfo
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS = (2, 4)
 N, C = 96, 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

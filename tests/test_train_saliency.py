@@ -8,29 +8,20 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from importlib import metadata
 
 import pytest
 import torch
+from helpers.training import TARGETS, Killed, contents, damage, in_two, make_checkpoint, make_texts, mark, options
 from safetensors.torch import load_file, save_file
-from test_train_data import make_checkpoint, make_texts
 
 from sdtp_eval.checkpoints import identify
-from sdtp_eval.parallel import Workers, join_workers
+from sdtp_eval.parallel import join_workers
 from sdtp_kernels import cli
-from sdtp_train import checkpoint, saliency, shards
+from sdtp_train import checkpoint, shards
 
-TARGETS = ("future_attention", "l2/continuation")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +30,6 @@ def place(tmp_path_factory):
     make_checkpoint(path / "model")
     make_texts(path / "texts")
     return path
-
-
-def options(place, out, **changes):
-    given = {
-        "model": place / "model",
-        "data": [place / "texts"],
-        "out": out,
-        "targets": TARGETS,
-        "samples": 14,
-        "context": [96, 128],
-        "continuation": 16,
-        "shard-size": 4,
-        **changes,
-    }
-    words = ["saliency"]
-    for name, value in given.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    return words
 
 
 @pytest.fixture
@@ -72,18 +45,6 @@ def whole(place):
     out = place / "whole"
     mark(place, out)
     return out
-
-
-def mark(place, out, **changes):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    saliency.add_command(parser.add_subparsers())
-    saliency.mark(parser.parse_args(options(place, out, **changes)))
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_a_directory_holds_what_the_layout_says(place, whole):
@@ -110,10 +71,6 @@ def test_finished_work_is_left_alone(place, whole, sdtp):
     assert sdtp(*options(place, whole)) == 0
     assert contents(whole) == before
     assert {path: path.stat().st_mtime_ns for path in whole.glob("shard-*")} == times
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.parametrize("moment", range(9))
@@ -176,28 +133,8 @@ def test_killed_and_resumed_gives_the_same_bytes(place, whole, tmp_path):
 
 
 def test_two_processes_write_the_same_bytes(place, whole, tmp_path, monkeypatch):
-    out, barrier, failures = tmp_path / "out", threading.Barrier(2), []
-    local = threading.local()
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(
-        "sdtp_eval.parallel.join_workers",
-        lambda device: Workers(local.index, 2, cpu, barrier.wait, lambda tensors: None),
-    )
-
-    def work(index):
-        local.index = index
-        try:
-            mark(place, out)
-        except BaseException as error:
-            failures.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    out = tmp_path / "out"
+    assert not in_two(monkeypatch, lambda: mark(place, out))
     assert contents(out) == contents(whole)
 
 
@@ -239,12 +176,6 @@ def copied(whole, tmp_path):
     for name, content in contents(whole).items():
         (out / name).write_bytes(content)
     return out
-
-
-def damage(path):
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
 
 
 def rewrite(path, change):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model, make_qwen2
+from helpers.models import make_model, make_qwen2
 
 from sdtp_kernels import PruningSchedule, apply_sdtp
 from sdtp_kernels.models.family import FAMILIES

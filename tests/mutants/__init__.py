@@ -7,5 +7,9 @@ import importlib
 from pathlib import Path
 
 MACHINERY = ("__init__", "__main__", "entry", "runner")
-AREAS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in MACHINERY)
-MUTANTS = [mutant for area in AREAS for mutant in importlib.import_module(f"mutants.{area}").MUTANTS]
+AREAS = {
+    path.stem: importlib.import_module(f"mutants.{path.stem}").MUTANTS
+    for path in sorted(Path(__file__).parent.glob("*.py"))
+    if path.stem not in MACHINERY
+}
+MUTANTS = [mutant for mutants in AREAS.values() for mutant in mutants]

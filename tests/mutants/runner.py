@@ -25,7 +25,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from mutants import MUTANTS
+from mutants import AREAS
 from mutants.entry import CUDA, SUITE, Mutant, StaleError, plant
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -207,8 +207,12 @@ def control(tests: list[str], copy: Copy) -> tuple[str | None, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests/mutants", description="Plant bugs; the suite must catch each.")
     parser.add_argument("names", nargs="*", default=[""], metavar="NAME", help="part of a bug's name; default: all")
-    names = parser.parse_args().names
-    mutants = [m for m in MUTANTS if m.file not in UNUSED and any(name in m.name for name in names)]
+    parser.add_argument(
+        "--area", nargs="+", choices=AREAS, default=list(AREAS), help="files of this folder; default: all"
+    )
+    args = parser.parse_args()
+    names, chosen = args.names, [mutant for area in args.area for mutant in AREAS[area]]
+    mutants = [m for m in chosen if m.file not in UNUSED and any(name in m.name for name in names)]
     if not mutants:
         parser.error(f"no bug has a name with {' or '.join(map(repr, names))} in it")
     files = {}

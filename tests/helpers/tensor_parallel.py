@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from test_devices import make_predictor, make_pruners, nudged
-from test_serving import ARITHMETIC, DTYPES, generate, prompts
 from transformers import AutoModelForCausalLM
 
+from helpers.requests import ARITHMETIC, DTYPES, generate, prompts
 from sdtp_kernels import apply_sdtp
 
 
