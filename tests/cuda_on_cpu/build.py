@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -34,10 +36,27 @@ def compile_program(name: str, mode: str, folder: Path, csrc: Path = ROOT / "csr
     objects = []
     for stem, (source, flags) in sources.items():
         objects.append(folder / f"{stem}-{mode}.o")
-        subprocess.run(["g++", *FLAGS, *includes, *flags, "-c", source, "-o", objects[-1]], check=True)
+        _compile([*FLAGS, *includes, *flags], source, objects[-1])
     program = folder / f"{name}-{mode}"
     subprocess.run(["g++", *sanitizers, *objects, "-o", program], check=True)
     return program
+
+
+def _compile(flags: list[str], source: Path, target: Path) -> None:
+    """An object file; where there is a store of them, what was compiled there from the same text is taken from it."""
+    compiler, store = ["g++", *flags, source], os.environ.get("SDTP_TEST_OBJECTS")
+    if not store:
+        subprocess.run([*compiler, "-c", "-o", target], check=True)
+        return
+    text = subprocess.run([*compiler, "-E", "-P"], check=True, capture_output=True).stdout
+    options = [flag for flag in flags if not flag.startswith("-I")]
+    kept = Path(store) / f"{hashlib.sha256(repr(options).encode() + text).hexdigest()}.o"
+    if not kept.exists():
+        subprocess.run([*compiler, "-c", "-o", target], check=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        shutil.copyfile(target, part)
+        part.replace(kept)
+    shutil.copyfile(kept, target)
 
 
 def run_program(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
