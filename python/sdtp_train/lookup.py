@@ -106,7 +106,6 @@ _PLACES = (
 )  # fmt: skip
 _FIELDS = ("timeout", "retries", "owner", "region", "limit", "version", "channel", "batch", "offset", "quota", "port")
 
-_BASE62 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _NOTIONS = (
     "patience", "granite", "thunder", "harvest", "silence", "velocity", "friendship", "gravel", "daylight", "honesty",
     "limestone", "courage", "drizzle", "mustard", "rhythm", "clay", "ambition", "fog", "linen", "chalk",
@@ -210,9 +209,7 @@ def _value(rng: random.Random, kind: str = "id") -> str:
     if kind == "phrase":
         first, second, third = rng.sample(_NOTIONS, 3)
         return f"{first} {rng.choice(_VERBS)} {second}" + (f" and {third}" if rng.random() < 0.5 else "")
-    form = rng.randrange(9)
-    if form > 5:
-        return _long_code(rng)
+    form = rng.randrange(6)
     if form < 3:
         return "".join(rng.choices("0123456789", k=rng.randint(3, 8)))
     if form == 3:
@@ -220,19 +217,6 @@ def _value(rng: random.Random, kind: str = "id") -> str:
     if form == 4:
         return f"{rng.choice('ABCDEFGHKLMNPRSTUVWXYZ')}{rng.randint(10, 99)}-{rng.randint(100, 9999)}"
     return f"{rng.getrandbits(32):08x}"[: rng.randint(5, 8)]
-
-
-def _long_code(rng: random.Random) -> str:
-    """What people copy and cannot remember: serial numbers, checksums, keys, links.
-
-    An answer of many tokens of which none can be guessed: a prompt that lost one of them has lost the answer.
-    """
-    alphabet = rng.choice(("0123456789", "0123456789abcdef", "ABCDEFGHJKLMNPQRSTUVWXYZ23456789", _BASE62))
-    if rng.random() < 0.5:
-        groups = ["".join(rng.choices(alphabet, k=rng.randint(3, 8))) for _ in range(rng.randint(3, 6))]
-        return rng.choice("-::. ").join(groups)
-    code = "".join(rng.choices(alphabet, k=rng.randint(12, 40)))
-    return code if rng.random() < 0.7 else f"https://{rng.choice(_WORDS)}.example/{rng.choice(_FIELDS)}/{code}"
 
 
 def _subjects(rng: random.Random, number: int) -> list[str]:
