@@ -53,11 +53,10 @@ def chat_inputs(
 
     Examples
     --------
-    >>> inputs = chat_inputs(
-    ...     tokenizer,
-    ...     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
-    ... )
-    >>> output = model.generate(**inputs, max_new_tokens=3)
+    >>> system = {"role": "system", "content": "Be brief."}
+    >>> inputs = chat_inputs(tokenizer, [system, {"role": "user", "content": "Why?"}])
+    >>> with apply_sdtp(model, "attention", 0.9):
+    ...     output = model.generate(**inputs, max_new_tokens=3)
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(

@@ -18,11 +18,14 @@ WITHOUT = {"BackendStatus", "BackendUnavailableError", "PrefillReport", "PrunedT
 
 
 @pytest.mark.parametrize("name", sorted(set(sdtp_kernels.__all__) - WITHOUT))
-def test_examples(name, tmp_path):
+def test_examples(name, tmp_path, byte_checkpoint):
     names = {name: getattr(sdtp_kernels, name) for name in sdtp_kernels.__all__}
     model = make_qwen2(num_layers=8)
     prompt = torch.randint(1, 256, (1, 120))
+    tokenizer = AutoTokenizer.from_pretrained(byte_checkpoint)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     given = {**names, "torch": torch, "model": model, "prompt": prompt, "path": tmp_path / "pruners.safetensors"}
+    given["tokenizer"] = tokenizer
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     tests = finder.find(names[name], name, globs={**given, "PrunerHeader": PrunerHeader})
     assert any(test.examples for test in tests), f"{name} has no example"
