@@ -130,7 +130,6 @@ def test_no_length_is_compiled_for():
     assert variants.pop("sdtp_select_kernel") == 2  # for rows of up to 1024 tokens and for longer ones
     assert set(variants) == triton_aot.kernel_names() - {
         "sdtp_finish_kernel",
-        "sdtp_logarithm_kernel",
         "sdtp_prune_kernel",
         "sdtp_select_kernel",
     }

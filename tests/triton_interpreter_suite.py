@@ -439,8 +439,11 @@ def test_the_scheduler_bites(kernel):
     assert run() == 8
 
 
-def test_kernels_have_no_atomics():
-    assert not [path for path in SOURCES.glob("*.py") if "atomic" in path.read_text()]
+def test_the_only_atomic_counts_programs():
+    """Which one is the last depends on the schedule; what the last one computes does not."""
+    lines = [line.strip() for path in SOURCES.glob("*.py") for line in path.read_text().splitlines()]
+    found = [line for line in lines if "atomic" in line]
+    assert found == ['if tl.atomic_add(finished_ptr + batch, 1, sem="acq_rel") == num_tiles - 1:']
 
 
 @contextlib.contextmanager
