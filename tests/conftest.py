@@ -21,11 +21,13 @@ settings.register_profile("default", deadline=None, derandomize=True, print_blob
 settings.load_profile("default")
 
 # `make test` leaves these to CI, which runs them by `make test-slow`: a second version of Triton, the compilers' other
-# targets (one of each maker stays), edits that a race checker must not mind, the GPU's check in Triton's interpreter.
+# targets (one of each maker stays), what nvcc makes of every kernel, edits that a race checker must not mind, the GPU's
+# check in Triton's interpreter.
 SLOW = (
     r"test_triton\.py::.*\[3\.6",
     r"test_triton\.py::.*\[installed-(?!sm_90|gfx942)",
     r"test_cuda\.py::test_redundant_barriers_are_no_races\[",
+    r"test_cuda\.py::test_(every_kernel_compiles|nothing_spills|shared_memory_fits|committed_table)",
     r"test_bench_gpu_check\.py::test_the_kernels_pass_in_the_interpreter$",
 )
 # The longest files; xdist deals out files in this order, and one that began last would keep every worker waiting.
