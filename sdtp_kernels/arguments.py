@@ -71,7 +71,7 @@ class PromptTerms(NamedTuple):
     token_index: torch.Tensor
     """``[B, N]``"""
     distance_table: torch.Tensor
-    """``[M]``"""
+    """``[M]`` or ``[B, M]``"""
     keep_last: int = 0
     attention: torch.Tensor | None = None
     """``[B, N]``"""
@@ -286,9 +286,11 @@ def check_terms(terms: PromptTerms) -> None:
     batch, length = token_index.shape
     if not 0 <= keep_last <= length:
         raise ValueError(f"keep_last={keep_last}: expected 0 to {length}, the number of tokens")
-    if distance_table.dim() != 1 or distance_table.shape[0] == 0 or distance_table.dtype != torch.float32:
+    is_table = distance_table.shape in (distance_table.shape[-1:], (batch, distance_table.shape[-1]))
+    if not (distance_table.dim() and is_table and distance_table.shape[-1] and distance_table.dtype == torch.float32):
         raise ValueError(
-            f"distance_table: expected [M] torch.float32 with at least one entry, got {describe(distance_table)}"
+            f"distance_table: expected [M] or [{batch}, M] torch.float32 with at least one entry, got "
+            f"{describe(distance_table)}"
         )
     _check_row_values(token_index.shape, attention=attention)
     if query is not None:

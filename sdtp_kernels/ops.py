@@ -381,8 +381,8 @@ def prompt_bias(
     ----------
     token_index : Tensor [B, N], int64
         Positions in the row's own prompt; negative for padding.
-    distance_table : Tensor [M], float32
-        The distance term of every distance below M, not empty; what is farther counts as M - 1.
+    distance_table : Tensor [M] or [B, M], float32
+        The term of every distance below M, not empty, for all rows or by row; what is farther counts as M - 1.
     keep_last : int, default 0
         Tokens that stand after the prompt.
     attention : Tensor [B, N], float32, optional

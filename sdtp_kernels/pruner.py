@@ -55,17 +55,20 @@ class TokenPruner(nn.Module):
     attention : bool, default False
         Add the attention of the prompt's last queries (:func:`~sdtp_kernels.scorers.question_attention`) with a learned
         weight. The hidden state of a token cannot know the question after it; this term does.
+    lexical : bool, default False
+        Add, with a learned weight, how many of the question's words stand around the token
+        (:func:`~sdtp_kernels.lexical.lexical_overlap`).
     pooling : int, default 1
         An odd number of tokens. A stage ranks a token by the highest score among that many around it, so neighbours are
         kept together (:func:`~sdtp_kernels.select_tokens`). 1 is the form of the paper.
     averaging : bool, default False
         A stage ranks by the mean of the MLP's scores of all stages so far, which are noisy estimates of the same
-        quantity. The distance and attention terms stay those of the stage.
+        quantity. The other terms stay those of the stage.
 
     Notes
     -----
-    The distance and attention terms look at the prompt's end. Under the block budget a stage leaves them out, because
-    what a block keeps must not depend on what follows it (:attr:`PruningSchedule.sees_prompt_end`).
+    The distance, attention and lexical terms look at the prompt's end. Under the block budget a stage leaves them out,
+    because what a block keeps must not depend on what follows it (:attr:`PruningSchedule.sees_prompt_end`).
 
     Raises
     ------
@@ -87,13 +90,15 @@ class TokenPruner(nn.Module):
         rms_eps: float = 1e-6,
         distance: bool = False,
         attention: bool = False,
+        lexical: bool = False,
         pooling: int = 1,
         averaging: bool = False,
     ) -> None:
         super().__init__()
         if pooling < 1 or pooling % 2 == 0:
             raise ValueError(f"pooling={pooling}: expected an odd number of tokens, or 1 for none")
-        self.distance, self.attention, self.pooling, self.averaging = distance, attention, pooling, averaging
+        self.distance, self.attention, self.lexical = distance, attention, lexical
+        self.pooling, self.averaging = pooling, averaging
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size or max(1, hidden_size // 4)
         self.rms_norm = rms_norm
@@ -106,6 +111,8 @@ class TokenPruner(nn.Module):
             self.distance_bias = nn.Parameter(torch.zeros(DISTANCE_KNOTS))
         if attention:
             self.attention_weight = nn.Parameter(torch.zeros(()))
+        if lexical:
+            self.lexical_weight = nn.Parameter(torch.zeros(()))
         nn.init.normal_(self.w1, std=hidden_size**-0.5)
         nn.init.normal_(self.w2, std=self.intermediate_size**-0.5)
 
@@ -126,7 +133,11 @@ class TokenPruner(nn.Module):
         return F.gelu(F.linear(x, self.w1, self.b1)) @ self.w2 + self.b2
 
     def score_bias(
-        self, distance: torch.Tensor, attention: torch.Tensor | None = None, is_valid: torch.Tensor | None = None
+        self,
+        distance: torch.Tensor,
+        attention: torch.Tensor | None = None,
+        is_valid: torch.Tensor | None = None,
+        overlap: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What the hidden state does not hold, to be added to :meth:`forward`.
 
@@ -138,6 +149,8 @@ class TokenPruner(nn.Module):
             Last-window attention; needed where the pruner was made with ``attention=True``.
         is_valid : bool Tensor [B, n], optional
             False for padding.
+        overlap : Tensor [B, n], optional
+            Lexical overlap; without it the lexical term is left out, as for a prompt of embeddings.
 
         Returns
         -------
@@ -148,6 +161,8 @@ class TokenPruner(nn.Module):
             if attention is None:
                 raise ValueError("this pruner weighs the last-window attention: pass `attention` as well")
             bias = bias + self.attention_weight.float() * standardized_log(attention, is_valid)
+        if self.lexical and overlap is not None:
+            bias = bias + self.lexical_weight.float() * overlap
         return bias
 
     def distance_term(self, distance: torch.Tensor) -> torch.Tensor:

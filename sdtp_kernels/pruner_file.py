@@ -5,7 +5,8 @@ output logits (``w2 [2, H]``, ``b2 [2]``, the form of the paper) are folded on l
 take.
 
 From version 2 on a file may also hold the model's KV predictor: its parameters as ``kv.<name>``, all of one dtype, and
-its sizes in the header. A file without one is of version 1.
+its sizes in the header. From version 3 on pruners may have a lexical term, ``lexical_weight``. What a file does not
+hold, its header does not name.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FORMAT = "sdtp-pruners"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The newest that is read. What is written says the oldest that has what the file holds."""
 
 HUB_FILE = "pruners.safetensors"
@@ -54,6 +55,7 @@ class PrunerHeader:
     training: dict[str, Any] = field(default_factory=dict)
     distance: bool = False
     attention: bool = False
+    lexical: bool = False
     pooling: int = 1
     averaging: bool = False
     schedule: dict[str, Any] | None = None
@@ -131,7 +133,7 @@ def save_pruners(
 
     if not pruners:
         raise ValueError("no pruners to save: expected a mapping of decoder layer to TokenPruner")
-    names = ("hidden_size", "rms_norm", "rms_eps", "distance", "attention", "pooling", "averaging")
+    names = ("hidden_size", "rms_norm", "rms_eps", "distance", "attention", "lexical", "pooling", "averaging")
     shared = {tuple(getattr(pruner, name) for name in names) for pruner in pruners.values()}
     if len(shared) != 1:
         raise ValueError(f"pruners of one file share ({', '.join(names)}), got {sorted(shared)}")
@@ -156,8 +158,9 @@ def save_pruners(
         for name, parameter in module.named_parameters()
     }
     absent = {name for name in ("schedule", "kv_predictor") if getattr(header, name) is None}
+    absent |= set() if header.lexical else {"lexical"}
     facts = {name: value for name, value in asdict(header).items() if name not in absent}
-    version = 1 if kv_predictor is None else 2
+    version = 3 if header.lexical else 1 if kv_predictor is None else 2
     metadata = {"sdtp": json.dumps({"format": FORMAT, "format_version": version, **facts})}
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
@@ -230,6 +233,7 @@ def load_pruners(path: str | os.PathLike[str], *, revision: str | None = None) -
             rms_eps=header.rms_eps,
             distance=header.distance,
             attention=header.attention,
+            lexical=header.lexical,
             pooling=header.pooling,
             averaging=header.averaging,
         )

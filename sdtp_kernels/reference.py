@@ -135,7 +135,8 @@ def prompt_bias(terms: PromptTerms) -> torch.Tensor:
         attention = window_attention(terms.window)
     distance = index[:, end - 1 : end] - index if end > 0 else torch.full_like(index, -1)
     is_valid = (index >= 0) & (distance >= 0)
-    bias = terms.distance_table.take(distance.clamp(0, terms.distance_table.shape[0] - 1))
+    table = terms.distance_table.expand(len(index), -1)
+    bias = table.gather(1, distance.clamp(0, table.shape[1] - 1))
     if attention is not None:
         bias = bias + terms.attention_weight * standardized_log(attention, is_valid)
     return bias.masked_fill(~is_valid, 0)

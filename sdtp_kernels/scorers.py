@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
+    from .lexical import PromptTokens
+
 ATTENTION_WINDOW = 32  # SnapKV's window of last queries
 QUESTION_WINDOW = 16  # that of a pruner's attention term: sharper on what is asked for
 ATTENTION_POOLING = 7  # and its max-pooling width, so that a hit keeps its neighbours
@@ -43,6 +45,8 @@ class StageInput(NamedTuple):
     keys_below: torch.Tensor | None = None
     """The keys that the layer below cached, ``[B, kv_heads, n, head_dim]``. ``None`` without a cache, and where
     deferred tokens joined."""
+    prompt: PromptTokens | None = None
+    """Token ids of the whole prompt. ``None`` where it was passed as embeddings, or comes in chunks."""
     group: ProcessGroup | None = None
     """The processes that share the model's heads; each sees all tokens. ``None`` for one process alone."""
     backend: str = "auto"
@@ -143,9 +147,23 @@ def question_attention(stage: StageInput) -> torch.Tensor:
     return attention_score(stage, QUESTION_WINDOW)
 
 
+def lexical_score(stage: StageInput) -> torch.Tensor:
+    """Words around a token that the prompt's last tokens repeat (:func:`~sdtp_kernels.lexical.lexical_overlap`).
+
+    Raises
+    ------
+    ValueError
+        If the prompt was passed as embeddings, or comes in chunks.
+    """
+    if stage.prompt is None:
+        raise ValueError("the lexical scorer reads token ids: pass input_ids, and the prompt in one call")
+    return stage.prompt.overlap_at(stage.token_index, stage.keep_last)
+
+
 SCORERS: dict[str, Callable[[StageInput], torch.Tensor]] = {
     "random": random_score,
     "recent": recent_score,
     "norm": norm_score,
     "attention": attention_score,
+    "lexical": lexical_score,
 }

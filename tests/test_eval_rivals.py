@@ -1,19 +1,17 @@
-"""Rivals by token ids alone: the lexical scorer, cutters of the prompt, and one drop at a layer, all at the same B."""
+"""Rivals: cutters of the prompt, and one drop at a layer, at the same B."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import math
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from helpers.commands import read
-from test_eval_quality import LAYERS, SCHEDULE
+from test_eval_quality import SCHEDULE
 
 from sdtp_eval import methods, rivals, schedules
-from sdtp_eval.baselines import LookUp
 from sdtp_eval.methods import Method, find_method
 from sdtp_eval.paired import GateError
 from sdtp_eval.reader import Reader, greedy
@@ -33,47 +31,6 @@ def sample() -> Sample:
     """400 tokens of context, 70 of question, 8 of answer; of many words, so that few are shared by chance."""
     ids = torch.randint(1, 256, (478,), generator=torch.Generator().manual_seed(5)).tolist()
     return Sample("passkey", "some", tuple(ids[:400]), tuple(ids[400:470]), tuple(ids[470:]))
-
-
-# ---------------------------------------------------------------------------------------------------------- lexical
-
-
-def test_lexical_scores_by_hand() -> None:
-    """Four blocks of zeros: 7 stands in the second and at the end, 8 in all of them, 9 in the third alone."""
-    ids = torch.zeros(256, dtype=torch.int64)
-    ids[[70, 71, 250]] = 7
-    ids[[5, 75, 130, 251]] = 8
-    ids[140] = 9
-    scores = rivals.lexical_scores(ids)
-    rare = math.log(4 / 2)  # once a block, however often it stands there; 8 and 0 tell nothing
-    expected = torch.tensor([0.0, rare, 0.0, rare]).repeat_interleave(64)
-    torch.testing.assert_close(scores, expected)
-    ids[255 - 64] = 9  # the token before the last 64 is no part of the question
-    torch.testing.assert_close(rivals.lexical_scores(ids), expected)
-    torch.testing.assert_close(rivals.lexical_scores(ids[:230])[192:], torch.zeros(38))  # a last block that is short
-
-
-@pytest.mark.parametrize("protocol", [INSIDE, AFTER])
-@torch.no_grad()
-def test_the_lexical_scorer_sees_the_prompt_and_nothing_after_it(tiny_model, sample: Sample, protocol: str) -> None:
-    length = sample.prompt_length(protocol)
-    scores = rivals.lexical_scores(torch.tensor(sample.ids[:length]))
-    by_hand = Method("by hand", dict.fromkeys(LAYERS, LookUp(scores)))
-    reader, lexical = Reader(tiny_model, sample), find_method("lexical")
-    found, expected = (reader.result(protocol, method, SCHEDULE) for method in (lexical, by_hand))
-    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
-    assert found["mean_keep"] == pytest.approx(SCHEDULE.mean_keep(length, 6))
-    assert reader.greedy(protocol, lexical, SCHEDULE) == reader.greedy(protocol, by_hand, SCHEDULE)
-    assert not tiny_model.get_input_embeddings()._forward_pre_hooks
-
-
-@torch.no_grad()
-def test_the_lexical_scorer_takes_one_prompt_at_a_time(tiny_model, sample: Sample) -> None:
-    with (
-        pytest.raises(NotImplementedError, match="one prompt at a time"),
-        methods.patch(tiny_model, find_method("lexical"), SCHEDULE, "auto"),
-    ):
-        tiny_model(torch.tensor([sample.ids, sample.ids]))
 
 
 # ---------------------------------------------------------------------------------------------------------- cutters
@@ -107,10 +64,11 @@ def test_what_the_cutters_keep() -> None:
     ids, schedule = torch.arange(1000) % 7, PruningSchedule((2,), 0.5, sink=4, recent=0.1)
     assert rivals.cut_middle(ids, 301, schedule).tolist() == [*range(150), *range(849, 1000)]
     assert rivals.cut_head(ids, 300, schedule).tolist() == [0, 1, 2, 3, *range(704, 1000)]
-    ids[[600, 999]] = 8  # the block from 576 to 639 shares a word with the question
-    kept = rivals.cut_lexical(ids, 4 + 100 + 64 + 10, schedule).tolist()
-    # What is protected, that block, the block of the question itself (from 960), and of equal blocks the first.
-    assert kept == [*range(14), *range(576, 640), *range(900, 1000)]
+    ids = torch.arange(1000)
+    ids[[600, 999]] = 5000  # shared with the question: 16 tokens before, 48 after
+    kept = rivals.cut_lexical(ids, 4 + 100 + 65 + 10, schedule).tolist()
+    # What is protected, what stands around that word, and of equal tokens the first.
+    assert kept == [*range(14), *range(584, 649), *range(900, 1000)]
 
 
 def test_a_cutter_has_the_budget_of_its_schedule(tiny_model, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,11 +152,9 @@ def test_an_answer_by_an_adapter_is_from_the_short_prompt(tiny_model, sample: Sa
 
 def test_what_cannot_be_done_is_refused(sdtp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--out", tmp_path / "run", "--tokens", 300, "--samples", 1]
-    assert sdtp("run", *options, "--tasks", "ranks", "--methods", "lexical") == 2
-    assert "lexical: no scores of stages to compare: leave out the task ranks" in capsys.readouterr().err
-    for name, reason in (("cut-head", "the prompt has to be cut"), ("lexical", "has to be shown the token ids")):
-        assert sdtp("cost", "--methods", name) == 2
-        assert f"{name}: " in (message := capsys.readouterr().err)
-        assert reason in message
+    assert sdtp("run", *options, "--tasks", "ranks", "--methods", "cut-head") == 2
+    assert "cut-head: no scores of stages to compare: leave out the task ranks" in capsys.readouterr().err
+    assert sdtp("cost", "--methods", "cut-head") == 2
+    assert "cut-head: the prompt has to be cut" in capsys.readouterr().err
     with pytest.raises(ValueError, match="an oracle has to know the answer's tokens; this command cannot"):
         methods.find_methods(["oracle_saliency"], methods.FROM_PROMPTS)

@@ -63,6 +63,8 @@ def pruners_of(**terms):
             torch.nn.init.normal_(pruner.distance_bias)
         if pruner.attention:
             pruner.attention_weight.data.fill_(2.0)
+        if pruner.lexical:
+            pruner.lexical_weight.data.fill_(3.0)
     return pruners
 
 
@@ -144,7 +146,7 @@ def next_tokens(oracle, batch, sequences):
 def test_padded_rows_equal_rows_alone(family, dtype):
     model, pruners, batch = (
         model_of(family, dtype),
-        pruners_of(distance=True, attention=True, averaging=True),
+        pruners_of(distance=True, attention=True, lexical=True, averaging=True),
         padded_batch(),
     )
     caches = [StaticCache(config=model.config, max_cache_len=TOKENS + 2), DynamicCache(config=model.config)]
@@ -213,7 +215,8 @@ def test_a_chat_equals_its_last_prompt_alone(family):
 @pytest.mark.parametrize("scorer", ["attention", "a term", "all terms"])
 def test_attention_is_that_of_the_model_itself(family, attention, scorer):
     """The oracle scores by the weights that eager attention returns, with what was dropped before masked."""
-    terms = {"attention": True} if scorer == "a term" else {"attention": True, "distance": True, "averaging": True}
+    names = ("attention",) if scorer == "a term" else ("attention", "distance", "lexical", "averaging")
+    terms = dict.fromkeys(names, True)
     pruners = scorer if scorer == "attention" else pruners_of(**terms)
     eager, model = model_of(family, attention="eager"), model_of(family, attention=attention)
     with torch.no_grad():

@@ -565,6 +565,19 @@ def test_prompt_bias(backend, dtype, keep_last):
 
 
 @backends
+@pytest.mark.parametrize("terms", ["attention", "distance"])
+def test_prompt_bias_by_a_table_of_each_row(backend, terms):
+    inputs = prompt_inputs((300, 211), 7)
+    if terms == "distance":
+        inputs = {name: inputs[name] for name in ("token_index", "keep_last")}
+    tables = torch.randn(2, 250)
+    got = prompt_bias(**inputs | {"distance_table": tables}, backend=backend)
+    for row in range(2):
+        expected = prompt_bias(**inputs | {"distance_table": tables[row]}, backend=backend)
+        assert torch.equal(got[row], expected[row])
+
+
+@backends
 def test_prompt_bias_of_nothing(backend):
     index = torch.arange(300).repeat(2, 1)
     for keep_last in (0, 300):  # all of it may stand after the prompt
@@ -598,6 +611,8 @@ def test_prompt_bias_does_not_depend_on_the_company(dtype):
         ({"token_index": torch.ones(2, 300)}, r"token_index: expected \[B, N\] torch.int64"),
         ({"keep_last": 301}, "keep_last=301: expected 0 to 300"),
         ({"distance_table": torch.ones(0)}, "distance_table: .* at least one entry"),
+        ({"distance_table": torch.ones(3, 9)}, r"distance_table: expected \[M\] or \[2, M\]"),
+        ({"distance_table": torch.ones(())}, "distance_table: .* at least one entry"),
         ({"attention": torch.ones(2, 300).double()}, r"attention: expected \[2, 300\] torch.float32"),
         ({"attention": torch.ones(2, 300)}, "no attention, which it is there to compute"),
         ({"key": None}, "query: expected a key with it"),

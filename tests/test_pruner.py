@@ -154,6 +154,17 @@ def test_a_loaded_stack_keeps_its_kv_predictor(path_with_kv):
     assert load_pruners(again).kv_predictor is None
 
 
+def test_a_lexical_term_comes_back_as_it_was(path):
+    """In a version that older readers refuse: without the term the same scores would be others."""
+    pruner = TokenPruner(24, lexical=True)
+    pruner.lexical_weight.data.fill_(1.5)
+    save_pruners({4: pruner}, path)
+    header = read_header(path)
+    assert (header["format_version"], header["lexical"]) == (3, True)
+    stack = load_pruners(path)
+    assert (stack[4].lexical, stack[4].lexical_weight.item()) == (True, 1.5)
+
+
 def test_a_file_without_a_kv_predictor_is_of_version_1(path, tmp_path):
     """Older readers take it: the files that ship were written before there was a version 2."""
     assert load_pruners(path).kv_predictor is None
@@ -183,6 +194,11 @@ def test_score_bias():
     torch.testing.assert_close(pruner.score_bias(distance, attention, is_valid)[0, 1:5], expected + 2 * standardised)
     with pytest.raises(ValueError, match="pass `attention`"):
         pruner.score_bias(distance)
+    lexical = TokenPruner(24, lexical=True)
+    lexical.lexical_weight.data.fill_(3.0)
+    overlap = torch.rand(1, 6)
+    assert torch.equal(lexical.score_bias(distance, overlap=overlap), 3 * overlap)
+    assert not lexical.score_bias(distance).any()
 
 
 def test_two_logits_fold(path):

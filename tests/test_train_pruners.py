@@ -14,6 +14,7 @@ from helpers.models import make_model, make_qwen2
 from helpers.training import make_checkpoint, make_texts
 
 from sdtp_kernels import KVPredictor, PruningSchedule, TokenPruner, apply_sdtp, cli, load_pruners
+from sdtp_kernels.lexical import lexical_overlap
 from sdtp_kernels.models.family import FAMILIES
 from sdtp_kernels.pruner import trained_width
 from sdtp_train import losses, saliency, shards, simulate, train
@@ -35,11 +36,14 @@ def ids():
     return torch.randint(1, 256, (N + C,), generator=torch.Generator().manual_seed(5))
 
 
+ALL_TERMS = {"distance": True, "attention": True, "lexical": True}
+
+
 def make_pruners(layers=LAYERS, hidden_size=64, **settings):
     torch.manual_seed(1)
     pruners = {layer: TokenPruner(hidden_size, **settings) for layer in layers}
     for pruner in pruners.values():
-        for name in ("distance_bias", "attention_weight"):
+        for name in ("distance_bias", "attention_weight", "lexical_weight"):
             if hasattr(pruner, name):
                 torch.nn.init.normal_(getattr(pruner, name))
     return pruners
@@ -110,7 +114,7 @@ def test_an_mlp_is_a_third_of_the_papers_in_whole_tiles(hidden_size, width):
 
 
 @pytest.mark.parametrize("budget", [{}, {"budget": "block", "block_size": 32}])
-@pytest.mark.parametrize("settings", [{}, {"distance": True, "attention": True, "pooling": 5, "averaging": True}])
+@pytest.mark.parametrize("settings", [{}, {**ALL_TERMS, "pooling": 5, "averaging": True}])
 @pytest.mark.parametrize("keep_ratio", [0.8, (0.7, 0.5)])
 @pytest.mark.parametrize("predicted", [False, True])
 def test_simulation_equals_real_pruning(model, ids, settings, budget, keep_ratio, predicted):
@@ -255,7 +259,7 @@ def make_objective(model=None, targets=("future_attention",), dropout=0.0, gumbe
 @pytest.mark.parametrize("name", train.LOSSES)
 def test_each_term_alone_reaches_every_pruner(model, name, gumbel):
     """Flaw 1 of the public reproduction: its supervision never entered the loss."""
-    pruners = make_pruners(distance=True, attention=True)
+    pruners = make_pruners(**ALL_TERMS)
     is_end_to_end = name in ("lm", "kl")
     objective = make_objective(model if is_end_to_end else None, gumbel=gumbel, **{name: 1.0})
     terms = objective.terms(make_sample(), pruners, torch.Generator().manual_seed(0))
@@ -266,7 +270,7 @@ def test_each_term_alone_reaches_every_pruner(model, name, gumbel):
             # A constant added to all scores changes neither their order nor the threshold's distance.
             if parameter_name == "b2" and name != "mse":
                 continue
-            if parameter_name == "attention_weight" and not is_end_to_end:
+            if parameter_name in ("attention_weight", "lexical_weight") and not is_end_to_end:
                 assert parameter.grad is None  # regression would underrate it
                 continue
             assert parameter.grad is not None, (layer, parameter_name)
@@ -290,12 +294,13 @@ def test_only_prunable_tokens_are_asked_about():
 
 
 def test_training_scores_equal_those_of_the_stage(model, ids):
-    """Distances and attention enter as they do under the patch."""
+    """Distances, attention and words enter as they do under the patch."""
     from sdtp_train import targets
 
-    pruners = make_pruners(distance=True, attention=True)
+    pruners = make_pruners(**ALL_TERMS)
     dense = targets.dense_pass(model, ids[:N].tolist(), ids[N:].tolist())
     sample = make_sample()._replace(
+        token_ids=ids,
         hidden_states=torch.stack([dense.layer_inputs[layer][0, :N] for layer in LAYERS]),
         attention=torch.stack([targets.last_window_attention(dense, layer) for layer in LAYERS]),
     )
@@ -306,6 +311,7 @@ def test_training_scores_equal_those_of_the_stage(model, ids):
         dense.layer_inputs[LAYERS[0] - 1],
         dense.position_embeddings,
         torch.arange(N),
+        lexical_overlap(ids[None, :N]),
     )
     bias = simulate._bias(pruners[LAYERS[0]], PruningSchedule(layers=LAYERS), *stage)
     expected = pruners[LAYERS[0]](dense.layer_inputs[LAYERS[0]][0, :N]) + bias
@@ -403,6 +409,7 @@ def test_a_planted_score_is_learned(planted, sdtp, tmp_path, loss):
     assert sorted(stack) == [4, 7]
     assert stack.header.distance
     assert stack.header.attention
+    assert not stack.header.lexical
     facts = stack.header.training
     assert min(facts["validation"]["spearman"].values()) > 0.8
     assert facts["target"] == ["future_attention"]

@@ -125,7 +125,7 @@ def _bias(ops: Any, dtype: torch.dtype, heads: int, head_dim: int, window: int, 
     tokens = 2048
     index = torch.empty(1, tokens, dtype=torch.int64)
     if given:
-        ops.prompt_bias(PromptTerms(index, torch.empty(1000), 3, torch.empty(1, tokens), 0.5))
+        ops.prompt_bias(PromptTerms(index, torch.empty(1, 1000), 3, torch.empty(1, tokens), 0.5))
         return
     query = torch.empty(1, window, heads, head_dim, dtype=dtype).transpose(1, 2)
     key = torch.empty(1, 4, tokens + 100, head_dim, dtype=dtype)[:, :, :tokens]
@@ -275,7 +275,7 @@ def count_variants(name: str, lengths: Sequence[int]) -> dict[str, int]:
         cos, sin = torch.empty(2, 1, tokens, 128, dtype=dtype)
         index = torch.empty(1, tokens, dtype=torch.int64)
         bias = ops.prompt_bias(PromptTerms(index, torch.empty(1000), 3, None, 0.5, query, key, cos, sin, 0.1, 7))
-        ops.prompt_bias(PromptTerms(index, torch.empty(1000), 3, torch.empty(1, tokens), 0.5))
+        ops.prompt_bias(PromptTerms(index, torch.empty(1, 1000), 3, torch.empty(1, tokens), 0.5))
         scoring = Scoring(*pruner, torch.empty(1, tokens), 2, bias, 1e-6)
         for block_size in (None, 500):
             recent = tokens // 9 if block_size is None else tokens % 500

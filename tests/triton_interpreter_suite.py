@@ -680,6 +680,9 @@ def test_prompt_bias(what, keep_last, launches):
     got = prompt_bias(**inputs, backend="triton")
     assert launches == names
     torch.testing.assert_close(got, prompt_bias(**inputs, backend="reference"), atol=1e-4, rtol=1e-5)
+    inputs["distance_table"] = torch.randn(3, 250)  # one for each row
+    got, expected = (prompt_bias(**inputs, backend=name) for name in ("triton", "reference"))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_prompt_bias_of_a_long_prompt():

@@ -274,7 +274,8 @@ Tensor prompt_bias(const Tensor& token_index, const Tensor& distance_table, int6
     const std::optional<Tensor> given = contiguous(attention);
     const PromptBias prompt{indices.const_data_ptr<int64_t>(),
                             table.const_data_ptr<float>(),
-                            table.size(0),
+                            table.size(table.dim() - 1),
+                            table.dim() == 2,
                             given ? given->const_data_ptr<float>() : nullptr,
                             static_cast<float>(attention_weight),
                             static_cast<int>(indices.size(0)),

@@ -71,6 +71,7 @@ Tensor prompt_bias(const Tensor& token_index, const Tensor& distance_table, int6
     // Named, so that what the pointers below refer to outlives the call.
     const Tensor indices = make_contiguous(token_index);
     const Tensor table = make_contiguous(distance_table);
+    const int64_t num_distances = table.size(table.dim() - 1), next_table = table.dim() == 1 ? 0 : num_distances;
     std::optional<Tensor> attentions;
     if (attention.has_value()) attentions = make_contiguous(*attention);
     if (query.has_value()) {
@@ -84,8 +85,8 @@ Tensor prompt_bias(const Tensor& token_index, const Tensor& distance_table, int6
         const Terms terms{index,
                           num_tokens,
                           end > 0 ? index[end - 1] : -1,
-                          table.const_data_ptr<float>(),
-                          table.size(0),
+                          table.const_data_ptr<float>() + row * next_table,
+                          num_distances,
                           attentions ? attentions->const_data_ptr<float>() + first : nullptr,
                           attention_weight};
         write_bias(terms, output.mutable_data_ptr<float>() + first);

@@ -135,7 +135,8 @@ __global__ void __launch_bounds__(kThreads) bias_kernel(const __grid_constant__ 
     const Distance token(bias, batch, column);
     float value = 0.0f;
     if (token.is_valid()) {
-        value = bias.distance_table[min(token.distance, bias.num_distances - 1)];
+        const int64_t first = bias.is_by_row ? batch * bias.num_distances : 0;
+        value = bias.distance_table[first + min(token.distance, bias.num_distances - 1)];
         if (arguments.moments != nullptr) {
             const float spread = sqrtf(row.squares / row.count);
             value += bias.attention_weight * (*output - row.mean) / (spread + kLeastSpread);

@@ -13,9 +13,7 @@ from sdtp_eval.schedules import dropping_once, make_schedules
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator, Sequence
-
-    import torch
+    from collections.abc import Iterator, Sequence
 
     from sdtp_eval.baselines import Oracle
     from sdtp_eval.rivals import Cutter
@@ -25,17 +23,16 @@ DROPPED_KV = ("none", "predicted")
 # Fields of a Method, one of which says how it works, and what using it asks for.
 KINDS = {
     "pruners": "the stages have to run its scorers",
-    "id_score": "its scorer has to be shown the token ids",
     "cut": "the prompt has to be cut before the model reads it",
     "press": "the cache has to be compressed by kvpress",
     "oracle": "an oracle has to know the answer's tokens",
 }
 WITHOUT_STAGES = ("press", "cut")  # nothing is dropped between two layers: of a schedule only B matters
-FROM_PROMPTS = ("pruners", "id_score", "cut")  # what can be done with a prompt whose answer nobody knows
+FROM_PROMPTS = ("pruners", "cut")  # what can be done with a prompt whose answer nobody knows
 
 
 class Method(NamedTuple):
-    """A way to do without tokens: one of `pruners`, `oracle`, `press`, `id_score` and `cut`."""
+    """A way to do without tokens: one of `pruners`, `oracle`, `press` and `cut`."""
 
     name: str
     pruners: Any = None
@@ -45,8 +42,6 @@ class Method(NamedTuple):
     """Those that a pruner file has pruners for."""
     press: Any = None
     """A class of kvpress, which compresses the cache of a dense prefill."""
-    id_score: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """Of token ids alone, for :class:`~sdtp_eval.rivals.IdScorer`."""
     cut: Cutter | None = None
     """Shortens the prompt, which a dense model then reads."""
     kv_predictor: Any = None
@@ -72,7 +67,7 @@ def find_method(word: str) -> Method:
     from sdtp_eval import peers
     from sdtp_eval.baselines import BASELINES, ORACLES
     from sdtp_eval.checkpoints import bundled_pruners
-    from sdtp_eval.rivals import CUTTERS, ID_SCORES
+    from sdtp_eval.rivals import CUTTERS
     from sdtp_kernels import load_pruners
 
     if word.startswith(peers.PREFIX):
@@ -81,13 +76,11 @@ def find_method(word: str) -> Method:
         return Method(word, BASELINES[word])
     if word in ORACLES:
         return Method(word, oracle=ORACLES[word])
-    if word in ID_SCORES:
-        return Method(word, id_score=ID_SCORES[word])
     if word in CUTTERS:
         return Method(word, cut=CUTTERS[word])
     path = bundled_pruners().get(word, Path(word))
     if not path.is_file():
-        known = ", ".join([*BASELINES, *ID_SCORES, *CUTTERS, *ORACLES, *bundled_pruners(), f"{peers.PREFIX}SnapKV"])
+        known = ", ".join([*BASELINES, *CUTTERS, *ORACLES, *bundled_pruners(), f"{peers.PREFIX}SnapKV"])
         raise ValueError(f"no method {word!r}: neither a pruner file nor one of {known}")
     stack = load_pruners(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:6]
@@ -186,28 +179,21 @@ def with_dropped_kv(args: argparse.Namespace, method: Method) -> list[Method]:
 @contextlib.contextmanager
 def patch(model: Any, method: Method | None, schedule: PruningSchedule | None, backend: str) -> Iterator[Any]:
     """The model pruning by this method, which is no oracle, with its handle; as it is for a cutter and for none."""
-    from sdtp_eval.rivals import IdScorer
     from sdtp_kernels import apply_sdtp
 
     if method is None or schedule is None or method.cut is not None:
         yield None
         return
-    pruners = method.pruners
-    with contextlib.ExitStack() as stack:
-        if method.id_score is not None:
-            pruners = IdScorer(method.id_score)
-            stack.callback(model.get_input_embeddings().register_forward_pre_hook(pruners.read).remove)
-        yield stack.enter_context(
-            apply_sdtp(
-                model,
-                pruners,
-                schedule,
-                backend,
-                later_turns=False,  # a question stays whole
-                dropped_kv=method.dropped_kv,
-                kv_predictor=method.kv_predictor,
-            )
-        )
+    with apply_sdtp(
+        model,
+        method.pruners,
+        schedule,
+        backend,
+        later_turns=False,  # a question stays whole
+        dropped_kv=method.dropped_kv,
+        kv_predictor=method.kv_predictor,
+    ) as handle:
+        yield handle
 
 
 def name_of(method: Method | None) -> str:

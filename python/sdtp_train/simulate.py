@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from sdtp_eval.attention import probabilities
 from sdtp_kernels import select_tokens
+from sdtp_kernels.lexical import lexical_overlap
 from sdtp_kernels.models.family import family_of
 from sdtp_kernels.reference import rotate
 from sdtp_kernels.scorers import StageInput, question_attention
@@ -74,6 +75,7 @@ def simulate_pruning(
         *inputs, hidden_states = run_layers(decoder, hidden_states, embeddings, 0, first)
     below = inputs[-1]
 
+    overlap = lexical_overlap(ids[:, :n])
     mask = torch.ones(ids.shape[1], device=ids.device)
     dropped: list[_Dropped] = []
     alive = torch.arange(n, device=ids.device)
@@ -90,7 +92,7 @@ def simulate_pruning(
                 scores = torch.lerp(running_mean[alive], scores, 1 / number)
                 running_mean = running_mean.scatter(0, alive, scores)
             scores = scores + _bias(
-                pruners[i], schedule, decoder.layers[i - 1], hidden_states, below, embeddings, alive
+                pruners[i], schedule, decoder.layers[i - 1], hidden_states, below, embeddings, alive, overlap
             )
             kept, decisions = _decide(scores, pruners[i].pooling, schedule, n, stage, generator)
             if kv_predictor is None:
@@ -182,9 +184,10 @@ def _bias(
     hidden_states_below: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     alive: torch.Tensor,
+    overlap: torch.Tensor,
 ) -> torch.Tensor:
     """What a stage adds to the MLP's scores, ``[alive]``, from the tokens that are left."""
-    if not schedule.sees_prompt_end or not (pruner.distance or pruner.attention):
+    if not schedule.sees_prompt_end or not (pruner.distance or pruner.attention or pruner.lexical):
         return torch.zeros_like(alive, dtype=torch.float32)
     attention = None
     if pruner.attention:
@@ -200,7 +203,7 @@ def _bias(
                     hidden_states_below=hidden_states_below[:, alive],
                 )
             )
-    return pruner.score_bias((alive[-1] - alive).unsqueeze(0), attention)[0]
+    return pruner.score_bias((alive[-1] - alive).unsqueeze(0), attention, overlap=overlap[:, alive])[0]
 
 
 def _pool(scores: torch.Tensor, pooling: int, recent: int, block_size: int | None) -> torch.Tensor:

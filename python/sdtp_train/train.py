@@ -34,6 +34,8 @@ WARM_UP = 0.05  # share of the steps
 # Of a term with standard deviation 1, as the regression's goal has. Regression itself gave it about 0.35 on
 # SmolLM2-135M, and pass keys were lost with 2: see docs/notes/pruners.md.
 ATTENTION_WEIGHT = 1.0
+# Of a term from 0 to 1; see docs/notes/predicted-quality.md.
+LEXICAL_WEIGHT = 0.0
 # A few numbers that multiply inputs of size one have far to go; the MLP's many weights have not.
 BIAS_RATE = 10.0
 # Of the KV predictor's weights, see sdtp_train.kv.open_maps.
@@ -82,6 +84,11 @@ def add_command(subparsers: Any) -> None:
         help="of the attention of the prompt's last tokens, which see the question; 0 for none (%(default)s). Only lm "
         "and kl train it",
     )
+    parser.add_argument(
+        "--lexical-weight", type=float, default=LEXICAL_WEIGHT, metavar="W",
+        help="of the words that the prompt's last tokens share with the text around a token; 0 for none "
+        "(%(default)s). Only lm and kl train it",
+    )  # fmt: skip
     parser.add_argument(
         "--intermediate",
         type=int,
@@ -192,8 +199,10 @@ class Objective(NamedTuple):
         *,
         attention: bool = True,
     ) -> torch.Tensor:
-        """Scores of the prunable tokens ``[m]``: as the stage will compute them, or without the attention term."""
+        """Scores of the prunable tokens ``[m]``: as the stage will compute them, or what regression trains."""
         import torch
+
+        from sdtp_kernels.lexical import lexical_overlap
 
         part = self.prunable(sample)
         hidden_states = sample.hidden_states[stage, part].float()
@@ -202,7 +211,8 @@ class Objective(NamedTuple):
             hidden_states = hidden_states * kept / (1 - self.dropout)
         distance = torch.arange(sample.info.num_context - 1, -1, -1, device=hidden_states.device).unsqueeze(0)
         if attention:
-            bias = pruner.score_bias(distance, sample.attention[stage].unsqueeze(0))
+            overlap = lexical_overlap(sample.token_ids[None, : sample.info.num_context])
+            bias = pruner.score_bias(distance, sample.attention[stage].unsqueeze(0), overlap=overlap)
         else:
             bias = pruner.distance_term(distance)
         scores: torch.Tensor = pruner(hidden_states) + bias[0, part]
@@ -369,7 +379,7 @@ class _Run:
             named |= {
                 f"{layer}.{name}": p for layer, pruner in pruners.items() for name, p in pruner.named_parameters()
             }
-            is_bias = {name: name.endswith(("distance_bias", "attention_weight")) for name in named}
+            is_bias = {name: name.endswith(("distance_bias", "attention_weight", "lexical_weight")) for name in named}
             groups += [
                 {"params": [p for name, p in named.items() if not is_bias[name]], "rate": 1.0},
                 {"params": [p for name, p in named.items() if is_bias[name]], "rate": BIAS_RATE, "weight_decay": 0.0},
@@ -595,8 +605,10 @@ def _check_settings(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout {args.dropout}: expected a share in [0, 1)")
-    if not 0 <= args.attention_weight < math.inf:
-        raise ValueError(f"--attention-weight {args.attention_weight}: expected a number from 0")
+    for name in ("attention_weight", "lexical_weight"):
+        value = getattr(args, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number from 0")
     if args.pooling < 1 or args.pooling % 2 == 0:
         raise ValueError(f"--pooling {args.pooling}: expected an odd number of tokens, or 1 for none")
     for name in ("lr", "kv_lr"):
@@ -657,6 +669,7 @@ def _new_pruners(args: argparse.Namespace, layers: Sequence[int], hidden_size: i
                 args.intermediate or trained_width(hidden_size),
                 distance=args.distance,
                 attention=args.attention_weight > 0,
+                lexical=args.lexical_weight > 0,
                 pooling=args.pooling,
                 averaging=args.averaging,
             )
@@ -665,6 +678,8 @@ def _new_pruners(args: argparse.Namespace, layers: Sequence[int], hidden_size: i
     for pruner in pruners.values():
         if pruner.attention:
             torch.nn.init.constant_(pruner.attention_weight, args.attention_weight)
+        if pruner.lexical:
+            torch.nn.init.constant_(pruner.lexical_weight, args.lexical_weight)
     if args.init:
         known = load_pruners(args.init)
         try:
@@ -673,7 +688,8 @@ def _new_pruners(args: argparse.Namespace, layers: Sequence[int], hidden_size: i
         except (KeyError, RuntimeError) as error:
             raise ValueError(
                 f"--init {args.init}: its pruners are of layers {sorted(known)}, distance={known.header.distance}, "
-                f"attention={known.header.attention}; they do not fit these settings ({str(error).splitlines()[0]})"
+                f"attention={known.header.attention}, lexical={known.header.lexical}; they do not fit these settings "
+                f"({str(error).splitlines()[0]})"
             ) from None
     return pruners
 

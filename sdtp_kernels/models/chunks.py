@@ -19,6 +19,7 @@ from .masks import cached_mask
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
+    from ..lexical import PromptTokens
     from ..schedule import PruningSchedule
     from .dropped import CompletedCache
     from .handle import SdtpHandle
@@ -72,6 +73,8 @@ class Prefill(NamedTuple):
     """The layer at the first stage that holds what earlier chunks deferred."""
     completed: CompletedCache | None
     """Where dropped tokens keep predicted keys and values: what layers are handed for a cache."""
+    prompt: PromptTokens | None
+    """Its token ids, where it is read whole and not as embeddings."""
 
     @property
     def schedule(self) -> PruningSchedule:

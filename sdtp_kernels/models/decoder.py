@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
+from ..lexical import PromptTokens
 from . import compat
 from .cache import deferring_layer, evict, is_empty, is_growing, stage_of, tell_others
 from .call import Call, CallInfo, classify_call
@@ -141,7 +142,20 @@ def run(
         completed = None
         if handle.kv_predictor is not None:
             completed = CompletedCache(handle.kv_predictor, cache, handle.backend, handle.attends_by_position)
-        prefill = Prefill(decoder, handle, cache, chunk, groups, info.settings.protected, earlier, completed)
+        prompt = None
+        if input_ids is not None and call is Call.PROMPT:
+            end = width - info.keep_last
+            prompt = PromptTokens(input_ids[:, :end], index[:, :end] >= 0 if is_padded else None)
+        elif (
+            input_ids is None
+            and not torch.compiler.is_compiling()
+            and any(scorer.is_lexical for scorer in handle.scorers.values())
+        ):
+            handle.warn_once(
+                "the prompt came as inputs_embeds, which have no words: scores are without their lexical term; pass "
+                "input_ids to have it"
+            )
+        prefill = Prefill(decoder, handle, cache, chunk, groups, info.settings.protected, earlier, completed, prompt)
         is_captured = inputs_embeds.is_cuda and torch.cuda.is_current_stream_capturing()
         if not (torch.compiler.is_compiling() or is_captured):  # a graph has no clock
             recorder = PrefillRecorder(handle.backend, inputs_embeds, "none" if completed is None else "predicted")

@@ -85,7 +85,7 @@ class SdtpHandle:
         self._is_closed = False
         self._requests: dict[threading.Thread, set[threading.Thread]] = {}
         self._recorder: PrefillRecorder | None = None
-        self._note, self._has_warned = "no prefill yet", False
+        self._note, self._warned = "no prefill yet", set[str]()
 
     @property
     def is_open(self) -> bool:
@@ -206,8 +206,8 @@ class SdtpHandle:
         self._recorder = recorder
 
     def warn_once(self, text: str) -> None:
-        if not self._has_warned:
-            self._has_warned = True
+        if text not in self._warned:
+            self._warned.add(text)
             warnings.warn(text, stacklevel=2)
 
     def __enter__(self) -> SdtpHandle:

@@ -45,6 +45,7 @@ class Plain(NamedTuple):
     is_block_local: bool
     pooling: int = 1
     num_queries: int = ATTENTION_WINDOW
+    is_lexical: bool = False
 
     def ready(self, hidden_states: torch.Tensor) -> Plain:
         return self
@@ -65,6 +66,7 @@ class Fused(NamedTuple):
     num_queries: int
     """How many of the last queries it looks at; 0 without an attention term."""
     attention_weight: float
+    lexical_weight: float
 
     @classmethod
     def of(
@@ -73,6 +75,7 @@ class Fused(NamedTuple):
         """For hidden states in `dtype`, where the pruner is, or on `device`."""
         has_distance, has_attention = pruner.distance and sees_prompt_end, pruner.attention and sees_prompt_end
         weight = pruner.attention_weight.item() if has_attention else 0.0
+        lexical_weight = pruner.lexical_weight.item() if pruner.lexical and sees_prompt_end else 0.0
         if device is not None and pruner.w1.device != device:
             pruner = copy.deepcopy(pruner).to(device)
         table = None
@@ -81,7 +84,7 @@ class Fused(NamedTuple):
                 table = pruner.distance_term(torch.arange(FARTHEST + 1, device=pruner.w1.device))
         rms_eps = pruner.rms_eps if pruner.rms_norm else None
         num_queries = QUESTION_WINDOW if has_attention else 0
-        return cls(pruner, pruner.weights(dtype), rms_eps, table, num_queries, weight)
+        return cls(pruner, pruner.weights(dtype), rms_eps, table, num_queries, weight, lexical_weight)
 
     @property
     def pooling(self) -> int:
@@ -89,9 +92,9 @@ class Fused(NamedTuple):
 
     def bias(self, stage: StageInput, backend: str) -> torch.Tensor | None:
         """What the scores ``[B, n]`` owe to the prompt's end; ``None`` where that is nothing."""
-        if self.distance_table is None and not self.num_queries:
+        table = self.table_of(stage)
+        if table is None and not self.num_queries:
             return None
-        table = self.distance_table
         if table is None:
             table = self.weights.b1.new_zeros(1)
         if not self.num_queries:
@@ -110,6 +113,17 @@ class Fused(NamedTuple):
             key=key, cos=cos, sin=sin, scaling=stage.layer_below.self_attn.scaling, pooling=ATTENTION_POOLING,
             backend=backend,
         )  # fmt: skip
+
+    def table_of(self, stage: StageInput) -> torch.Tensor | None:
+        """What a score owes to the token's distance to the prompt's end, ``[M]``, or ``[B, M]`` with its words."""
+        table = self.distance_table
+        if not self.lexical_weight or stage.prompt is None:
+            return table
+        overlap = self.lexical_weight * stage.prompt.overlap_by_distance(stage.hidden_states.device)
+        if table is None:
+            return overlap
+        farthest = torch.arange(overlap.shape[1], device=table.device).clamp(max=FARTHEST)
+        return overlap + table[farthest]
 
     def score(
         self, stage: StageInput, mean: RunningMean | None, backend: str
@@ -147,6 +161,10 @@ class Learned:
     @property
     def num_queries(self) -> int:
         return self._ready[0].num_queries
+
+    @property
+    def is_lexical(self) -> bool:
+        return self._ready[0].lexical_weight != 0
 
     def ready(self, hidden_states: torch.Tensor) -> Fused:
         for fused in self._ready:

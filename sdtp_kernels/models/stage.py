@@ -98,6 +98,7 @@ def prune(
         None if below is None or has_joined else below.hidden_states.to(device),
         None if queries is None or has_joined else queries.to(device),
         keys,
+        prefill.prompt,
         group=group,
         backend=backend,
     )

@@ -671,9 +671,10 @@ struct Attended {
                   width,
                   size.head_dim,
                   size.pooling};
-        std::vector<float> table(size.num_distances);
+        const bool is_by_row = size.rotary == Rotary::kByRow;
+        std::vector<float> table((is_by_row ? batch : 1) * size.num_distances);
         for (float& value : table) value = normal();
-        bias = {index, memory.copy(table), size.num_distances, nullptr, 0.7f, batch, width, size.keep_last};
+        bias = {index, memory.copy(table), size.num_distances, is_by_row, nullptr, 0.7f, batch, width, size.keep_last};
     }
 
     // The window of prompt_bias: the prompt's last tokens.
@@ -730,6 +731,7 @@ struct Attended {
     }
     PromptBias alone(int b, const PromptBias& bias) const {
         PromptBias own = bias;
+        if (bias.is_by_row) own.distance_table += b * bias.num_distances;
         const int64_t first = int64_t{b} * size.width() + size.width() - size.lengths[b];
         own.batch_size = 1;
         own.token_index += first;
@@ -890,7 +892,10 @@ void bias(uint64_t seed, const Prompts& size) {
     Attended<T> prompts(memory, size);
     const Window window = prompts.of_prompt();
     const int width = size.width();
-    const std::vector<float> table(prompts.bias.distance_table, prompts.bias.distance_table + size.num_distances);
+    const auto table = [&](int b) {
+        const float* first = prompts.bias.distance_table + (prompts.bias.is_by_row ? b * size.num_distances : 0);
+        return std::vector<float>(first, first + size.num_distances);
+    };
     std::vector<float> given(int64_t{size.batch()} * width);
     for (float& value : given) value = integer(0, 9) == 0 ? 0.0f : std::fabs(normal());
     for (int b = 0; b < size.batch(); ++b) {  // what stands in padding counts for nothing
@@ -904,7 +909,7 @@ void bias(uint64_t seed, const Prompts& size) {
         for (int b = 0; b < size.batch(); ++b) {
             const int64_t first = int64_t{b} * width;
             check_close(&got[first],
-                        oracle::prompt_bias(prompts.row_of_index(b), size.keep_last, table, attention(b), 0.7), 2e-4);
+                        oracle::prompt_bias(prompts.row_of_index(b), size.keep_last, table(b), attention(b), 0.7), 2e-4);
             if (is_small) continue;
             Window own_window;
             if (window != nullptr) own_window = prompts.alone(b, *window);

@@ -9,6 +9,7 @@ is therefore an independent reference for every way of decoding.
 
 from __future__ import annotations
 
+import collections
 import copy
 import math
 from fractions import Fraction
@@ -79,13 +80,31 @@ def naive_attention(probabilities, window):
     return torch.nn.functional.max_pool1d(score, 7, stride=1, padding=3).mean(0)
 
 
-def naive_terms(pruner, distance, attention):
-    """What a TokenPruner adds to its MLP's score: its distance term, and weighted attention as a standard score."""
+def naive_overlap(ids):
+    """Words of the last 64 tokens around each token of a prompt, by lists and counters."""
+    start = max(len(ids) - 64, 0)
+    weights = [0] * len(ids)
+    for n in (1, 2, 3):
+        grams = {end: tuple(ids[end - n + 1 : end + 1]) for end in range(n - 1, len(ids))}
+        asked = {gram for end, gram in grams.items() if end - n + 1 >= start}
+        count = collections.Counter(gram for end, gram in grams.items() if end < start)
+        for end in range(n - 1, start):
+            if grams[end] in asked:
+                weights[end] += round(math.log(start / count[grams[end]]) * 2**16)
+    sums = [sum(weights[max(i - 48, 0) : i + 17]) for i in range(len(ids))]
+    least = round(math.log(max(start, 1)) * 2**16)
+    return [total / max(*sums, least, 1) for total in sums]
+
+
+def naive_terms(pruner, distance, attention, overlap):
+    """What a TokenPruner adds to its MLP's score: its distance and lexical terms, and attention as a standard score."""
     terms = pruner.distance_term(distance)
     if pruner.attention:
         value = torch.log(attention + 1e-9)
         value = (value - value.mean()) / (value.std(correction=0) + 1e-6)
         terms = terms + pruner.attention_weight * value
+    if pruner.lexical:
+        terms = terms + pruner.lexical_weight * overlap
     return terms
 
 
@@ -145,6 +164,7 @@ class MaskedDense:
         embeddings = decoder.rotary_emb(hidden, positions)
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         alive = list(range(prompt_length))
+        self.overlap = torch.tensor(naive_overlap(ids[:prompt_length].tolist()))
         opinions = [[] for _ in range(prompt_length)]
         history, probabilities = [], []
         survivors, frozen = None, {}
@@ -194,9 +214,10 @@ class MaskedDense:
             for k, score in zip(alive, scores, strict=True):
                 opinions[k].append(score)
             scores = [math.fsum(opinions[k]) / len(opinions[k]) for k in alive]
-        if not (pruner.distance or pruner.attention) or self.schedule.budget == "block":  # a block sees no prompt's end
+        has_terms = pruner.distance or pruner.attention or pruner.lexical
+        if not has_terms or self.schedule.budget == "block":  # a block sees no prompt's end
             return scores
         if pruner.attention:
             attention = naive_attention(attention, 16)
-        terms = naive_terms(pruner, alive[-1] - torch.tensor(alive), attention)
+        terms = naive_terms(pruner, alive[-1] - torch.tensor(alive), attention, self.overlap[alive])
         return (torch.tensor(scores, dtype=torch.double) + terms).tolist()

@@ -118,6 +118,13 @@ MUTANTS = [
         "test_ops.py::test_prompt_bias",
     ),
     Mutant(
+        "the first row's table for all rows",
+        "csrc/cpu/prompt_bias.cpp",
+        "const_data_ptr<float>() + row * next_table",
+        "const_data_ptr<float>()",
+        "test_ops.py::test_prompt_bias_by_a_table_of_each_row",
+    ),
+    Mutant(
         "-0 below +0",
         "csrc/include/sdtp/order.h",
         "if (magnitude == 0) return kSign;",

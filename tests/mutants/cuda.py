@@ -375,10 +375,17 @@ MUTANTS = [
         f"{ON_CPU}[memory-bias]",
     ),
     Mutant(
+        "CUDA's first row's table for all rows",
+        CUDA + "prompt_bias.cuh",
+        "bias.is_by_row ? batch * bias.num_distances : 0",
+        "0",
+        f"{ON_CPU}[plain-bias]",
+    ),
+    Mutant(
         "CUDA's distances beyond the table",
         CUDA + "prompt_bias.cuh",
-        "distance_table[min(token.distance, bias.num_distances - 1)]",
-        "distance_table[token.distance]",
+        "min(token.distance, bias.num_distances - 1)",
+        "token.distance",
         f"{ON_CPU}[memory-bias]",
     ),
 ]

@@ -2,7 +2,101 @@
 
 from mutants.entry import Mutant
 
+LEXICAL = "sdtp_kernels/lexical.py"
+
 MUTANTS = [
+    # The lexical term.
+    Mutant(
+        "common words count as much as rare ones",
+        LEXICAL,
+        "rarity = (num_text / count.clamp(min=1)).log()",
+        "rarity = torch.ones_like(asked, dtype=torch.float32)",
+        "test_lexical.py::test_overlap_by_hand",
+    ),
+    Mutant(
+        "the question taken from the head of the prompt",
+        LEXICAL,
+        "asked = gram[:, start:].masked_fill(~(is_gram & (begins >= start))[:, start:], torch.iinfo(torch.int64).max)",
+        "asked = gram[:, : width - start].masked_fill(~is_gram[:, : width - start], torch.iinfo(torch.int64).max)",
+        "test_lexical.py::test_overlap_by_hand",
+    ),
+    Mutant(
+        "n-grams that begin before the question",
+        LEXICAL,
+        "~(is_gram & (begins >= start))",
+        "~is_gram",
+        "test_lexical.py::test_overlap_equals_lists_and_counters",
+    ),
+    Mutant(
+        "the question counts as text",
+        LEXICAL,
+        "is_gram & (column < start)",
+        "is_gram",
+        "test_lexical.py::test_overlap_by_hand",
+    ),
+    Mutant(
+        "n-grams that reach into padding",
+        LEXICAL,
+        "is_gram = is_gram & valid[:, begins.clamp(min=0)] & (begins >= 0)",
+        "is_gram = is_gram & (begins >= 0)",
+        "test_lexical.py::test_a_row_does_not_depend_on_its_company",
+    ),
+    Mutant(
+        "padding counts as text",
+        LEXICAL,
+        "num_text = valid[:, :start].sum(-1, keepdim=True).clamp(min=1)",
+        "num_text = torch.full_like(token_ids[:, :1], max(start, 1))",
+        "test_lexical.py::test_a_row_does_not_depend_on_its_company",
+    ),
+    Mutant(
+        "matches reach as far back as ahead",
+        LEXICAL,
+        "(column + BEFORE + 1)",
+        "(column + AFTER + 1)",
+        "test_lexical.py::test_overlap_by_hand",
+    ),
+    Mutant(
+        "much made of a common word",
+        LEXICAL,
+        ".maximum(least)",
+        "",
+        "test_lexical.py::test_overlap_by_hand",
+    ),
+    Mutant(
+        "overlap by the place a token moved to",
+        LEXICAL,
+        "distance = token_index[:, end - 1 : end] - token_index",
+        "distance = end - 1 - torch.arange(token_index.shape[1]).expand_as(token_index)",
+        "test_lexical.py::test_overlap_of_the_tokens_that_are_left",
+    ),
+    Mutant(
+        "words of what stands after the prompt",
+        "sdtp_kernels/models/decoder.py",
+        "prompt = PromptTokens(input_ids[:, :end], index[:, :end] >= 0 if is_padded else None)",
+        "prompt = PromptTokens(input_ids, index >= 0 if is_padded else None)",
+        "test_lexical.py::test_the_scorer_sees_the_prompt_and_nothing_after_it",
+    ),
+    Mutant(
+        "a chunk taken for the prompt",
+        "sdtp_kernels/models/decoder.py",
+        "if input_ids is not None and call is Call.PROMPT:",
+        "if input_ids is not None:",
+        "test_lexical.py::test_a_scorer_may_read_the_prompt",
+    ),
+    Mutant(
+        "a block that knows the words of the end",
+        "sdtp_kernels/models/scoring.py",
+        "if pruner.lexical and sees_prompt_end else 0.0",
+        "if pruner.lexical else 0.0",
+        "test_lexical.py::test_a_block_does_not_know_the_words_of_the_end",
+    ),
+    Mutant(
+        "a file with a lexical term that older readers take",
+        "sdtp_kernels/pruner_file.py",
+        "version = 3 if header.lexical else",
+        "version =",
+        "test_pruner.py::test_a_lexical_term_comes_back_as_it_was",
+    ),
     Mutant(
         "a NumPy number read to the last bit",
         "sdtp_kernels/schedule.py",

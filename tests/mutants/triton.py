@@ -170,6 +170,13 @@ MUTANTS = [
         "triton_interpreter_suite.py::test_prompt_bias",
     ),
     Mutant(
+        "the first row's table for all rows on Triton",
+        "sdtp_kernels/backends/triton/window.py",
+        "num_distances if table.dim() == 2 else 0",
+        "0",
+        "triton_interpreter_suite.py::test_prompt_bias",
+    ),
+    Mutant(
         "tiles' means taken for the prompt's",
         "sdtp_kernels/backends/triton/window.py",
         " + counts * offset * offset",

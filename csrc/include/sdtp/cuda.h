@@ -99,8 +99,9 @@ struct Window {
 
 struct PromptBias {
     const int64_t* token_index;   // [B, N], contiguous, as all of the following
-    const float* distance_table;  // [num_distances]
+    const float* distance_table;  // [num_distances], or one such for every row
     int64_t num_distances;
+    bool is_by_row;
     const float* attention;  // [B, N]; may be null
     float attention_weight;
     int batch_size;

@@ -180,13 +180,13 @@ def store_logarithms(
 
 
 @triton.jit(
-    do_not_specialize=["num_keys", "num_splits", "stride_index", "end", "num_distances"],
+    do_not_specialize=["num_keys", "num_splits", "stride_index", "stride_table", "end", "num_distances"],
     do_not_specialize_on_alignment=["query_index_ptr"],
 )
 def sdtp_window_kernel(
     query_ptr, stride_q_b, stride_q_h, stride_q_n, stride_q_d, key_ptr, stride_k_b, stride_k_h, stride_k_n, stride_k_d,
     cos_ptr, sin_ptr, stride_rotary_b, stride_rotary_n, query_index_ptr, stride_index, key_index_ptr, partial_ptr,
-    finished_ptr, output_ptr, moments_ptr, table_ptr,
+    finished_ptr, output_ptr, moments_ptr, table_ptr, stride_table,
     key_heads, group, window, head_dim, num_keys, num_splits, end, num_distances, weight, scale,
     FLOOR: tl.constexpr, UPCAST: tl.constexpr, INPUT_PRECISION: tl.constexpr, REACH: tl.constexpr,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
@@ -241,8 +241,8 @@ def sdtp_window_kernel(
             mean, spread = mean_and_spread(moments_ptr, num_tiles, TILES)
             for first in range(0, num_keys, TOKENS):
                 store_bias(
-                    key_index_ptr, table_ptr, output_ptr, output_ptr, first + tl.arange(0, TOKENS), num_keys,
-                    last_index, num_distances, weight, mean, spread,
+                    key_index_ptr, table_ptr + batch * stride_table, output_ptr, output_ptr,
+                    first + tl.arange(0, TOKENS), num_keys, last_index, num_distances, weight, mean, spread,
                 )  # fmt: skip
 
 
@@ -299,9 +299,9 @@ def store_bias(
     tl.store(bias_ptr + tokens, tl.where(is_valid, bias, 0.0), mask=is_token)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "end", "num_distances", "num_tiles"])
+@triton.jit(do_not_specialize=["num_tokens", "end", "num_distances", "stride_table", "num_tiles"])
 def sdtp_bias_kernel(
-    token_index_ptr, table_ptr, logs_ptr, moments_ptr, bias_ptr,
+    token_index_ptr, table_ptr, stride_table, logs_ptr, moments_ptr, bias_ptr,
     num_tokens, end, num_distances, num_tiles, weight, TOKENS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Program (run of tokens, row): for attention that is given, or none."""
@@ -312,7 +312,7 @@ def sdtp_bias_kernel(
         logs_ptr += batch * num_tokens
         mean, spread = mean_and_spread(moments_ptr + batch * num_tiles * 3, num_tiles, TILES)
     store_bias(
-        token_index_ptr, table_ptr, logs_ptr, bias_ptr + batch * num_tokens,
+        token_index_ptr, table_ptr + batch * stride_table, logs_ptr, bias_ptr + batch * num_tokens,
         tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), num_tokens, last_token(token_index_ptr, end),
         num_distances, weight, mean, spread,
     )  # fmt: skip
@@ -339,6 +339,13 @@ def _tile(window: Window) -> _Tile | None:
     return tile if fits and 4 * (window.pooling // 2) <= tile.BLOCK_KEYS else None
 
 
+def _table(terms: PromptTerms) -> tuple[torch.Tensor, int, int]:
+    """The distance table, how far a row's own is from the one before, and how many distances it has."""
+    table = terms.distance_table.contiguous()
+    num_distances = table.shape[-1]
+    return table, num_distances if table.dim() == 2 else 0, num_distances
+
+
 def _attend(window: Window, tile: _Tile, terms: PromptTerms | None = None) -> torch.Tensor:
     """The attention ``[B, n]``, or the bias that it is a part of.
 
@@ -352,11 +359,11 @@ def _attend(window: Window, tile: _Tile, terms: PromptTerms | None = None) -> to
     if not output.numel():
         return output
     finished = moments = table = None
-    end, num_distances, weight = 0, 0, 0.0
+    stride_table, end, num_distances, weight = 0, 0, 0, 0.0
     if terms is not None:
         finished, moments = query.new_empty(batch_size, dtype=torch.int32), floats((batch_size, num_tiles, 3))
-        table = terms.distance_table.contiguous()
-        end, num_distances, weight = terms.end, len(table), terms.attention_weight
+        table, stride_table, num_distances = _table(terms)
+        end, weight = terms.end, terms.attention_weight
     # A few programs for every multiprocessor.
     blocks = configs.ceil_divide(num_keys, tile.BLOCK_KEYS)
     wanted = configs.ceil_divide(2 * configs.device_of(query.device).multiprocessors, batch_size * key_heads)
@@ -386,7 +393,7 @@ def _attend(window: Window, tile: _Tile, terms: PromptTerms | None = None) -> to
         *arguments, *sizes, keys_per_split, scale, **constants, **options, num_stages=2
     )
     sdtp_window_kernel[(num_tiles, batch_size)](
-        *arguments, output, moments, table, *sizes, end, num_distances, weight, scale,
+        *arguments, output, moments, table, stride_table, *sizes, end, num_distances, weight, scale,
         FLOOR=reference.ATTENTION_FLOOR, REACH=reach, **tile._asdict(), TOKENS=_TOKENS_OF_LAST, TILES=_TILES,
         **options, num_stages=1,
     )  # fmt: skip
@@ -426,8 +433,9 @@ def prompt_bias(terms: PromptTerms) -> torch.Tensor:
             attention.contiguous(), index, logs, moments, num_tokens, end,
             FLOOR=reference.ATTENTION_FLOOR, TOKENS=_TOKENS, **configs.EXACT,
         )  # fmt: skip
+    table, stride_table, num_distances = _table(terms)
     sdtp_bias_kernel[grid](
-        index, terms.distance_table.contiguous(), logs, moments, bias, num_tokens, end, len(terms.distance_table),
-        grid[0], terms.attention_weight, TOKENS=_TOKENS, TILES=_TILES, **configs.EXACT,
+        index, table, stride_table, logs, moments, bias, num_tokens, end, num_distances, grid[0],
+        terms.attention_weight, TOKENS=_TOKENS, TILES=_TILES, **configs.EXACT,
     )  # fmt: skip
     return bias

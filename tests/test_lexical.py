@@ -1,0 +1,161 @@
+"""Lexical overlap, and what the stages of a patched model make of it."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from helpers.oracle import naive_overlap
+from helpers.prompts import LAYERS, LENGTHS, SCHEDULES, SHORT_LENGTHS, TOKENS, padded_batch, prompt
+
+from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
+from sdtp_kernels.lexical import PromptTokens, lexical_overlap
+from sdtp_kernels.scorers import block_local
+
+NOTHING = contextlib.nullcontext()
+
+
+def repeated(tokens, batch=1, kinds=40):
+    """Prompts of few different tokens, so that n-grams of all lengths come again."""
+    return torch.randint(0, kinds, (batch, tokens), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 40, 64, 65, 66, 300])
+@pytest.mark.parametrize("kinds", [1, 7, 40, 2**21])
+def test_overlap_equals_lists_and_counters(tokens, kinds):
+    ids = repeated(tokens, kinds=kinds)
+    expected = torch.tensor([naive_overlap(ids[0].tolist())]) if tokens else torch.empty(1, 0)
+    torch.testing.assert_close(lexical_overlap(ids), expected, atol=1e-6, rtol=0)
+
+
+def test_overlap_by_hand():
+    """A pair of words that is asked for counts more than one of them, and a word that is everywhere nothing."""
+    ids = torch.arange(1000, 1400)[None]
+    ids[0, 50:52] = torch.tensor([7, 8])
+    ids[0, 200] = 8
+    ids[0, 390:392] = torch.tensor([7, 8])
+    single, pair = math.log(336 / 1), math.log(336 / 2) + math.log(336 / 1)  # 8 stands twice, 7 and the pair once
+    expected = torch.zeros(400)
+    expected[34:99], expected[35:100] = single, single + pair
+    expected[34] = single
+    expected[99] = pair
+    expected[184:249] = math.log(336 / 2)
+    torch.testing.assert_close(lexical_overlap(ids)[0], expected / expected.max(), atol=1e-4, rtol=0)
+    assert not lexical_overlap(torch.arange(400)[None]).any()
+    # A row of one word tells nothing, and that is not made much of.
+    assert lexical_overlap(torch.full((1, 400), 5)).max() < 0.1
+
+
+def test_a_row_does_not_depend_on_its_company():
+    ids, lengths = repeated(300, 3), (300, 211, 70)
+    is_valid = torch.stack([torch.arange(300) >= 300 - n for n in lengths])
+    ids[~is_valid] = 3  # a pad token that is a word as well, and of which the question asks what follows it
+    ids[1, 290:292] = ids[1, 88:90]
+    together = lexical_overlap(ids, is_valid)
+    for row, n in enumerate(lengths):
+        assert torch.equal(together[row, 300 - n :], lexical_overlap(ids[row : row + 1, 300 - n :])[0])
+        assert not together[row, : 300 - n].any()
+
+
+def test_overlap_of_the_tokens_that_are_left():
+    ids = repeated(300, 2)
+    is_valid = torch.ones_like(ids, dtype=torch.bool)
+    is_valid[1, :100] = False
+    whole = lexical_overlap(ids, is_valid)
+    index = torch.tensor([[3, 100, 299, 300, 301], [-1, 0, 199, 200, 201]])  # two stand after the prompt
+    found = PromptTokens(ids, is_valid).overlap_at(index, keep_last=2)
+    expected = [[*whole[0, [3, 100, 299]], 0, 0], [0, *whole[1, [100, 299]], 0, 0]]
+    assert torch.equal(found, torch.tensor(expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep_last", [0, 9])
+def test_the_scorer_sees_the_prompt_and_nothing_after_it(tiny_model, keep_last):
+    schedule = PruningSchedule(LAYERS, 0.5)
+    ids = torch.cat([repeated(TOKENS), prompt(keep_last)], dim=1)
+    scores = torch.tensor(naive_overlap(ids[0, :TOKENS].tolist()))
+
+    def by_hand(stage):
+        return scores[stage.token_index.clamp(0, TOKENS - 1)]
+
+    kept = []
+    for scorer in ("lexical", by_hand):
+        with apply_sdtp(tiny_model, scorer, schedule) as handle:
+            tiny_model(ids, logits_to_keep=keep_last + 1)
+            kept.append(handle.report().kept[0].tolist())
+    assert kept[0] == kept[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [LENGTHS, SHORT_LENGTHS])
+def test_padded_rows_equal_rows_alone(tiny_model, lengths):
+    batch = padded_batch(lengths)
+    batch["input_ids"] = batch["input_ids"] % 20 * batch["attention_mask"]
+    pruners = {layer: TokenPruner(64, lexical=True) for layer in LAYERS}
+    for pruner in pruners.values():
+        pruner.lexical_weight.data.fill_(5.0)
+    for scorer in (pruners, "lexical"):
+        with apply_sdtp(tiny_model, scorer, SCHEDULES["global"]):
+            positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            got = tiny_model(**batch, position_ids=positions, logits_to_keep=1).logits
+            for row, n in enumerate(lengths):
+                alone = tiny_model(batch["input_ids"][row : row + 1, TOKENS - n :], logits_to_keep=1).logits
+                torch.testing.assert_close(got[row], alone[0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", ["global", "block"])
+def test_a_block_does_not_know_the_words_of_the_end(tiny_model, budget):
+    schedule = SCHEDULES[budget]
+    pruners = {layer: TokenPruner(64, lexical=True) for layer in LAYERS}
+    kept = []
+    for weight in (0.0, 50.0):
+        for pruner in pruners.values():
+            pruner.lexical_weight.data.fill_(weight)
+        with apply_sdtp(tiny_model, pruners, schedule) as handle:
+            tiny_model(repeated(TOKENS), logits_to_keep=1)
+            kept.append(handle.report().kept[0].tolist())
+    assert (kept[0] == kept[1]) == (budget == "block")
+
+
+@torch.no_grad()
+def test_a_prompt_of_embeddings_has_no_words(tiny_model):
+    """A pruner goes by its other terms and says so; the lexical scorer, which has none, refuses."""
+    embeddings = tiny_model.get_input_embeddings()(repeated(TOKENS))
+    torch.manual_seed(1)
+    plain = {layer: TokenPruner(64) for layer in LAYERS}
+    lexical = {layer: TokenPruner(64, lexical=True) for layer in LAYERS}
+    kept = []
+    for layer in LAYERS:
+        lexical[layer].load_state_dict({**plain[layer].state_dict(), "lexical_weight": torch.tensor(50.0)})
+    for pruners in (plain, lexical):
+        expectation = pytest.warns(UserWarning, match="without their lexical term") if pruners is lexical else NOTHING
+        with expectation, apply_sdtp(tiny_model, pruners, SCHEDULES["global"]) as handle:
+            tiny_model(inputs_embeds=embeddings, logits_to_keep=1)
+            kept.append(handle.report().kept[0].tolist())
+    assert kept[0] == kept[1]
+    with (
+        apply_sdtp(tiny_model, "lexical", SCHEDULES["global"]),
+        pytest.raises(ValueError, match="reads token ids: pass input_ids"),
+    ):
+        tiny_model(inputs_embeds=embeddings, logits_to_keep=1)
+
+
+@torch.no_grad()
+def test_a_scorer_may_read_the_prompt(tiny_model):
+    """Token ids are there where the prompt is read whole, and not where it comes in chunks."""
+    seen = []
+
+    @block_local
+    def scorer(stage):
+        seen.append(None if stage.prompt is None else stage.prompt.token_ids.tolist())
+        return stage.token_index.float()
+
+    ids = prompt()
+    with apply_sdtp(tiny_model, scorer, SCHEDULES["block"]):
+        tiny_model.generate(ids, max_new_tokens=2, do_sample=False)
+        assert seen == [ids.tolist()] * len(LAYERS)
+        seen.clear()
+        tiny_model.generate(ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=100)
+    assert seen
+    assert not any(seen)
