@@ -116,7 +116,7 @@ $(TRAIN)/smollm2-135m.safetensors: | $(VENV)/install.done
 	$(BIN)/sdtp train --saliency $(TRAIN)/saliency --epochs 6 --kv-rank 160 --out $@
 
 $(TRAIN)/smollm2-135m-paper.safetensors: $(TRAIN)/smollm2-135m.safetensors
-	$(BIN)/sdtp train --saliency $(TRAIN)/saliency --epochs 6 --no-distance --attention-weight 0 --pooling 1 \
+	$(BIN)/sdtp train --saliency $(TRAIN)/saliency --epochs 6 --no-distance --attention-weight 0 --lexical-weight 0 --pooling 1 \
 		--no-averaging --intermediate 144 --out $@
 
 $(TRAIN)/smollm2-135m-kl.safetensors: $(TRAIN)/smollm2-135m.safetensors

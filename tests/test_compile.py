@@ -158,12 +158,18 @@ def test_two_graphs_take_every_padded_prompt(compiled, tokens, padding):
     assert len(graphs) <= 2
 
 
-@pytest.mark.parametrize("scorer", ["random", "attention", "pruners that average"])
+def all_terms():
+    """A pruner of the shipped form."""
+    pruner = TokenPruner(64, distance=True, attention=True, lexical=True, pooling=7, averaging=True)
+    pruner.lexical_weight.data.fill_(3.0)
+    return pruner
+
+
+@pytest.mark.parametrize("scorer", ["random", "attention", "lexical", "pruners that average"])
 def test_scorers_compile(scorer):
     model = make_qwen2(num_layers=3)
     if scorer == "pruners that average":
-        settings = {"distance": True, "attention": True, "pooling": 7, "averaging": True}
-        scorer = {layer: TokenPruner(64, **settings) for layer in SCHEDULES["global"].layers}
+        scorer = {layer: all_terms() for layer in SCHEDULES["global"].layers}
     assert compilations(model, CALLS["given cache"], apply_sdtp(model, scorer, SCHEDULES["global"])) <= 2
 
 
@@ -182,7 +188,7 @@ def test_inductor():
 def test_no_host_sync_in_the_patched_loop(backend, schedule):
     """Padded and not, prefill and decode. transformers itself looks whether a mask is all ones; that is not ours."""
     model = make_qwen2(num_layers=3)
-    pruners = {1: TokenPruner(64), 2: TokenPruner(64, averaging=True)}
+    pruners = {1: TokenPruner(64), 2: all_terms()}
     with apply_sdtp(model, pruners, schedule, backend):
         for call in ("given cache", "padded"):
             inputs = arguments(model, 300, **CALLS[call])

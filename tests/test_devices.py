@@ -29,10 +29,12 @@ def make_pruners(hidden_size=64):
     """Trained forms: of the paper, and with everything that a pruner may add."""
     torch.manual_seed(1)
     plain = {layer: TokenPruner(hidden_size, pooling=3) for layer in LAYERS}
-    full = {layer: TokenPruner(hidden_size, distance=True, attention=True, averaging=True) for layer in LAYERS}
+    terms = dict.fromkeys(("distance", "attention", "lexical", "averaging"), True)
+    full = {layer: TokenPruner(hidden_size, **terms) for layer in LAYERS}
     for pruner in full.values():
         torch.nn.init.normal_(pruner.distance_bias)
         pruner.attention_weight.data.fill_(1.0)
+        pruner.lexical_weight.data.fill_(3.0)
     return {"plain": plain, "full": full}
 
 

@@ -10,7 +10,8 @@ from helpers.prompts import LAYERS, LENGTHS, SCHEDULES, SHORT_LENGTHS, TOKENS, p
 
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
 from sdtp_kernels.lexical import PromptTokens, lexical_overlap
-from sdtp_kernels.scorers import block_local
+from sdtp_kernels.models import scoring
+from sdtp_kernels.scorers import StageInput, block_local
 
 NOTHING = contextlib.nullcontext()
 
@@ -159,3 +160,18 @@ def test_a_scorer_may_read_the_prompt(tiny_model):
         tiny_model.generate(ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=100)
     assert seen
     assert not any(seen)
+
+
+def test_prompts_longer_than_the_farthest_distance(monkeypatch):
+    """What is farther counts as the farthest, with words and without."""
+    monkeypatch.setattr(scoring, "FARTHEST", 99)
+    ids = repeated(300)
+    pruner = TokenPruner(8, distance=True, lexical=True)
+    torch.nn.init.normal_(pruner.distance_bias)
+    pruner.lexical_weight.data.fill_(2.0)
+    stage = StageInput(torch.zeros(1, 300, 8), (None, None), torch.arange(300)[None], 0, None, None)
+    stage = stage._replace(prompt=PromptTokens(ids))
+    bias = scoring.Fused.of(pruner, torch.float32).bias(stage, "reference")
+    distance = torch.arange(299, -1, -1).clamp(max=99)
+    expected = pruner.distance_term(distance) + 2 * lexical_overlap(ids)
+    torch.testing.assert_close(bias, expected)

@@ -395,7 +395,7 @@ def rows(out):
     return [json.loads(line) for line in out.with_name(f"{out.name}.jsonl").read_text().splitlines()]
 
 
-FAINT = ("--attention-weight", 0.01)  # the planted score has no such term
+FAINT = ("--attention-weight", 0.01, "--lexical-weight", 0.01)  # the planted score has no such terms
 
 
 @pytest.mark.parametrize("loss", [["mse"], ["rank=0.5"]])
@@ -409,7 +409,7 @@ def test_a_planted_score_is_learned(planted, sdtp, tmp_path, loss):
     assert sorted(stack) == [4, 7]
     assert stack.header.distance
     assert stack.header.attention
-    assert not stack.header.lexical
+    assert stack.header.lexical
     facts = stack.header.training
     assert min(facts["validation"]["spearman"].values()) > 0.8
     assert facts["target"] == ["future_attention"]
@@ -546,6 +546,7 @@ def test_mistakes_get_answers_and_nothing_is_written(place, sdtp, tmp_path, caps
         (("--keep", "1.5", "--loss", "kl"), "keep_ratio=1.5"),
         (("--dropout", "1"), "--dropout 1.0"),
         (("--batch", "0"), "--batch 0: expected at least 1"),
+        (("--lexical-weight", "-1"), "--lexical-weight -1.0: expected a number from 0"),
         (("--init", str(plain)), "do not fit these settings"),
         (("--init", str(tmp_path / "none")), "no such pruner file"),
     ):

@@ -229,7 +229,7 @@ def _check_bias(shape: Shape, dtype: torch.dtype, device: torch.device, backend:
     generator = torch.Generator(device).manual_seed(0)
     normal = functools.partial(torch.randn, device=device, generator=generator)
     query, key = normal(shape.batch, 4, window, 64).to(dtype), normal(shape.batch, 2, tokens, 64).to(dtype)
-    (cos, sin), table = normal(2, 1, tokens, 64).to(dtype), normal(1000)
+    (cos, sin), table = normal(2, 1, tokens, 64).to(dtype), normal(shape.batch, 1000)
     padding = torch.arange(shape.batch, device=device) * tokens // (shape.batch + 1)
     index = (torch.arange(tokens, device=device) - padding.unsqueeze(-1)).clamp(min=-1)
     got, expected = (

@@ -73,14 +73,16 @@ def stages(model: str) -> dict[str, Callable[[], object]]:
     """A stage of the form that ships, as a patched model calls it: under either budget."""
     sizes = lookup(MODELS, model, "model")
     heads, key_heads, head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
-    index, table = torch.arange(_TOKENS)[None], torch.zeros(1000)
+    index, table, overlap = torch.arange(_TOKENS)[None], torch.zeros(_TOKENS), torch.zeros(1, _TOKENS)
     query = torch.zeros(1, QUESTION_WINDOW, heads, head_dim, dtype=torch.bfloat16).transpose(1, 2)
     key = torch.zeros(1, key_heads, _TOKENS, head_dim, dtype=torch.bfloat16)
     cos, sin = torch.zeros(2, 1, _TOKENS, head_dim, dtype=torch.bfloat16)
-    bias = functools.partial(
-        prompt_bias, index, table, attention_weight=1.0, query=query, key=key, cos=cos, sin=sin, scaling=0.1,
-        pooling=ATTENTION_POOLING, backend="triton",
-    )  # fmt: skip
+
+    def bias() -> torch.Tensor:
+        return prompt_bias(
+            index, torch.add(table, overlap, alpha=1.0), attention_weight=1.0, query=query, key=key, cos=cos, sin=sin,
+            scaling=0.1, pooling=ATTENTION_POOLING, backend="triton",
+        )  # fmt: skip
 
     def stage_of(case: Case) -> Callable[..., object]:
         stage, plan = make_stage(case, "cpu"), case.plan()

@@ -59,7 +59,10 @@ def make_card(stack: PrunerStack) -> str:
         ("layers before which tokens are dropped", ", ".join(map(str, header.layers))),
         ("hidden size", header.hidden_size),
         ("width of the MLPs", stack[header.layers[0]].w1.shape[0]),
-        ("terms beside the MLP", ", ".join(name for name in ("distance", "attention") if getattr(header, name)) or "-"),
+        (
+            "terms beside the MLP",
+            ", ".join(name for name in ("distance", "attention", "lexical") if getattr(header, name)) or "-",
+        ),
         ("pooling, tokens", header.pooling),
         ("scores averaged over the stages", "yes" if header.averaging else "no"),
     ]

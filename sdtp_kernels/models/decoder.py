@@ -143,18 +143,8 @@ def run(
         if handle.kv_predictor is not None:
             completed = CompletedCache(handle.kv_predictor, cache, handle.backend, handle.attends_by_position)
         prompt = None
-        if input_ids is not None and call is Call.PROMPT:
-            end = width - info.keep_last
-            prompt = PromptTokens(input_ids[:, :end], index[:, :end] >= 0 if is_padded else None)
-        elif (
-            input_ids is None
-            and not torch.compiler.is_compiling()
-            and any(scorer.is_lexical for scorer in handle.scorers.values())
-        ):
-            handle.warn_once(
-                "the prompt came as inputs_embeds, which have no words: scores are without their lexical term; pass "
-                "input_ids to have it"
-            )
+        if call is Call.PROMPT:
+            prompt = _prompt_tokens(handle, input_ids, index, info.keep_last, is_padded)
         prefill = Prefill(decoder, handle, cache, chunk, groups, info.settings.protected, earlier, completed, prompt)
         is_captured = inputs_embeds.is_cuda and torch.cuda.is_current_stream_capturing()
         if not (torch.compiler.is_compiling() or is_captured):  # a graph has no clock
@@ -223,6 +213,25 @@ def run(
         handle.record(recorder)
     output = compat.output(decoder.norm(hidden_states), cache if use_cache else None)
     return output if return_dict else output.to_tuple()
+
+
+def _prompt_tokens(
+    handle: SdtpHandle, input_ids: torch.Tensor | None, index: torch.Tensor, keep_last: int, is_padded: bool
+) -> PromptTokens | None:
+    """The words of a prompt that is read whole, ready where a pruner looks at them."""
+    is_lexical = any(scorer.is_lexical for scorer in handle.scorers.values())
+    if input_ids is None:
+        if is_lexical and not torch.compiler.is_compiling():
+            handle.warn_once(
+                "the prompt came as inputs_embeds, which have no words: scores are without their lexical term; pass "
+                "input_ids to have it"
+            )
+        return None
+    end = input_ids.shape[1] - keep_last
+    prompt = PromptTokens(input_ids[:, :end], index[:, :end] >= 0 if is_padded else None)
+    if is_lexical:
+        prompt.overlap_by_distance(input_ids.device)  # before the layers, and so in no stage
+    return prompt
 
 
 def _why_only_added(handle: SdtpHandle, is_enabled: bool, tokens: int) -> str:

@@ -119,11 +119,13 @@ class Fused(NamedTuple):
         table = self.distance_table
         if not self.lexical_weight or stage.prompt is None:
             return table
-        overlap = self.lexical_weight * stage.prompt.overlap_by_distance(stage.hidden_states.device)
+        overlap = stage.prompt.overlap_by_distance(stage.hidden_states.device)
         if table is None:
-            return overlap
-        farthest = torch.arange(overlap.shape[1], device=table.device).clamp(max=FARTHEST)
-        return overlap + table[farthest]
+            return self.lexical_weight * overlap
+        beyond = overlap.shape[1] - len(table)
+        if beyond > 0:
+            table = torch.cat([table, table[-1:].expand(beyond)])
+        return torch.add(table[: overlap.shape[1]], overlap, alpha=self.lexical_weight)
 
     def score(
         self, stage: StageInput, mean: RunningMean | None, backend: str
