@@ -7,6 +7,7 @@ this is computed once a prompt, from token ids alone, in operations whose shapes
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 QUESTION = 64  # last tokens of a prompt, which are taken for its question
 LONGEST = 3  # tokens of an n-gram: single ones cannot tell one number from another
@@ -47,28 +48,30 @@ def lexical_overlap(token_ids: torch.Tensor, is_valid: torch.Tensor | None = Non
     if width == 0:
         return token_ids.float()
     start = max(width - QUESTION, 0)
-    column = torch.arange(width, device=token_ids.device)
     valid = torch.ones_like(token_ids, dtype=torch.bool) if is_valid is None else is_valid
     num_text = valid[:, :start].sum(-1, keepdim=True).clamp(min=1)
     least = (num_text.log() * _FRACTION).round().long()
-    weights = torch.zeros_like(token_ids)
-    gram, is_gram = torch.zeros_like(token_ids), valid
-    for n in range(1, LONGEST + 1):
-        begins = column - (n - 1)
-        token = token_ids[:, begins.clamp(min=0)]  # each n-gram stands where it ends
-        gram = gram + token * _MAX_IDS ** (n - 1)
-        is_gram = is_gram & valid[:, begins.clamp(min=0)] & (begins >= 0)
-        asked = gram[:, start:].masked_fill(~(is_gram & (begins >= start))[:, start:], torch.iinfo(torch.int64).max)
-        asked = asked.sort(-1).values
-        place = torch.searchsorted(asked, gram).clamp(max=width - start - 1)
-        is_match = (asked.gather(1, place) == gram) & is_gram & (column < start)
-        count = torch.zeros_like(asked).scatter_add(1, place, is_match.long())
-        rarity = (num_text / count.clamp(min=1)).log()
-        weights = weights + torch.where(is_match, rarity.gather(1, place) * _FRACTION, 0).round().long()
-    total = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))
+    # All n-grams at once, [LONGEST, B, N]: each is one number, and stands where it ends.
+    before = torch.arange(LONGEST, device=token_ids.device).view(-1, 1, 1)
+    column = torch.arange(width, device=token_ids.device)
+    gram = (_shifted(token_ids) * _MAX_IDS**before).cumsum(0)
+    is_gram = _shifted(valid).cumprod(0).bool()
+    is_asked = (is_gram & (column - before >= start))[..., start:]
+    asked = gram[..., start:].masked_fill(~is_asked, torch.iinfo(torch.int64).max).sort(-1).values
+    place = torch.searchsorted(asked, gram).clamp(max=width - start - 1)
+    is_match = (asked.gather(-1, place) == gram) & is_gram & (column < start)
+    count = torch.zeros_like(asked).scatter_add(-1, place, is_match.long())
+    rarity = ((num_text / count.clamp(min=1)).log() * _FRACTION).round().long()
+    weights = torch.where(is_match, rarity.gather(-1, place), 0).sum(0)
+    total = F.pad(weights.cumsum(-1), (1, 0))
     overlap = total[:, (column + BEFORE + 1).clamp(max=width)] - total[:, (column - AFTER).clamp(min=0)]
     overlap = overlap.masked_fill(~valid, 0)
     return overlap.float() / overlap.amax(-1, keepdim=True).maximum(least).clamp(min=1).float()
+
+
+def _shifted(values: torch.Tensor) -> torch.Tensor:
+    """`values` ``[B, N]``, those one place before, and so on, ``[LONGEST, B, N]``; 0 where there are none."""
+    return F.pad(values, (LONGEST - 1, 0)).unfold(-1, LONGEST, 1).flip(-1).movedim(-1, 0).contiguous()
 
 
 class PromptTokens:
