@@ -909,7 +909,8 @@ void bias(uint64_t seed, const Prompts& size) {
         for (int b = 0; b < size.batch(); ++b) {
             const int64_t first = int64_t{b} * width;
             check_close(&got[first],
-                        oracle::prompt_bias(prompts.row_of_index(b), size.keep_last, table(b), attention(b), 0.7), 2e-4);
+                        oracle::prompt_bias(prompts.row_of_index(b), size.keep_last, table(b), attention(b), 0.7),
+                        2e-4);
             if (is_small) continue;
             Window own_window;
             if (window != nullptr) own_window = prompts.alone(b, *window);
