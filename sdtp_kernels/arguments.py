@@ -286,8 +286,8 @@ def check_terms(terms: PromptTerms) -> None:
     batch, length = token_index.shape
     if not 0 <= keep_last <= length:
         raise ValueError(f"keep_last={keep_last}: expected 0 to {length}, the number of tokens")
-    is_table = distance_table.shape in (distance_table.shape[-1:], (batch, distance_table.shape[-1]))
-    if not (distance_table.dim() and is_table and distance_table.shape[-1] and distance_table.dtype == torch.float32):
+    *rows, num_distances = distance_table.shape or (0,)
+    if not (rows in ([], [batch]) and num_distances and distance_table.dtype == torch.float32):
         raise ValueError(
             f"distance_table: expected [M] or [{batch}, M] torch.float32 with at least one entry, got "
             f"{describe(distance_table)}"

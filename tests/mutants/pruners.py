@@ -198,15 +198,15 @@ MUTANTS = [
     Mutant(
         "a file with a KV predictor that older readers take",
         "sdtp_kernels/pruner_file.py",
-        "version = 1 if kv_predictor is None else 2",
-        "version = 1",
+        "else 1 if kv_predictor is None else 2",
+        "else 1",
         "test_pruner.py::test_a_kv_predictor_comes_back_as_it_was",
     ),
     Mutant(
         "a file without a KV predictor that older readers refuse",
         "sdtp_kernels/pruner_file.py",
-        "version = 1 if kv_predictor is None else 2",
-        "version = 2",
+        "else 1 if kv_predictor is None else 2",
+        "else 2",
         "test_pruner.py::test_a_file_without_a_kv_predictor_is_of_version_1",
     ),
     Mutant(
