@@ -5,8 +5,8 @@ output logits (``w2 [2, H]``, ``b2 [2]``, the form of the paper) are folded on l
 take.
 
 From version 2 on a file may also hold the model's KV predictor: its parameters as ``kv.<name>``, all of one dtype, and
-its sizes in the header. From version 3 on pruners may have a lexical term, ``lexical_weight``. What a file does not
-hold, its header does not name.
+its sizes in the header. From version 3 on pruners may have a lexical term, ``lexical_weight``; the header names it only
+where they have one.
 """
 
 from __future__ import annotations
