@@ -8,6 +8,7 @@ NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*/*.* csrc/*/*/
 CPP = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+MUTANT_ARGS ?=
 MACHINE ?= $(shell uname -m)-$(shell nproc)core
 RESULTS = benchmarks/results/$(MACHINE)
 BENCH = $(BIN)/sdtp bench
@@ -152,9 +153,9 @@ test-compat: $(VENV)/install.done $(patsubst %,$(VENV)/transformers-%,$(filter-o
 	done; \
 	if [ -n "$$skipped" ]; then echo "SKIPPED, not installed: transformers$$skipped"; fi
 
-test-mutants: $(VENV)/nvcc.done ## plant known bugs in copies of the source; every one must be caught
+test-mutants: $(VENV)/nvcc.done ## plant known bugs in copies of the source; every one must be caught; MUTANT_ARGS='--minutes 25' ends early
 	$(MAKE) $(NEEDED)
-	$(BIN)/python tests/mutants
+	$(BIN)/python tests/mutants $(MUTANT_ARGS)
 
 lint: $(VENV)/install.done ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

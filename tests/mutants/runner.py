@@ -1,7 +1,8 @@
 """Tests of the tests: plants one bug at a time in a copy of the source and demands that the suite fails.
 
 Run with ``make test-mutants``, or some by parts of their names with ``python tests/mutants NAME ...``. A bug that
-survives is a missing test; a bug whose text is no longer found is a stale entry of the list. Both fail the run.
+survives is a missing test; a bug whose text is no longer found is a stale entry of the list. Both fail the run. With
+``--minutes`` a slow machine plants as many as it can in that time, and the last lines say how many that were.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import importlib.util
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
+from unittest import mock
 
 from mutants import AREAS
 from mutants.entry import CUDA, SUITE, Mutant, StaleError, plant
@@ -39,6 +43,9 @@ CPUINFO = Path("/proc/cpuinfo")
 UNUSED = set() if CPUINFO.is_file() and "avx2" in CPUINFO.read_text() else {"csrc/cpu/narrow.cpp"}
 # A test that fails, or one that a wild address ends: anything else is a broken run and proves nothing.
 CAUGHT = (1, -signal.SIGSEGV)
+LEFT = "not tried"
+# Seconds: a test that hangs is ended by an alarm, a minute after it has said where it stands.
+HANGS = 600
 # What the tests import besides our package, which comes from the copy.
 LARGE = (
     "torch._dynamo", "pytest", "_hypothesis_pytestplugin", "hypothesis", "safetensors.torch", "tokenizers",
@@ -135,6 +142,8 @@ def _fork_for_ever(connection, interprets: bool) -> None:
     for name in (*LARGE, "triton.language") if interprets else LARGE:
         with suppress(ImportError):  # tests that need it are skipped, or say so themselves
             importlib.import_module(name)
+    with suppress(ImportError), mock.patch("nltk.download"):  # makes millions of words, and asks for more
+        importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
     gc.freeze()  # a child neither searches nor copies what all of them share
     with suppress(EOFError):
         while True:
@@ -151,6 +160,7 @@ def _pytest(source: Path, tests: str) -> None:
     with (source / "output.txt").open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    signal.alarm(HANGS)
     os.chdir(source)
     packages = [str(source), str(source / "python")]
     # Neither this package nor any other test is ever taken from where it was run.
@@ -168,6 +178,7 @@ def _pytest(source: Path, tests: str) -> None:
     with suppress(BaseException):
         # Of the plugins Hypothesis's alone, without which it would draw other examples.
         options = ["-x", "-q", "-p", "no:cacheprovider", "--disable-plugin-autoload", "-p", "_hypothesis_pytestplugin"]
+        options += ["-o", f"faulthandler_timeout={HANGS - 60}"]
         found = int(pytest.main([*options, *(f"tests/{test}" for test in tests.split())]))
         (source / "status.txt").write_text(str(found))
     sys.stdout.flush()
@@ -211,7 +222,9 @@ def main() -> int:
     parser.add_argument(
         "--area", nargs="+", choices=AREAS, default=list(AREAS), help="files of this folder; default: all"
     )
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="plant no more bugs after; default: all")
     args = parser.parse_args()
+    end = time.monotonic() + 60 * args.minutes
     names, chosen = args.names, [mutant for area in args.area for mutant in AREAS[area]]
     mutants = [m for m in chosen if m.file not in UNUSED and any(name in m.name for name in names)]
     if not mutants:
@@ -223,6 +236,8 @@ def main() -> int:
     copies: SimpleQueue[Copy] = SimpleQueue()
 
     def on_a_copy(attempt, subject):
+        if attempt is try_mutant and time.monotonic() > end:
+            return LEFT, 0.0
         copy = copies.get()
         try:
             return attempt(subject, copy)
@@ -235,14 +250,21 @@ def main() -> int:
         os.environ["SDTP_TEST_OBJECTS"] = str(objects)
         for number in range(WORKERS):
             copies.put(Copy(Path(folder) / str(number)))
-        # Those that are compiled first, file by file: what a bug does not touch stays compiled.
-        mutants.sort(key=lambda mutant: (not is_compiled(mutant), mutant.file))
+        # Those that are compiled first, file by file: what a bug does not touch stays compiled. Where time may be too
+        # short, other files are the last every time.
+        order = sorted({mutant.file for mutant in mutants})
+        if args.minutes < float("inf"):
+            random.shuffle(order)
+        mutants.sort(key=lambda mutant: (not is_compiled(mutant), order.index(mutant.file)))
         attempts = [("caught", mutant.name, pool.submit(on_a_copy, try_mutant, mutant)) for mutant in mutants]
         # Last, on the copies that all bugs have been in.
         attempts += [("passed", file, pool.submit(on_a_copy, control, files[file])) for file in files]
-        failures = 0
+        failures = left = 0
         for verdict, name, attempt in attempts:
             reason, seconds = attempt.result()
+            if reason is LEFT:
+                left += 1
+                continue
             failures += reason is not None
             print(
                 f"{'FAILED' if reason else verdict:<8}{seconds:6.1f} s  {name}{': ' + reason if reason else ''}",
@@ -250,5 +272,8 @@ def main() -> int:
             )
         for _ in range(WORKERS):
             copies.get().close()
-    print(f"{len(attempts) - failures} of {len(attempts)} as they should be")
+    tried = len(attempts) - left
+    print(f"{tried - failures} of {tried} as they should be")
+    if left:
+        print(f"NOT TRIED: {left} of {len(mutants)} bugs; {args.minutes:g} minutes were over")
     return 1 if failures else 0
