@@ -243,6 +243,8 @@ def test_tasks_that_cannot_be_made(sdtp, tmp_path: Path, capsys: pytest.CaptureF
     assert "no *.txt there" in capsys.readouterr().err
     assert sdtp("ruler", *options, "niah_singel_1") == 2
     assert "no RULER task 'niah_singel_1' here" in capsys.readouterr().err
+    assert sdtp("ruler", *options, "--skip", 1) == 2
+    assert "--skip 1: expected fewer than the 1 of --samples" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -286,6 +288,12 @@ def test_ruler_runs_offline_and_resumes(
     assert more[: len(rows)] == rows
     assert len(more) == len(rows) + 3 * 2
     assert len({tuple(row[name] for name in compare.KEY) for row in more}) == len(more)
+
+    # The last sample alone, next to those that chose something.
+    alone = tmp_path / "alone"
+    changed = ["--out", alone, "--samples", 3, "--skip", 2, "--protocols", "inside"]
+    assert sdtp("ruler", *options, *changed) == 0
+    assert sorted(row["id"] for row in read(alone)) == sorted(row["id"] for row in more[len(rows) :])
 
     # The mean over tasks is of what was asked for last, where every task has as many samples.
     summary = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]

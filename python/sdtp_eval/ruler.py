@@ -105,6 +105,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024], help="prompt lengths (default: 1024)")
     parser.add_argument("--samples", type=int, default=20, help="samples a task and length (%(default)s)")
+    parser.add_argument(
+        "--skip", type=int, default=0, metavar="K",
+        help="leave out the first K of these, by which something was chosen (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--new-tokens", type=int, help="longest answer (default: the task's own, 30 to 128)")
     parser.add_argument(
         "--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS),
@@ -140,12 +144,14 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     Raises
     ------
     ValueError
-        If a method is an oracle, which needs the answer's tokens; if a task does not exist or needs essays; if the
-        directory holds answers from other essays.
+        If a method is an oracle, which needs the answer's tokens; if a task does not exist or needs essays; if no
+        sample is left; if the directory holds answers from other essays.
     GateError
         If a prompt was not read whole or is too long for the model, an expected answer is not the prompt's, or a method
         had another budget than its schedule; no figures then.
     """
+    if not 0 <= args.skip < args.samples:
+        raise ValueError(f"--skip {args.skip}: expected fewer than the {args.samples} of --samples, and not below 0")
     essays = read_essays(Path(args.essays)) if args.essays else None
     args.tasks = list(dict.fromkeys(args.tasks or [*TASKS, *(ESSAY_TASKS if essays else ())]))
     check_tasks(args.tasks, essays)
@@ -157,9 +163,9 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         questions = [
             question
             for name in args.tasks
-            for question in make_questions(model, tokenizer, name, tokens, args.samples, essays)
+            for question in make_questions(model, tokenizer, name, tokens, args.samples, essays)[args.skip :]
         ]
-        for entry, protocol, question in itertools.product(entries, args.protocols, questions):
+        for question, protocol, entry in itertools.product(questions, args.protocols, entries):
             key = (f"ruler {question.name}", protocol, tokens, question.id, name_of(entry[0]), entry[1])
             asked[key] = question, protocol, entry
     file = records.open_results(Path(args.out), args, model)

@@ -22,6 +22,13 @@ MUTANTS = [
         T + "ruler_refuses_another_budget",
     ),
     Mutant(
+        "samples that chose judge as well",
+        EVAL + "ruler.py",
+        "essays)[args.skip :]",
+        "essays)",
+        T + "ruler_runs_offline_and_resumes",
+    ),
+    Mutant(
         "RULER's cutters read the whole prompt",
         EVAL + "ruler.py",
         "        shorten=lambda ids: shorten(method, schedule, ids, num_layers),\n",
