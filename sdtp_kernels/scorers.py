@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from . import ops
 from .reference import rotate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from torch.distributed import ProcessGroup
 
     from .lexical import PromptTokens
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 ATTENTION_WINDOW = 32  # SnapKV's window of last queries
 QUESTION_WINDOW = 16  # that of a pruner's attention term: sharper on what is asked for
 ATTENTION_POOLING = 7  # and its max-pooling width, so that a hit keeps its neighbours
+# Of a term from 0 to 1 next to one with standard deviation 1, chosen from 1 to 16: see docs/notes/predicted-quality.md.
+LEXICAL_WEIGHT = 8.0
 
 
 class StageInput(NamedTuple):
@@ -160,10 +163,53 @@ def lexical_score(stage: StageInput) -> torch.Tensor:
     return stage.prompt.overlap_at(stage.token_index, stage.keep_last)
 
 
+def prompt_end_bias(stage: StageInput, table: torch.Tensor, attention_weight: float) -> torch.Tensor:
+    """What scores owe to the prompt's end, ``[B, n]`` float32: a table by distance to it, and its attention.
+
+    Parameters
+    ----------
+    stage : StageInput
+    table : Tensor [M] or [B, M], float32
+        By distance to the prompt's last token.
+    attention_weight : float
+        Of :func:`question_attention`'s standardised logarithm.
+    """
+    attention: dict[str, Any]
+    if stage.group is not None:  # a process has some of the heads only
+        attention = {"attention": question_attention(stage)}
+    else:
+        # One dtype for the op: under autocast a layer's queries and keys have another than its input.
+        query, key, cos, sin = (
+            t.to(stage.hidden_states.dtype) for t in (*window_of(stage, QUESTION_WINDOW), *stage.position_embeddings)
+        )
+        attention = {"query": query, "key": key, "cos": cos, "sin": sin}
+        attention |= {"scaling": stage.layer_below.self_attn.scaling, "pooling": ATTENTION_POOLING}
+    return ops.prompt_bias(
+        stage.token_index, table, keep_last=stage.keep_last, attention_weight=attention_weight, backend=stage.backend,
+        **attention,
+    )  # fmt: skip
+
+
+def question_score(stage: StageInput) -> torch.Tensor:
+    """What the prompt's last tokens attend to, and the words that they repeat.
+
+    The attention and lexical terms of a :class:`~sdtp_kernels.TokenPruner`, with the weights that training begins with,
+    and no MLP. Of a prompt of embeddings, the attention alone.
+    """
+    if stage.prompt is None:
+        table = stage.hidden_states.new_zeros(1, dtype=torch.float32)
+    else:
+        table = LEXICAL_WEIGHT * stage.prompt.overlap_by_distance(stage.hidden_states.device)
+    return prompt_end_bias(stage, table, 1.0)
+
+
+question_score.is_lexical = True  # type: ignore[attr-defined]
+
 SCORERS: dict[str, Callable[[StageInput], torch.Tensor]] = {
     "random": random_score,
     "recent": recent_score,
     "norm": norm_score,
     "attention": attention_score,
     "lexical": lexical_score,
+    "question": question_score,
 }

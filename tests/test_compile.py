@@ -165,7 +165,7 @@ def all_terms():
     return pruner
 
 
-@pytest.mark.parametrize("scorer", ["random", "attention", "lexical", "pruners that average"])
+@pytest.mark.parametrize("scorer", ["random", "attention", "lexical", "question", "pruners that average"])
 def test_scorers_compile(scorer):
     model = make_qwen2(num_layers=3)
     if scorer == "pruners that average":

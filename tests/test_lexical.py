@@ -95,7 +95,7 @@ def test_padded_rows_equal_rows_alone(tiny_model, lengths):
     pruners = {layer: TokenPruner(64, lexical=True) for layer in LAYERS}
     for pruner in pruners.values():
         pruner.lexical_weight.data.fill_(5.0)
-    for scorer in (pruners, "lexical"):
+    for scorer in (pruners, "lexical", "question"):
         with apply_sdtp(tiny_model, scorer, SCHEDULES["global"]):
             positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             got = tiny_model(**batch, position_ids=positions, logits_to_keep=1).logits
@@ -142,6 +142,33 @@ def test_a_prompt_of_embeddings_has_no_words(tiny_model):
         tiny_model(inputs_embeds=embeddings, logits_to_keep=1)
 
 
+def two_terms(lexical_weight):
+    """Pruners whose MLP says nothing."""
+    pruners = {layer: TokenPruner(64, 1, attention=True, lexical=True) for layer in LAYERS}
+    for pruner in pruners.values():
+        torch.nn.init.zeros_(pruner.w2)
+        pruner.attention_weight.data.fill_(1.0)
+        pruner.lexical_weight.data.fill_(lexical_weight)
+    return pruners
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep_last", [0, 9])
+def test_the_question_scorer_is_two_terms_of_a_pruner(tiny_model, keep_last):
+    ids, schedule = torch.cat([repeated(TOKENS), prompt(keep_last)], dim=1), PruningSchedule(LAYERS, 0.8)
+    kept = {}
+    for name, scorer in {"question": "question", "both": two_terms(8.0), "attention": two_terms(0.0)}.items():
+        with apply_sdtp(tiny_model, scorer, schedule) as handle:
+            tiny_model(ids, logits_to_keep=keep_last + 1)
+            kept[name] = handle.report().kept[0].tolist()
+    assert kept["question"] == kept["both"] != kept["attention"]
+    embeddings = tiny_model.get_input_embeddings()(ids)
+    with apply_sdtp(tiny_model, "question", schedule) as handle:
+        with pytest.warns(UserWarning, match="without their lexical term"):
+            tiny_model(inputs_embeds=embeddings, logits_to_keep=keep_last + 1)
+        assert handle.report().kept[0].tolist() == kept["attention"]
+
+
 @torch.no_grad()
 def test_a_scorer_may_read_the_prompt(tiny_model):
     """Token ids are there where the prompt is read whole, and not where it comes in chunks."""
@@ -171,7 +198,7 @@ def test_prompts_longer_than_the_farthest_distance(monkeypatch):
     pruner.lexical_weight.data.fill_(2.0)
     stage = StageInput(torch.zeros(1, 300, 8), (None, None), torch.arange(300)[None], 0, None, None)
     stage = stage._replace(prompt=PromptTokens(ids))
-    bias = scoring.Fused.of(pruner, torch.float32).bias(stage, "reference")
+    bias = scoring.Fused.of(pruner, torch.float32).bias(stage)
     distance = torch.arange(299, -1, -1).clamp(max=99)
     expected = pruner.distance_term(distance) + 2 * lexical_overlap(ids)
     torch.testing.assert_close(bias, expected)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdtp_eval import command
 from sdtp_eval.methods import DROPPED_KV
+from sdtp_kernels.scorers import LEXICAL_WEIGHT
 from sdtp_train import kv, shards
 from sdtp_train.checkpoint import DTYPES
 from sdtp_train.shards import Marked, Saliency
@@ -34,8 +35,6 @@ WARM_UP = 0.05  # share of the steps
 # Of a term with standard deviation 1, as the regression's goal has. Regression itself gave it about 0.35 on
 # SmolLM2-135M, and pass keys were lost with 2: see docs/notes/pruners.md.
 ATTENTION_WEIGHT = 1.0
-# Of a term from 0 to 1, chosen from 1 to 16: see docs/notes/predicted-quality.md.
-LEXICAL_WEIGHT = 8.0
 # A few numbers that multiply inputs of size one have far to go; the MLP's many weights have not.
 BIAS_RATE = 10.0
 # Of the KV predictor's weights, see sdtp_train.kv.open_maps.

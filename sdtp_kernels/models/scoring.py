@@ -13,13 +13,11 @@ from .. import ops
 from ..pruner import FARTHEST, PrunerWeights, TokenPruner, check_finite
 from ..pruner_file import PrunerStack
 from ..scorers import (
-    ATTENTION_POOLING,
     ATTENTION_WINDOW,
     QUESTION_WINDOW,
     SCORERS,
     StageInput,
-    question_attention,
-    window_of,
+    prompt_end_bias,
 )
 
 if TYPE_CHECKING:
@@ -90,7 +88,7 @@ class Fused(NamedTuple):
     def pooling(self) -> int:
         return self.pruner.pooling
 
-    def bias(self, stage: StageInput, backend: str) -> torch.Tensor | None:
+    def bias(self, stage: StageInput) -> torch.Tensor | None:
         """What the scores ``[B, n]`` owe to the prompt's end; ``None`` where that is nothing."""
         table = self.table_of(stage)
         if table is None and not self.num_queries:
@@ -98,21 +96,8 @@ class Fused(NamedTuple):
         if table is None:
             table = self.weights.b1.new_zeros(1)
         if not self.num_queries:
-            return ops.prompt_bias(stage.token_index, table, keep_last=stage.keep_last, backend=backend)
-        if stage.group is not None:  # a process has some of the heads only
-            return ops.prompt_bias(
-                stage.token_index, table, keep_last=stage.keep_last, attention=question_attention(stage),
-                attention_weight=self.attention_weight, backend=backend,
-            )  # fmt: skip
-        # One dtype for the op: under autocast a layer's queries and keys have another than its input.
-        query, key, cos, sin = (
-            t.to(stage.hidden_states.dtype) for t in (*window_of(stage, self.num_queries), *stage.position_embeddings)
-        )
-        return ops.prompt_bias(
-            stage.token_index, table, keep_last=stage.keep_last, attention_weight=self.attention_weight, query=query,
-            key=key, cos=cos, sin=sin, scaling=stage.layer_below.self_attn.scaling, pooling=ATTENTION_POOLING,
-            backend=backend,
-        )  # fmt: skip
+            return ops.prompt_bias(stage.token_index, table, keep_last=stage.keep_last, backend=stage.backend)
+        return prompt_end_bias(stage, table, self.attention_weight)
 
     def table_of(self, stage: StageInput) -> torch.Tensor | None:
         """What a score owes to the token's distance to the prompt's end, ``[M]``, or ``[B, M]`` with its words."""
@@ -131,7 +116,7 @@ class Fused(NamedTuple):
         self, stage: StageInput, mean: RunningMean | None, backend: str
     ) -> tuple[torch.Tensor, RunningMean | None]:
         """Scores ``[B, n]``, and where the pruner averages, the mean that the next stage goes on with."""
-        bias = self.bias(stage, backend)
+        bias = self.bias(stage)
         mean_score = ops.score_tokens(
             stage.hidden_states, *self.weights, rms_eps=self.rms_eps, backend=backend, **self.averaged(mean)
         )
@@ -239,7 +224,12 @@ def _resolve_pruner(
 
 
 def _plain(function: Callable[[StageInput], torch.Tensor]) -> Plain:
-    return Plain(function, getattr(function, "__name__", repr(function)), getattr(function, "is_block_local", False))
+    return Plain(
+        function,
+        getattr(function, "__name__", repr(function)),
+        getattr(function, "is_block_local", False),
+        is_lexical=getattr(function, "is_lexical", False),
+    )
 
 
 def _check_header(pruners: PrunerStack, config: Any) -> None:

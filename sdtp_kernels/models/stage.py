@@ -114,7 +114,7 @@ def prune(
         num_keep, selection = _plan(prefill, counts, prefill.schedule, stage, device)
         hidden_states, (cos, sin, index), indices, mean_score, dropped = ops.prune_tokens(
             hidden_states, carried, *scorer.weights, num_keep, **selection, **scorer.averaged(segment.running_mean),
-            pooling=scorer.pooling, score_bias=scorer.bias(stage_input, backend), rms_eps=scorer.rms_eps,
+            pooling=scorer.pooling, score_bias=scorer.bias(stage_input), rms_eps=scorer.rms_eps,
             num_dropped=_num_dropped(prefill, counts, stage, hidden_states.shape[1], num_keep), backend=backend,
         )  # fmt: skip
         running_mean = scorer.next_mean(mean_score, segment.running_mean)

@@ -261,7 +261,7 @@ MUTANTS = [
     ),
     Mutant(
         "two dtypes for one op",
-        "sdtp_kernels/models/scoring.py",
+        "sdtp_kernels/scorers.py",
         "t.to(stage.hidden_states.dtype) for t in",
         "t for t in",
         "test_real_use.py::test_autocast",

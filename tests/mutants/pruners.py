@@ -156,9 +156,30 @@ MUTANTS = [
     Mutant(
         "a scorer on another backend",
         "sdtp_kernels/scorers.py",
-        "backend=stage.backend",
-        'backend="auto"',
+        "pooling=ATTENTION_POOLING, backend=stage.backend",
+        'pooling=ATTENTION_POOLING, backend="auto"',
         "test_qwen2.py::test_a_scorer_runs_on_the_backend_named",
+    ),
+    Mutant(
+        "words of the question with another weight than a pruner's",
+        "sdtp_kernels/scorers.py",
+        "LEXICAL_WEIGHT * stage",
+        "0.1 * stage",
+        "test_lexical.py::test_the_question_scorer_is_two_terms_of_a_pruner",
+    ),
+    Mutant(
+        "a question scorer that attends to nothing",
+        "sdtp_kernels/scorers.py",
+        "return prompt_end_bias(stage, table, 1.0)",
+        "return prompt_end_bias(stage, table, 0.0)",
+        "test_lexical.py::test_the_question_scorer_is_two_terms_of_a_pruner",
+    ),
+    Mutant(
+        "a prompt without words that nobody is told of",
+        "sdtp_kernels/scorers.py",
+        "question_score.is_lexical = True",
+        "question_score.is_lexical = False",
+        "test_lexical.py::test_the_question_scorer_is_two_terms_of_a_pruner",
     ),
     Mutant(
         "a width that is no whole number of vectors",
