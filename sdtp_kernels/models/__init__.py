@@ -56,7 +56,7 @@ def apply_sdtp(
     pruners : mapping of int to module, str or callable
         For every layer of the schedule a :class:`TokenPruner`, or any module that turns hidden states ``[..., D]``
         into scores ``[...]``; the result of :func:`load_pruners`; the name of a training-free scorer (``"random"``,
-        ``"recent"``, ``"norm"``, ``"attention"``, ``"lexical"``); or a function of a
+        ``"recent"``, ``"norm"``, ``"attention"``, ``"lexical"``, ``"question"``); or a function of a
         :class:`~sdtp_kernels.scorers.StageInput`. Under the block budget a :class:`TokenPruner` scores by its MLP
         alone, and a function prunes prompts in chunks only if it is declared
         :func:`~sdtp_kernels.scorers.block_local`.
