@@ -194,7 +194,7 @@ def question_score(stage: StageInput) -> torch.Tensor:
     """What the prompt's last tokens attend to, and the words that they repeat.
 
     The attention and lexical terms of a :class:`~sdtp_kernels.TokenPruner`, with the weights that training begins with,
-    and no MLP. Of a prompt of embeddings, the attention alone.
+    and no MLP. Of a prompt of embeddings, the attention alone. A stage ranks a token by the highest score among 7.
     """
     if stage.prompt is None:
         table = stage.hidden_states.new_zeros(1, dtype=torch.float32)
@@ -204,6 +204,7 @@ def question_score(stage: StageInput) -> torch.Tensor:
 
 
 question_score.is_lexical = True  # type: ignore[attr-defined]
+question_score.pooling = ATTENTION_POOLING  # type: ignore[attr-defined] # else single digits of a number are lost
 
 SCORERS: dict[str, Callable[[StageInput], torch.Tensor]] = {
     "random": random_score,

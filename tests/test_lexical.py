@@ -144,7 +144,7 @@ def test_a_prompt_of_embeddings_has_no_words(tiny_model):
 
 def two_terms(lexical_weight):
     """Pruners whose MLP says nothing."""
-    pruners = {layer: TokenPruner(64, 1, attention=True, lexical=True) for layer in LAYERS}
+    pruners = {layer: TokenPruner(64, 1, attention=True, lexical=True, pooling=7) for layer in LAYERS}
     for pruner in pruners.values():
         torch.nn.init.zeros_(pruner.w2)
         pruner.attention_weight.data.fill_(1.0)

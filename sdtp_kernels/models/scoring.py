@@ -228,6 +228,7 @@ def _plain(function: Callable[[StageInput], torch.Tensor]) -> Plain:
         function,
         getattr(function, "__name__", repr(function)),
         getattr(function, "is_block_local", False),
+        getattr(function, "pooling", 1),
         is_lexical=getattr(function, "is_lexical", False),
     )
 

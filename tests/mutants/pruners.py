@@ -175,6 +175,13 @@ MUTANTS = [
         "test_lexical.py::test_the_question_scorer_is_two_terms_of_a_pruner",
     ),
     Mutant(
+        "a scorer's pooling forgotten",
+        "sdtp_kernels/models/scoring.py",
+        'getattr(function, "pooling", 1)',
+        "1",
+        "test_lexical.py::test_the_question_scorer_is_two_terms_of_a_pruner",
+    ),
+    Mutant(
         "a prompt without words that nobody is told of",
         "sdtp_kernels/scorers.py",
         "question_score.is_lexical = True",
