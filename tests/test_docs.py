@@ -11,7 +11,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from helpers.models import BYTE_MODEL, save_byte_model
+from helpers.models import save_byte_model
 
 import sdtp_kernels
 
@@ -78,13 +78,10 @@ def test_words_that_readers_stumble_over_are_avoided():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quick-start.md"])
 def test_the_lines_of_the_first_pages_run(page, tmp_path, monkeypatch, capsys):
-    from sdtp_kernels import TokenPruner, save_pruners
-
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     save_byte_model(tmp_path / "my-model")
     Path("long.txt").write_text("A long text. " * 40)
-    save_pruners({layer: TokenPruner(BYTE_MODEL["hidden_size"]) for layer in (4, 7)}, "pruners.safetensors")
     exec(compile(code, page, "exec"), {})
     assert "tokens" in capsys.readouterr().out
 

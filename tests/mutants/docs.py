@@ -41,7 +41,7 @@ MUTANTS = [
     Mutant(
         "a quick start with a line that fails",
         "docs/quick-start.md",
-        'with apply_sdtp(model, "attention", 0.9) as handle:',
+        'with apply_sdtp(model, "question", 0.9) as handle:',
         'with apply_sdtp(model, "saliency", 0.9) as handle:',
         "test_docs.py::test_the_lines_of_the_first_pages_run",
     ),
