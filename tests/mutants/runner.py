@@ -45,7 +45,7 @@ UNUSED = set() if CPUINFO.is_file() and "avx2" in CPUINFO.read_text() else {"csr
 CAUGHT = (1, -signal.SIGSEGV)
 LEFT = "not tried"
 # Seconds: a test that hangs is ended by an alarm, a minute after it has said where it stands.
-HANGS = 600
+HANGS = 1800
 # What the tests import besides our package, which comes from the copy.
 LARGE = (
     "torch._dynamo", "pytest", "_hypothesis_pytestplugin", "hypothesis", "safetensors.torch", "tokenizers",
