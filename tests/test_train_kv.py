@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from importlib import metadata
 
 import pytest
 import torch
+from helpers.files import contents
 from helpers.models import make_model
-from helpers.training import Killed, contents, damage, in_two, make_checkpoint, make_texts, mark, options
+from helpers.training import Killed, damage, in_two, make_checkpoint, make_texts, mark, options
 from safetensors.torch import load_file, save_file
 
 from sdtp_kernels import KVPredictor, cli, load_pruners, save_pruners
@@ -318,10 +320,7 @@ def sdtp(place, monkeypatch):
 
 
 def copied(whole, out):
-    out.mkdir()
-    for name, content in contents(whole).items():
-        (out / name).write_bytes(content)
-    return out
+    return shutil.copytree(whole, out)
 
 
 def test_damaged_statistics_are_refused(place, whole, tmp_path, sdtp, capsys):

@@ -54,10 +54,6 @@ def mark(place, out, **changes):
     saliency.mark(parser.parse_args(options(place, out, **changes)))
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 def damage(path):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1

@@ -45,7 +45,7 @@ UNUSED = set() if CPUINFO.is_file() and "avx2" in CPUINFO.read_text() else {"csr
 CAUGHT = (1, -signal.SIGSEGV)
 LEFT = "not tried"
 # Seconds: a test that hangs is ended by an alarm, a minute after it has said where it stands.
-HANGS = 1800
+HANGS = 1200
 # What the tests import besides our package, which comes from the copy.
 LARGE = (
     "torch._dynamo", "pytest", "_hypothesis_pytestplugin", "hypothesis", "safetensors.torch", "tokenizers",
@@ -169,6 +169,7 @@ def _pytest(source: Path, tests: str) -> None:
         del sys.modules[name]
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ.pop("CI", None)  # pytest would compare what differs to the last byte, for as long as that takes
     os.environ["PYTHONPATH"] = os.pathsep.join(packages)
     assert "sdtp_kernels" not in sys.modules
 
