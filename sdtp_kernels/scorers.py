@@ -6,6 +6,7 @@ A scorer is a function of a :class:`StageInput` that returns one score per token
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -72,8 +73,19 @@ def block_local(scorer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     callable
         The same function.
     """
-    scorer.is_block_local = True  # type: ignore[attr-defined]
+    return declare(scorer, is_block_local=True)
+
+
+def declare(scorer: Callable[..., torch.Tensor], **properties: Any) -> Callable[..., torch.Tensor]:
+    """Say of a scorer's function what a stage has to know, by the fields of ``models.scoring.Plain``."""
+    scorer.sdtp_scorer = {**declared(scorer), **properties}  # type: ignore[attr-defined]
     return scorer
+
+
+def declared(scorer: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    """What was said of a scorer. Bound to other arguments it is what it was."""
+    inner = declared(scorer.func) if isinstance(scorer, functools.partial) else {}
+    return inner | getattr(scorer, "sdtp_scorer", {})
 
 
 @block_local
@@ -203,8 +215,7 @@ def question_score(stage: StageInput) -> torch.Tensor:
     return prompt_end_bias(stage, table, 1.0)
 
 
-question_score.is_lexical = True  # type: ignore[attr-defined]
-question_score.pooling = ATTENTION_POOLING  # type: ignore[attr-defined] # else single digits of a number are lost
+declare(question_score, is_lexical=True, pooling=ATTENTION_POOLING)  # unpooled, single digits of a number are lost
 
 SCORERS: dict[str, Callable[[StageInput], torch.Tensor]] = {
     "random": random_score,

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from helpers.prompts import LAYERS, LENGTHS, SCHEDULES, SHORT_LENGTHS, TOKENS, p
 from sdtp_kernels import PruningSchedule, TokenPruner, apply_sdtp
 from sdtp_kernels.lexical import PromptTokens, lexical_overlap
 from sdtp_kernels.models import scoring
-from sdtp_kernels.scorers import StageInput, block_local
+from sdtp_kernels.scorers import StageInput, block_local, question_score, random_score
 
 NOTHING = contextlib.nullcontext()
 
@@ -157,16 +158,35 @@ def two_terms(lexical_weight):
 def test_the_question_scorer_is_two_terms_of_a_pruner(tiny_model, keep_last):
     ids, schedule = torch.cat([repeated(TOKENS), prompt(keep_last)], dim=1), PruningSchedule(LAYERS, 0.8)
     kept = {}
-    for name, scorer in {"question": "question", "both": two_terms(8.0), "attention": two_terms(0.0)}.items():
+    scorers = {"question": "question", "both": two_terms(8.0), "attention": two_terms(0.0)}
+    scorers["bound"] = partial(question_score)  # is what it was
+    for name, scorer in scorers.items():
         with apply_sdtp(tiny_model, scorer, schedule) as handle:
             tiny_model(ids, logits_to_keep=keep_last + 1)
             kept[name] = handle.report().kept[0].tolist()
-    assert kept["question"] == kept["both"] != kept["attention"]
+    assert kept["question"] == kept["bound"] == kept["both"] != kept["attention"]
     embeddings = tiny_model.get_input_embeddings()(ids)
     with apply_sdtp(tiny_model, "question", schedule) as handle:
         with pytest.warns(UserWarning, match="without their lexical term"):
             tiny_model(inputs_embeds=embeddings, logits_to_keep=keep_last + 1)
         assert handle.report().kept[0].tolist() == kept["attention"]
+
+
+@torch.no_grad()
+def test_what_an_object_calls_pooling_is_its_own_affair(tiny_model):
+    class Scorer:
+        pooling = "mean"
+
+        def __call__(self, stage):
+            return random_score(stage, seed=3)
+
+    ids = prompt()
+    with apply_sdtp(tiny_model, Scorer(), SCHEDULES["global"]) as handle:
+        tiny_model(ids, logits_to_keep=1)
+        expected = handle.report().kept
+    with apply_sdtp(tiny_model, partial(random_score, seed=3), SCHEDULES["global"]) as handle:
+        tiny_model(ids, logits_to_keep=1)
+        assert torch.equal(handle.report().kept, expected)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from ..scorers import (
     QUESTION_WINDOW,
     SCORERS,
     StageInput,
+    declared,
     prompt_end_bias,
 )
 
@@ -40,7 +41,7 @@ class Plain(NamedTuple):
 
     function: Callable[[StageInput], torch.Tensor]
     name: str
-    is_block_local: bool
+    is_block_local: bool = False
     pooling: int = 1
     num_queries: int = ATTENTION_WINDOW
     is_lexical: bool = False
@@ -224,13 +225,7 @@ def _resolve_pruner(
 
 
 def _plain(function: Callable[[StageInput], torch.Tensor]) -> Plain:
-    return Plain(
-        function,
-        getattr(function, "__name__", repr(function)),
-        getattr(function, "is_block_local", False),
-        getattr(function, "pooling", 1),
-        is_lexical=getattr(function, "is_lexical", False),
-    )
+    return Plain(function, getattr(function, "__name__", repr(function)), **declared(function))
 
 
 def _check_header(pruners: PrunerStack, config: Any) -> None:
