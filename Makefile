@@ -153,7 +153,7 @@ test-compat: $(VENV)/install.done $(patsubst %,$(VENV)/transformers-%,$(filter-o
 	done; \
 	if [ -n "$$skipped" ]; then echo "SKIPPED, not installed: transformers$$skipped"; fi
 
-test-mutants: $(VENV)/nvcc.done ## plant known bugs in copies of the source; every one must be caught; MUTANT_ARGS='--minutes 25' ends early
+test-mutants: $(VENV)/nvcc.done ## plant known bugs in copies of the source; every one must be caught; MUTANT_ARGS='--minutes 15' ends early
 	$(MAKE) $(NEEDED)
 	$(BIN)/python tests/mutants $(MUTANT_ARGS)
 
