@@ -174,6 +174,6 @@ def assert_left_padded(padding_mask: torch.Tensor, is_last: bool) -> None:
         is_left_padded = is_left_padded & mask[:, -1].all()
     torch._assert_async(
         is_left_padded,
-        "SDTP needs left padding: the attention_mask of the prompt has a zero after a one. Set "
-        "tokenizer.padding_side='left'",
+        "SDTP needs left padding: the attention_mask of the prompt has a zero after a one, or a row of zeros. Set "
+        "tokenizer.padding_side='left', and leave out empty prompts",
     )
