@@ -31,21 +31,35 @@ def test_overlap_equals_lists_and_counters(tokens, kinds):
 
 
 def test_overlap_by_hand():
-    """A pair of words that is asked for counts more than one of them, and a word that is everywhere nothing."""
+    """A pair of words that is asked for counts more than one of them, and a word that is in every window nothing."""
     ids = torch.arange(1000, 1400)[None]
     ids[0, 50:52] = torch.tensor([7, 8])
     ids[0, 200] = 8
     ids[0, 390:392] = torch.tensor([7, 8])
-    single, pair = math.log(336 / 1), math.log(336 / 2) + math.log(336 / 1)  # 8 stands twice, 7 and the pair once
+    windows = 336 / 64
+    single, pair = math.log(windows), math.log(windows / 2) + math.log(windows)  # 8 stands twice, 7 and the pair once
     expected = torch.zeros(400)
     expected[34:99], expected[35:100] = single, single + pair
     expected[34] = single
     expected[99] = pair
-    expected[184:249] = math.log(336 / 2)
+    expected[184:249] = math.log(windows / 2)
     torch.testing.assert_close(lexical_overlap(ids)[0], expected / expected.max(), atol=1e-4, rtol=0)
     assert not lexical_overlap(torch.arange(400)[None]).any()
-    # A row of one word tells nothing, and that is not made much of.
-    assert lexical_overlap(torch.full((1, 400), 5)).max() < 0.1
+    assert not lexical_overlap(torch.full((1, 400), 5)).any()
+    # Where a common word is all there is, not much is made of it.
+    ids = torch.arange(1000, 1400)[None]
+    ids[0, [40, 140, 240, 390]] = 8
+    assert lexical_overlap(ids).max().item() == pytest.approx(math.log(windows / 3) / math.log(windows), abs=1e-4)
+
+
+def test_a_text_that_repeats_itself_does_not_hide_what_stands_once():
+    """The question's 64 tokens hold the last lines of the text too, which stand everywhere in it."""
+    line = torch.arange(100, 120)
+    ids = torch.cat([line.repeat(25), torch.tensor([7, 8, 9])])[None]
+    ids[0, 205:208] = torch.tensor([7, 8, 9])
+    overlap = lexical_overlap(ids)[0]
+    assert overlap[207] == 1
+    assert overlap[[20, 150, 300, 400]].max() < 0.1
 
 
 def test_a_row_does_not_depend_on_its_company():

@@ -90,9 +90,9 @@ def naive_overlap(ids):
         count = collections.Counter(gram for end, gram in grams.items() if end < start)
         for end in range(n - 1, start):
             if grams[end] in asked:
-                weights[end] += round(math.log(start / count[grams[end]]) * 2**16)
+                weights[end] += round(math.log(max(start / 64 / count[grams[end]], 1)) * 2**16)
     sums = [sum(weights[max(i - 48, 0) : i + 17]) for i in range(len(ids))]
-    least = round(math.log(max(start, 1)) * 2**16)
+    least = round(math.log(max(start / 64, 1)) * 2**16)
     return [total / max(*sums, least, 1) for total in sums]
 
 

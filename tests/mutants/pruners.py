@@ -44,9 +44,23 @@ MUTANTS = [
     Mutant(
         "padding counts as text",
         LEXICAL,
-        "num_text = valid[:, :start].sum(-1, keepdim=True).clamp(min=1)",
-        "num_text = torch.full_like(token_ids[:, :1], max(start, 1))",
+        "valid[:, :start].sum(-1, keepdim=True)",
+        "torch.full_like(token_ids[:, :1], start)",
         "test_lexical.py::test_a_row_does_not_depend_on_its_company",
+    ),
+    Mutant(
+        "every word is a document",
+        LEXICAL,
+        "keepdim=True) / WINDOW",
+        "keepdim=True) / 1",
+        "test_lexical.py::test_a_text_that_repeats_itself_does_not_hide_what_stands_once",
+    ),
+    Mutant(
+        "what stands everywhere counts against",
+        LEXICAL,
+        "(num_windows / count).clamp(min=1).log()",
+        "(num_windows / count).log()",
+        "test_lexical.py::test_a_text_that_repeats_itself_does_not_hide_what_stands_once",
     ),
     Mutant(
         "matches reach as far back as ahead",
@@ -58,7 +72,7 @@ MUTANTS = [
     Mutant(
         "much made of a common word",
         LEXICAL,
-        ".maximum(least)",
+        ".maximum(_rarity(num_windows, 1))",
         "",
         "test_lexical.py::test_overlap_by_hand",
     ),
