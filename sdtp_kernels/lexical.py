@@ -13,6 +13,7 @@ QUESTION = 64  # last tokens of a prompt, which are taken for its question
 LONGEST = 3  # tokens of an n-gram: single ones cannot tell one number from another
 BEFORE, AFTER = 16, 48  # how far a match reaches: what is asked for more often follows its name
 WINDOW = BEFORE + AFTER  # tokens that are one document where rarity is counted
+FEWEST = 4  # documents of a text: in a short one nothing would be rare
 _FRACTION = 2**16  # of a fixed-point number, whose sums do not depend on their order
 _MAX_IDS = 2**21  # three of them fit into an int64
 
@@ -21,10 +22,10 @@ def lexical_overlap(token_ids: torch.Tensor, is_valid: torch.Tensor | None = Non
     """How much of a prompt's question stands around each of its tokens.
 
     The last 64 tokens count as the question. An n-gram (1 to 3 tokens) of the text before that the question contains
-    weighs its inverse document frequency, of windows of 64 tokens as documents: the logarithm of the text's windows
-    over the n-gram's occurrences, and nothing where it stands once a window or more often. A token's overlap is the sum
-    of these weights over the n-grams that end 48 tokens before it to 16 after, as a share of the largest such sum of
-    the row, or of what a word weighs that stands once, if that is more.
+    weighs its inverse document frequency, of windows of 64 tokens as documents: the logarithm of the text's windows, 4
+    at least, over the n-gram's occurrences, and nothing where these are as many. A token's overlap is the sum of these
+    weights over the n-grams that end 48 tokens before it to 16 after, as a share of the largest such sum of the row, or
+    of what a word weighs that stands once, if that is more.
 
     Parameters
     ----------
@@ -36,8 +37,8 @@ def lexical_overlap(token_ids: torch.Tensor, is_valid: torch.Tensor | None = Non
     Returns
     -------
     Tensor [B, N], float32
-        From 0 to 1; 0 for padding, and everywhere in a row that shares nothing with its question or has no more than
-        128 tokens. A row's result does not depend on other rows or on padding, to the last bit.
+        From 0 to 1; 0 for padding, and everywhere in a row that shares nothing with its question. A row's result does
+        not depend on other rows or on padding, to the last bit.
 
     Examples
     --------
@@ -51,7 +52,7 @@ def lexical_overlap(token_ids: torch.Tensor, is_valid: torch.Tensor | None = Non
         return token_ids.float()
     start = max(width - QUESTION, 0)
     valid = torch.ones_like(token_ids, dtype=torch.bool) if is_valid is None else is_valid
-    num_windows = valid[:, :start].sum(-1, keepdim=True) / WINDOW
+    num_windows = valid[:, :start].sum(-1, keepdim=True).div(WINDOW).clamp(min=FEWEST)
     # All n-grams at once, [LONGEST, B, N]: each is one number, and stands where it ends.
     before = torch.arange(LONGEST, device=token_ids.device).view(-1, 1, 1)
     column = torch.arange(width, device=token_ids.device)
@@ -92,9 +93,9 @@ class PromptTokens:
 
     Examples
     --------
-    >>> prompt = PromptTokens(torch.arange(400)[None] % 350)  # ends as it began
-    >>> prompt.overlap_at(torch.tensor([[2, 200, 399]]))
-    tensor([[0.3673, 0.0000, 0.0000]])
+    >>> prompt = PromptTokens(torch.arange(80)[None] % 40)
+    >>> prompt.overlap_at(torch.tensor([[2, 79]]))
+    tensor([[1., 0.]])
     """
 
     def __init__(self, token_ids: torch.Tensor, is_valid: torch.Tensor | None = None) -> None:

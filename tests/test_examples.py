@@ -1,4 +1,4 @@
-"""The examples in the docstrings of everything public run, and so do the scripts in ``examples``."""
+"""The examples in docstrings run, everything public has one, and the scripts in ``examples`` run."""
 
 import doctest
 import importlib.util
@@ -10,25 +10,44 @@ import torch
 from helpers.models import make_qwen2
 from transformers import AutoTokenizer
 
+import sdtp_bench
+import sdtp_eval
 import sdtp_kernels
+import sdtp_train
 from sdtp_kernels.pruner_file import PrunerHeader
 
 WITHOUT = {"BackendStatus", "BackendUnavailableError", "PrefillReport", "PrunedTokens", "StagePlan"}
 """Results and errors: the functions that give them have the examples."""
 
 
+def names_with_examples():
+    """Of the packages' modules, by their sources."""
+    for package in (sdtp_kernels, sdtp_bench, sdtp_eval, sdtp_train):
+        root = Path(package.__file__).parent
+        for path in root.rglob("*.py"):
+            if ">>> " in path.read_text():
+                yield ".".join((root.name, *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def examples_of(thing, name, **given):
+    return [test for test in doctest.DocTestFinder().find(thing, name, globs=given) if test.examples]
+
+
 @pytest.mark.parametrize("name", sorted(set(sdtp_kernels.__all__) - WITHOUT))
+def test_everything_public_has_an_example(name):
+    assert examples_of(getattr(sdtp_kernels, name), name)
+
+
+@pytest.mark.parametrize("name", sorted(names_with_examples()))
 def test_examples(name, tmp_path, byte_checkpoint):
-    names = {name: getattr(sdtp_kernels, name) for name in sdtp_kernels.__all__}
-    model = make_qwen2(num_layers=8)
-    prompt = torch.randint(1, 256, (1, 120))
-    tokenizer = AutoTokenizer.from_pretrained(byte_checkpoint)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    given = {**names, "torch": torch, "model": model, "prompt": prompt, "path": tmp_path / "pruners.safetensors"}
-    given["tokenizer"] = tokenizer
-    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    tests = finder.find(names[name], name, globs={**given, "PrunerHeader": PrunerHeader})
-    assert any(test.examples for test in tests), f"{name} has no example"
+    module = importlib.import_module(name)
+    given = {**vars(sdtp_kernels), "PrunerHeader": PrunerHeader, "torch": torch, **vars(module)}
+    given |= {"model": make_qwen2(num_layers=8), "prompt": torch.randint(1, 256, (1, 120))}
+    given |= {"path": tmp_path / "pruners.safetensors", "tokenizer": AutoTokenizer.from_pretrained(byte_checkpoint)}
+    given["tokenizer"].chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    tests = examples_of(module, name, **given)
+    assert tests
     for test in tests:
         runner.run(test)
     assert runner.summarize(verbose=False).failed == 0

@@ -22,7 +22,7 @@ def repeated(tokens, batch=1, kinds=40):
     return torch.randint(0, kinds, (batch, tokens), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 40, 64, 65, 66, 300])
+@pytest.mark.parametrize("tokens", [0, 1, 40, 64, 65, 66, 300, 1200])
 @pytest.mark.parametrize("kinds", [1, 7, 40, 2**21])
 def test_overlap_equals_lists_and_counters(tokens, kinds):
     ids = repeated(tokens, kinds=kinds)
@@ -50,6 +50,16 @@ def test_overlap_by_hand():
     ids = torch.arange(1000, 1400)[None]
     ids[0, [40, 140, 240, 390]] = 8
     assert lexical_overlap(ids).max().item() == pytest.approx(math.log(windows / 3) / math.log(windows), abs=1e-4)
+
+
+def test_a_short_text_has_four_windows():
+    ids = torch.arange(1000, 1120)[None]
+    ids[0, [5, 110]] = 7
+    ids[0, [15, 25, 35, 111]] = 8
+    overlap = lexical_overlap(ids)[0]
+    once, thrice = math.log(4), math.log(4 / 3)
+    expected = torch.tensor([once + 3 * thrice, 2 * thrice]) / (once + 3 * thrice)
+    torch.testing.assert_close(overlap[[53, 72]], expected, atol=1e-4, rtol=0)
 
 
 def test_a_text_that_repeats_itself_does_not_hide_what_stands_once():

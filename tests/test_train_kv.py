@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sdtp_kernels import KVPredictor, cli, load_pruners, save_pruners
 from sdtp_kernels.models.family import FAMILIES
-from sdtp_train import kv, shards, simulate, targets, train
+from sdtp_train import kv, loop, shards, simulate, targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -450,7 +450,7 @@ def test_maps_that_learn_go_on_after_a_kill(place, whole, tmp_path, sdtp, monkey
         4,
     )
     assert sdtp(*command, "--out", out) == 0
-    evaluate, number = train._Run._evaluate, 0
+    evaluate, number = loop.Loop._evaluate, 0
 
     def fall(run):
         nonlocal number
@@ -460,7 +460,7 @@ def test_maps_that_learn_go_on_after_a_kill(place, whole, tmp_path, sdtp, monkey
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Run, "_evaluate", fall)
+        patch.setattr(loop.Loop, "_evaluate", fall)
         with pytest.raises(Killed):
             sdtp(*command, "--out", again)
     assert sdtp(*command, "--out", again, "--resume") == 0

@@ -18,7 +18,8 @@ from sdtp_kernels import KVPredictor, PruningSchedule, TokenPruner, apply_sdtp, 
 from sdtp_kernels.lexical import lexical_overlap
 from sdtp_kernels.models.family import FAMILIES
 from sdtp_kernels.pruner import trained_width
-from sdtp_train import losses, saliency, shards, simulate, train
+from sdtp_train import loop, losses, saliency, shards, simulate, train
+from sdtp_train.objective import LOSSES, Objective
 from sdtp_train.shards import Marked, SampleInfo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -253,11 +254,11 @@ def make_sample(hidden_size=64, seed=0, num_context=N, targets=1):
 
 def make_objective(model=None, targets=("future_attention",), dropout=0.0, gumbel=False, **weights):
     schedule = PruningSchedule(layers=LAYERS, keep_ratio=0.7)
-    return train.Objective(weights, targets, LAYERS, dropout, [schedule], gumbel, model)
+    return Objective(weights, targets, LAYERS, dropout, [schedule], gumbel, model)
 
 
 @pytest.mark.parametrize("gumbel", [False, True])
-@pytest.mark.parametrize("name", train.LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_each_term_alone_reaches_every_pruner(model, name, gumbel):
     """Flaw 1 of the public reproduction: its supervision never entered the loss."""
     pruners = make_pruners(**ALL_TERMS)
@@ -334,7 +335,7 @@ def test_several_targets_are_averaged():
 def test_distance_term_goes_on_beyond_what_was_trained():
     pruner = make_pruners(distance=True)[2]
     knots = pruner.distance_bias.detach().clone()
-    train.extend_distance(pruner, nearest=7, farthest=500)  # knots 3 and 9
+    loop.extend_distance(pruner, nearest=7, farthest=500)  # knots 3 and 9
     assert torch.equal(pruner.distance_bias[3:10], knots[3:10])
     assert (pruner.distance_bias[:3] == knots[3]).all()
     assert (pruner.distance_bias[10:] == knots[9]).all()
@@ -439,7 +440,7 @@ def test_resumed_training_ends_with_the_same_files(place, sdtp, tmp_path, monkey
     whole.parent.mkdir()
     out.parent.mkdir()
     assert sdtp(place / "real", whole, *options) == 0
-    save, advance = train._Run._save, train._Run._advance
+    save, advance = loop.Loop._save, loop.Loop._advance
     for step in (3, 5):  # between two evaluations, and once more after resuming
 
         def killed_at(self, step=step):
@@ -448,7 +449,7 @@ def test_resumed_training_ends_with_the_same_files(place, sdtp, tmp_path, monkey
             advance(self)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train._Run, "_advance", killed_at)
+            patch.setattr(loop.Loop, "_advance", killed_at)
             with pytest.raises(Killed):
                 sdtp(place / "real", out, *options, "--resume")
     assert sdtp(place / "real", out, *options) == 2
@@ -456,7 +457,7 @@ def test_resumed_training_ends_with_the_same_files(place, sdtp, tmp_path, monkey
     assert sdtp(place / "real", out, *options, "--resume", "--lr", 0.1) == 2
     assert "other settings (lr differ)" in capsys.readouterr().err
     assert sdtp(place / "real", out, *options, "--resume") == 0
-    assert save is train._Run._save
+    assert save is loop.Loop._save
     for suffix in ("", ".jsonl"):
         assert digest(out.parent / f"pruners{suffix}") == digest(whole.parent / f"pruners{suffix}")
 
@@ -501,8 +502,8 @@ def test_several_processes_take_the_steps_of_one(planted, place, tmp_path):
         args = parser.parse_args([*map(str, words)])
         data = shards.Saliency(planted)
         schedule = PruningSchedule(layers=tuple(data.layers))
-        objective = train.Objective({"mse": 1.0}, ["future_attention"], data.layers, 0.2, [schedule], False)
-        return train._Run(args, workers, data, objective, pruners, {"seed": 0}).finish(), pruners
+        objective = Objective({"mse": 1.0}, ["future_attention"], data.layers, 0.2, [schedule], False)
+        return loop.Loop(args, workers, data, objective, pruners, {"seed": 0}).finish(), pruners
 
     cpu = torch.device("cpu")
     alone = make_pruners((4, 7), 32, distance=True, attention=True)

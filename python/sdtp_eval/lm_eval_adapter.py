@@ -46,7 +46,7 @@ class SdtpLM(LM):
 
     Examples
     --------
-    >>> with apply_sdtp(model, "attention", PruningSchedule.every(30)):
+    >>> with apply_sdtp(model, "attention", PruningSchedule.every(30)):  # doctest: +SKIP
     ...     lm_eval.simple_evaluate(model=SdtpLM(model, tokenizer), tasks=["lambada_openai"])
     """
 

@@ -83,6 +83,7 @@ def naive_attention(probabilities, window):
 def naive_overlap(ids):
     """Words of the last 64 tokens around each token of a prompt, by lists and counters."""
     start = max(len(ids) - 64, 0)
+    windows = max(start / 64, 4)
     weights = [0] * len(ids)
     for n in (1, 2, 3):
         grams = {end: tuple(ids[end - n + 1 : end + 1]) for end in range(n - 1, len(ids))}
@@ -90,9 +91,9 @@ def naive_overlap(ids):
         count = collections.Counter(gram for end, gram in grams.items() if end < start)
         for end in range(n - 1, start):
             if grams[end] in asked:
-                weights[end] += round(math.log(max(start / 64 / count[grams[end]], 1)) * 2**16)
+                weights[end] += round(math.log(max(windows / count[grams[end]], 1)) * 2**16)
     sums = [sum(weights[max(i - 48, 0) : i + 17]) for i in range(len(ids))]
-    least = round(math.log(max(start / 64, 1)) * 2**16)
+    least = round(math.log(windows) * 2**16)
     return [total / max(*sums, least, 1) for total in sums]
 
 

@@ -9,7 +9,7 @@ MUTANTS = [
     Mutant(
         "common words count as much as rare ones",
         LEXICAL,
-        "rarity = ((num_text / count.clamp(min=1)).log() * _FRACTION).round().long()",
+        "rarity = _rarity(num_windows, count.clamp(min=1))",
         "rarity = torch.full_like(asked, _FRACTION)",
         "test_lexical.py::test_overlap_by_hand",
     ),
@@ -51,9 +51,16 @@ MUTANTS = [
     Mutant(
         "every word is a document",
         LEXICAL,
-        "keepdim=True) / WINDOW",
-        "keepdim=True) / 1",
+        "div(WINDOW)",
+        "div(1)",
         "test_lexical.py::test_a_text_that_repeats_itself_does_not_hide_what_stands_once",
+    ),
+    Mutant(
+        "a short text in which nothing is rare",
+        LEXICAL,
+        ".clamp(min=FEWEST)",
+        ".clamp(min=1)",
+        "test_lexical.py::test_a_short_text_has_four_windows",
     ),
     Mutant(
         "what stands everywhere counts against",

@@ -26,7 +26,7 @@ MUTANTS = [
     ),
     Mutant(
         "supervision that never enters the loss",
-        "python/sdtp_train/train.py",
+        "python/sdtp_train/loop.py",
         "self.objective.weights[name] * value for name, value in terms.items()",
         "0 * value for name, value in terms.items()",
         "test_train_pruners.py::test_a_planted_score_is_learned",
