@@ -73,14 +73,14 @@ def test_a_text_that_repeats_itself_does_not_hide_what_stands_once():
 
 
 def test_a_row_does_not_depend_on_its_company():
-    ids, lengths = repeated(300, 3), (300, 211, 70)
-    is_valid = torch.stack([torch.arange(300) >= 300 - n for n in lengths])
+    ids, lengths = repeated(600, 3), (600, 411, 70)
+    is_valid = torch.stack([torch.arange(600) >= 600 - n for n in lengths])
     ids[~is_valid] = 3  # a pad token that is a word as well, and of which the question asks what follows it
-    ids[1, 290:292] = ids[1, 88:90]
+    ids[1, 590:592] = ids[1, 188:190]
     together = lexical_overlap(ids, is_valid)
     for row, n in enumerate(lengths):
-        assert torch.equal(together[row, 300 - n :], lexical_overlap(ids[row : row + 1, 300 - n :])[0])
-        assert not together[row, : 300 - n].any()
+        assert torch.equal(together[row, 600 - n :], lexical_overlap(ids[row : row + 1, 600 - n :])[0])
+        assert not together[row, : 600 - n].any()
 
 
 def test_overlap_of_the_tokens_that_are_left():
