@@ -52,7 +52,7 @@ def lexical_overlap(token_ids: torch.Tensor, is_valid: torch.Tensor | None = Non
         return token_ids.float()
     start = max(width - QUESTION, 0)
     valid = torch.ones_like(token_ids, dtype=torch.bool) if is_valid is None else is_valid
-    num_windows = valid[:, :start].sum(-1, keepdim=True).div(WINDOW).clamp(min=FEWEST)
+    num_windows = valid[:, :start].sum(-1, keepdim=True).float().div(WINDOW).clamp(min=FEWEST)
     # All n-grams at once, [LONGEST, B, N]: each is one number, and stands where it ends.
     before = torch.arange(LONGEST, device=token_ids.device).view(-1, 1, 1)
     column = torch.arange(width, device=token_ids.device)

@@ -72,6 +72,17 @@ def test_a_text_that_repeats_itself_does_not_hide_what_stands_once():
     assert overlap[[20, 150, 300, 400]].max() < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_overlap_does_not_depend_on_the_default_dtype(dtype):
+    ids = repeated(1200)
+    expected, default = lexical_overlap(ids), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(lexical_overlap(ids), expected)
+    finally:
+        torch.set_default_dtype(default)
+
+
 def test_a_row_does_not_depend_on_its_company():
     ids, lengths = repeated(600, 3), (600, 411, 70)
     is_valid = torch.stack([torch.arange(600) >= 600 - n for n in lengths])

@@ -49,6 +49,20 @@ MUTANTS = [
         "test_lexical.py::test_a_row_does_not_depend_on_its_company",
     ),
     Mutant(
+        "rarity in the default dtype",
+        LEXICAL,
+        "keepdim=True).float()",
+        "keepdim=True)",
+        "test_lexical.py::test_overlap_does_not_depend_on_the_default_dtype",
+    ),
+    Mutant(
+        "a wrong example of what is not exported",
+        LEXICAL,
+        "    tensor([[1., 0.]])",
+        "    tensor([[0., 1.]])",
+        "test_examples.py::test_examples_of_the_rest[sdtp_kernels.lexical]",
+    ),
+    Mutant(
         "every word is a document",
         LEXICAL,
         "div(WINDOW)",
