@@ -129,7 +129,7 @@ $(TRAIN)/smollm2-135m-kl.safetensors: $(TRAIN)/smollm2-135m.safetensors
 PYTEST = $(BIN)/pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
 NEEDED = $(VENV)/install.done $(VENV)/triton-3.6 $(VENV)/kvpress $(VENV)/quantizers
 
-test: $(VENV)/nvcc.done ## lint and the tests, in ten minutes of two cores; CI runs the next three as well
+test: $(VENV)/nvcc.done ## lint and the tests, in ten to seventeen minutes of two cores; CI runs the next three as well
 	$(MAKE) lint $(NEEDED)
 	$(BIN)/sdtp doctor
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
